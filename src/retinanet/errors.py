@@ -1,0 +1,41 @@
+"""One tree of errors: everything this library raises on purpose is a `RetinaNetError`.
+
+A message says who speaks, what is required, what came, where, and what to do. The command line
+prints it on one line and exits with 2; a traceback means a defect of ours.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RetinaNetError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class DataError(RetinaNetError):
+    """A data set, image or annotation cannot be used."""
+
+
+class ImageError(DataError):
+    """One image cannot be decoded."""
+
+
+class ConfigError(RetinaNetError):
+    """A request, option or specification is impossible or contradicts itself."""
+
+
+class CheckpointError(RetinaNetError):
+    """A model file is missing, damaged, foreign or made for something else."""
+
+
+class MissingExtraError(RetinaNetError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'retinanet[{extra}]'")
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the nearest known name, or an empty string."""
+    nearest = difflib.get_close_matches(given, list(known), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
