@@ -1,0 +1,199 @@
+"""From a data set to training batches: order, augmentation and preprocessing, in workers if wanted.
+
+Training sees one endless stream of images: epoch after epoch, each a permutation by (seed, epoch). Step s of
+batch size B takes positions s B to (s + 1) B of it. Where a run stands is therefore one number, the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from retinanet.batches import Batch, Targets
+from retinanet.data.dataset import Dataset
+from retinanet.data.transforms import Augmentation
+from retinanet.errors import DataError, ImageError
+from retinanet.images import Preprocessing, decode, stack
+from retinanet.records import GroundTruth, Ignore
+
+# First words of the seeds of independent random streams.
+ORDER, PICTURE, SIZE = 0, 1, 2
+
+
+class Request(NamedTuple):
+    """One place in the stream: which image, in which epoch, for which shortest side."""
+
+    index: int
+    epoch: int
+    image_size: int
+
+
+class Example(NamedTuple):
+    """A prepared image `[3, h, w]`, its ground truth in the network's frame, and who could not be read for it."""
+
+    pixels: NDArray[np.float32]
+    truth: GroundTruth
+    index: int
+    failed: tuple[str, ...]
+
+
+def generator(*words: int) -> np.random.Generator:
+    """Return the random stream named by these numbers."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+
+
+class Requests:
+    """The batches of a run, as lists of requests: a batch sampler that starts at any step.
+
+    Args:
+        count: images of the data set.
+        first_step, steps: the steps first_step <= s < steps are given.
+        rank, processes: each process takes its share of every step's images.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        batch_size: int,
+        seed: int,
+        image_sizes: Sequence[int],
+        steps: int,
+        first_step: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.image_sizes = tuple(image_sizes)
+        self.steps = steps
+        self.first_step = first_step
+        self.rank = rank
+        self.processes = processes
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        known: tuple[int, NDArray[np.int64]] | None = None
+        for step in range(self.first_step, self.steps):
+            which = int(generator(SIZE, self.seed, step).integers(len(self.image_sizes)))
+            first = (step * self.processes + self.rank) * self.batch_size
+            requests = []
+            for position in range(first, first + self.batch_size):
+                epoch, place = divmod(position, self.count)
+                if known is None or known[0] != epoch:
+                    known = epoch, generator(ORDER, self.seed, epoch).permutation(self.count)
+                requests.append(Request(int(known[1][place]), epoch, self.image_sizes[which]))
+            yield requests
+
+
+class Examples(TorchDataset[Example]):
+    """Prepared training images by request."""
+
+    def __init__(
+        self, dataset: Dataset, preprocessing: Preprocessing, augmentation: Augmentation, seed: int
+    ) -> None:
+        self.dataset = dataset
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __getitem__(self, request: Request) -> Example:
+        """Prepare an image. One that cannot be read is replaced by the next that can, and named."""
+        failed: list[str] = []
+        while len(failed) < len(self.dataset):
+            index = (request.index + len(failed)) % len(self.dataset)
+            try:
+                image = decode(self.dataset.path(index))
+            except ImageError as error:
+                failed.append(str(error))
+                continue
+            return self._prepare(image, request._replace(index=index), tuple(failed))
+        raise DataError(f"training needs images that can be read; none of {len(failed)} can. {failed[0]}")
+
+    def _prepare(self, image: NDArray[np.uint8], request: Request, failed: tuple[str, ...]) -> Example:
+        random = generator(PICTURE, self.seed, request.epoch, request.index)
+        image, truth = self.augmentation(image, self.dataset.ground_truth(request.index), random)
+        size = request.image_size
+        preprocessing = dataclasses.replace(
+            self.preprocessing, image_size=size, max_size=max(size, self.preprocessing.max_size)
+        )
+        pixels, geometry = preprocessing.prepare(image)
+        boxes = geometry.to_network(truth.boxes)
+        return Example(
+            pixels,
+            GroundTruth(boxes, truth.classes, truth.areas, truth.ignore, truth.ids),
+            request.index,
+            failed,
+        )
+
+
+def collate(examples: Sequence[Example], divisor: int) -> Batch:
+    """Pad images and ground truth of a batch."""
+    most = max(len(example.truth) for example in examples)
+    boxes = np.zeros((len(examples), most, 4), np.float32)
+    classes = np.zeros((len(examples), most), np.int64)
+    ignored = np.zeros((len(examples), most), bool)
+    for row, example in enumerate(examples):
+        count = len(example.truth)
+        boxes[row, :count] = example.truth.boxes
+        classes[row, :count] = example.truth.classes
+        ignored[row, :count] = example.truth.ignore != Ignore.NO
+    return Batch(
+        images=torch.from_numpy(stack([example.pixels for example in examples], divisor)),
+        targets=Targets(torch.from_numpy(boxes), torch.from_numpy(classes), torch.from_numpy(ignored)),
+        indices=tuple(example.index for example in examples),
+        failed=tuple(name for example in examples for name in example.failed),
+    )
+
+
+class _Collate:
+    """`collate` with its divisor, in a form that spawned workers can receive."""
+
+    def __init__(self, divisor: int) -> None:
+        self.divisor = divisor
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        return collate(examples, self.divisor)
+
+
+def training_batches(
+    dataset: Dataset,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    first_step: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+) -> DataLoader[Example]:
+    """Return an iterable of `Batch`, one a step; what it gives does not depend on `workers`."""
+    requests = Requests(
+        len(dataset),
+        batch_size=batch_size,
+        seed=seed,
+        image_sizes=augmentation.image_sizes or (preprocessing.image_size,),
+        steps=steps,
+        first_step=first_step,
+        rank=rank,
+        processes=processes,
+    )
+    return DataLoader(
+        Examples(dataset, preprocessing, augmentation, seed),
+        batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as batches of int
+        num_workers=workers,
+        collate_fn=_Collate(preprocessing.divisor),
+        prefetch_factor=4 if workers else None,
+    )

@@ -1,0 +1,124 @@
+"""Augmentation: boxes and ignored areas travel with the pixels. NumPy only.
+
+Every random number comes from the generator that is handed in, so that a picture is a function of
+(seed, epoch, image) and of nothing that ran before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retinanet.errors import ConfigError
+from retinanet.images import UInt8Array
+from retinanet.records import GroundTruth, Ignore
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What may happen to a training image before it is resized for the network.
+
+    Args:
+        flip: probability of a horizontal flip; the paper's only augmentation, at 0.5.
+        zoom: (least, most) factor of a random zoom, log-uniform. Above 1 a random window of the image is
+            cropped; below 1 the image is placed at random on a larger plain canvas. The network's input
+            keeps its size.
+        min_visible: an object of which a crop leaves less than this share is ignored from then on
+            (`Ignore.CUT`), neither an object nor background; one of which nothing is left disappears.
+        image_sizes: shortest sides of the network input, of which each batch draws one; empty keeps the
+            model's own.
+    """
+
+    flip: float = 0.5
+    zoom: tuple[float, float] = (1.0, 1.0)
+    min_visible: float = 0.3
+    image_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "min_visible"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"Augmentation.{name} needs [0, 1]; got {getattr(self, name)}")
+        if not 0 < self.zoom[0] <= self.zoom[1]:
+            raise ConfigError(f"Augmentation.zoom needs 0 < least <= most; got {self.zoom}")
+
+    def __call__(
+        self, image: UInt8Array, truth: GroundTruth, random: np.random.Generator
+    ) -> tuple[UInt8Array, GroundTruth]:
+        """Return the augmented image and its ground truth."""
+        # Always the same number of draws, so that one setting does not move the others' choices.
+        mirrored, position, place_x, place_y = random.random(4)
+        if self.zoom != (1.0, 1.0):
+            least, most = np.log(self.zoom)
+            image, truth = zoom(
+                image,
+                truth,
+                factor=float(np.exp(least + position * (most - least))),
+                place=(place_x, place_y),
+                min_visible=self.min_visible,
+            )
+        return flip(image, truth) if mirrored < self.flip else (image, truth)
+
+
+def flip(image: UInt8Array, truth: GroundTruth) -> tuple[UInt8Array, GroundTruth]:
+    """Mirror an image and its boxes left to right."""
+    width = image.shape[1]
+    x1, y1, x2, y2 = truth.boxes.T
+    boxes = np.stack([width - x2, y1, width - x1, y2], axis=1)
+    return np.ascontiguousarray(image[:, ::-1]), _with_boxes(truth, boxes)
+
+
+def zoom(
+    image: UInt8Array,
+    truth: GroundTruth,
+    *,
+    factor: float,
+    place: tuple[float, float],
+    min_visible: float,
+) -> tuple[UInt8Array, GroundTruth]:
+    """Cut out a window 1 / factor as large as the image; beyond the image it shows the image's mean colour.
+
+    Args:
+        place: where the window lies between its extreme positions, each in [0, 1].
+    """
+    height, width = image.shape[:2]
+    window_width, window_height = max(1, round(width / factor)), max(1, round(height / factor))
+    left = round((width - window_width) * place[0])
+    top = round((height - window_height) * place[1])
+    x1, y1 = max(left, 0), max(top, 0)
+    x2, y2 = min(left + window_width, width), min(top + window_height, height)
+    seen = image[y1:y2, x1:x2]
+    if seen.shape[:2] != (window_height, window_width):
+        canvas = np.empty((window_height, window_width, 3), np.uint8)
+        canvas[:] = image.reshape(-1, 3).mean(axis=0).round()
+        canvas[y1 - top : y2 - top, x1 - left : x2 - left] = seen
+        seen = canvas
+    boxes = truth.boxes - np.array([left, top, left, top], np.float32)
+    return seen, cut(_with_boxes(truth, boxes), window_width, window_height, min_visible=min_visible)
+
+
+def cut(truth: GroundTruth, width: int, height: int, *, min_visible: float) -> GroundTruth:
+    """Clip boxes to a window at the origin. See `Augmentation.min_visible` for what becomes of the rest."""
+    inside = np.clip(truth.boxes, 0, np.array([width, height, width, height], np.float32))
+    whole = _areas(truth.boxes)
+    share = _areas(inside) / whole
+    # A sliver thinner than this is no box: rounding could turn it inside out later.
+    left = (np.minimum(inside[:, 2] - inside[:, 0], inside[:, 3] - inside[:, 1]) > 0.01) & (share > 0)
+    kind = np.where((share < min_visible) & (truth.ignore == Ignore.NO), np.int8(Ignore.CUT), truth.ignore)
+    return GroundTruth(
+        boxes=inside[left],
+        classes=truth.classes[left],
+        areas=(truth.areas * share)[left],
+        ignore=kind[left],
+        ids=truth.ids[left],
+    )
+
+
+def _areas(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    areas: NDArray[np.float32] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return areas
+
+
+def _with_boxes(truth: GroundTruth, boxes: NDArray[np.float32]) -> GroundTruth:
+    return GroundTruth(boxes, truth.classes, truth.areas, truth.ignore, truth.ids)

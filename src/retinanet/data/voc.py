@@ -1,0 +1,319 @@
+"""Pascal VOC folders: `JPEGImages`, `Annotations/*.xml`, `ImageSets/Main/{split}.txt`.
+
+Corners in the files count pixels from 1 and include the last one: xmin 1, xmax 640 is the whole width of an
+image of 640. Here, and nowhere else, they become continuous coordinates: x1 = xmin - 1, x2 = xmax.
+Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/ (section 3.3 and the devkit's code)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from retinanet.data.dataset import Annotation, Dataset, Fault
+from retinanet.data.rules import (
+    LONGEST_SIDE,
+    Box,
+    Fence,
+    ImageFiles,
+    brief,
+    clip_box,
+    name_fault,
+    read_bytes,
+    refuse_escape,
+    side,
+    smallest_size,
+)
+from retinanet.errors import DataError, ImageError, did_you_mean
+from retinanet.images import read_size
+from retinanet.records import Classes, Ignore
+
+LISTS = "ImageSets/Main"
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+LARGEST_XML = 8 * 2**20  # bytes; some 20,000 objects
+LARGEST_LIST = 64 * 2**20
+LONGEST_NUMBER = 64  # characters
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required") -> Dataset:
+    """Read one split of a Pascal VOC folder.
+
+    Classes are the names in the annotations of every split together, sorted, with ids 0..K-1, so that all
+    splits agree. Image ids are the names in the split's list. `difficult` becomes `Ignore.DIFFICULT`.
+    An object with two equal corners is a click, not a box, and is dropped. The image of `NAME` is
+    `JPEGImages/NAME` with the extension that `<filename>` has, else a known one, else `<filename>` itself.
+
+    Args:
+        split: the name of a list in `ImageSets/Main`; lines may end in the flags 1, 0, -1 of per-class lists.
+        images: "absent" looks at no image file; a missing size is then the smallest that holds the boxes.
+
+    Raises:
+        DataError: the split or all its images are missing, or an annotation file is no sound XML.
+    """
+    root = Path(os.path.abspath(folder))
+    lists = split_lists(root)
+    if split not in lists:
+        raise DataError(
+            f"{folder}: needs the list {LISTS}/{split}.txt; there are: {', '.join(lists) or 'none'}."
+            + did_you_mean(split, lists)
+        )
+    reader = _Reader(root)
+    stems = {name: reader.stems(path) for name, path in lists.items()}
+    pages = {stem: reader.page(stem) for listed in stems.values() for _, stem in listed}
+    names = {item.name for page in pages.values() if page for item in page.objects if item.name}
+    if not names:
+        raise DataError(f"{folder}: needs an object with a name in Annotations/*.xml; there is none")
+    classes = Classes(names=tuple(sorted(names)))
+    entries = reader.entries(f"{LISTS}/{split}.txt", stems[split], pages, images)
+    annotations = reader.annotations(entries, classes)
+    return Dataset.build(
+        name=root.name,
+        split=split,
+        root=root,
+        classes=classes,
+        files=[entry.file for entry in entries],
+        image_ids=[entry.stem for entry in entries],
+        sizes=reader.sizes(entries, annotations),
+        annotations=annotations,
+        faults=reader.faults,
+    )
+
+
+def split_lists(folder: Path) -> dict[str, Path]:
+    """Return the lists in `ImageSets/Main` by name; none where the folder is missing."""
+    main = folder / LISTS
+    return {path.stem: path for path in sorted(main.glob("*.txt"))}
+
+
+def main_splits(lists: Iterable[str]) -> list[str]:
+    """Return the splits that together count every image once: no per-class lists, no union.
+
+    `aeroplane_train` lists the images of `train` with a flag; `trainval` is `train` and `val` again.
+    """
+    names = set(lists)
+    unions = {"trainval"} if names & {"train", "val"} else set()
+    return sorted(name for name in names - unions if not names & set(_endings(name)))
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split("_")
+    return ["_".join(parts[start:]) for start in range(1, len(parts))]
+
+
+class _Object(NamedTuple):
+    name: str
+    corners: tuple[str, ...] | None
+    difficult: bool
+
+
+class _Page(NamedTuple):
+    """What one annotation file says."""
+
+    filename: str
+    size: tuple[int, int] | None
+    objects: list[_Object]
+
+
+class _Entry(NamedTuple):
+    """One image of the split."""
+
+    stem: str
+    file: str
+    page: _Page
+    size: tuple[int, int] | None
+
+
+class _Reader:
+    """Reads the files of one folder and keeps what was wrong with them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.fence = Fence(root)
+        self.xml_files = _names(root / "Annotations")
+        self.faults: list[Fault] = []
+
+    def drop(self, file: str, record: str, reason: str) -> None:
+        self.faults.append(Fault(file, record, reason, "dropped"))
+
+    def repair(self, file: str, record: str, reason: str) -> None:
+        self.faults.append(Fault(file, record, reason, "repaired"))
+
+    def stems(self, path: Path) -> list[tuple[int, str]]:
+        """Return (line number, name) of a list."""
+        if not self.fence.holds_file(path):
+            raise DataError(f"{path}: needs a file with one image name a line")
+        try:
+            lines = read_bytes(path, limit=LARGEST_LIST).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: needs text in UTF-8; {error}") from None
+        found = []
+        for number, line in enumerate(lines, 1):
+            stem = line.strip()
+            words = stem.rsplit(maxsplit=1)
+            if len(words) == 2 and words[1] in ("1", "0", "-1") and f"{stem}.xml" not in self.xml_files:
+                stem = words[0]
+            if not stem:
+                continue
+            if fault := name_fault(stem):
+                raise DataError(f"{path}: line {number}: {fault}")
+            refuse_escape(stem, f"{path}: line {number}")
+            found.append((number, stem))
+        return found
+
+    def page(self, stem: str) -> _Page | None:
+        """Return what the annotation file says, None where there is none."""
+        path = self.root / "Annotations" / f"{stem}.xml"
+        if path.name not in self.xml_files or not self.fence.holds_file(path):
+            return None
+        root = _parse(path)
+        width, height = (side(_float(root.findtext(f"size/{key}"))) for key in ("width", "height"))
+        objects = []
+        for item in root.findall("object"):
+            bounds = item.find("bndbox")
+            corners = [] if bounds is None else [bounds.findtext(key) for key in CORNERS]
+            objects.append(
+                _Object(
+                    name=(item.findtext("name") or "").strip(),
+                    corners=tuple(text.strip() for text in corners if text is not None) or None,
+                    difficult=(item.findtext("difficult") or "").strip() == "1",
+                )
+            )
+        size = (width, height) if width and height else None
+        return _Page((root.findtext("filename") or "").strip(), size, objects)
+
+    def entries(
+        self, listing: str, stems: list[tuple[int, str]], pages: dict[str, _Page | None], images: ImageFiles
+    ) -> list[_Entry]:
+        """Find the images of a list; drop those without annotation or image."""
+        if images == "required" and not os.path.isdir(self.root / "JPEGImages"):
+            raise DataError(f"{self.root}: needs a folder JPEGImages with the images; there is none")
+        present = _names(self.root / "JPEGImages") if images == "required" else frozenset()
+        by_stem: dict[str, str] = {}
+        for name in sorted(present, key=lambda name: (_rank(name), name)):
+            if _rank(name) < len(EXTENSIONS):
+                by_stem.setdefault(PurePosixPath(name).stem, name)
+        found: dict[str, _Entry] = {}
+        for number, stem in stems:
+            record, page = f"line {number} ({stem})", pages[stem]
+            if stem in found:
+                self.repair(listing, record, "the image is listed twice; it counts once")
+                continue
+            if page is None:
+                self.drop(listing, record, f"there is no annotation file Annotations/{stem}.xml")
+                continue
+            wanted = stem + PurePosixPath(page.filename).suffix
+            if images == "absent":
+                found[stem] = _Entry(stem, f"JPEGImages/{wanted}", page, page.size)
+                continue
+            choices = [wanted] if _rank(wanted) < len(EXTENSIONS) else []
+            choices += [by_stem.get(stem, ""), page.filename]
+            file = next((f"JPEGImages/{name}" for name in choices if name in present), None)
+            if file is None or not self.fence.holds_file(self.root / file):
+                self.drop(listing, record, f"there is no image JPEGImages/{stem} ({', '.join(EXTENSIONS)})")
+                continue
+            try:
+                size = page.size or read_size(self.root / file)
+            except ImageError as error:
+                reason = f"the size is missing and cannot be read: {error}"
+                self.drop(f"Annotations/{stem}.xml", "size", reason)
+                continue
+            found[stem] = _Entry(stem, file, page, size)
+        if not found:
+            example = f" {self.faults[0]}" if self.faults else " The list is empty"
+            raise DataError(f"{self.root / listing}: needs at least one usable image; got none.{example}")
+        return list(found.values())
+
+    def annotations(self, entries: list[_Entry], classes: Classes) -> list[Annotation]:
+        """Return the sound boxes, numbered from 1 over all objects of the split, dropped ones too."""
+        labels = {name: label for label, name in enumerate(classes.names)}
+        found, counted = [], 0
+        for position, entry in enumerate(entries):
+            for number, item in enumerate(entry.page.objects, 1):
+                counted += 1
+                box = self._box(entry, number, item)
+                if box is None:
+                    continue
+                area = (box[2] - box[0]) * (box[3] - box[1])
+                ignore = Ignore.DIFFICULT if item.difficult else Ignore.NO
+                found.append(Annotation(position, box, labels[item.name], area, ignore, counted))
+        return found
+
+    def _box(self, entry: _Entry, number: int, item: _Object) -> Box | None:
+        file, record = f"Annotations/{entry.stem}.xml", f"object {number} ({item.name or 'no name'})"
+        given = "no corners" if item.corners is None else f"[{', '.join(item.corners)}]"
+        given = given if len(given) <= 4 * LONGEST_NUMBER else brief(given)
+        corners = [_float(text) for text in item.corners or ()]
+        finite = [value for value in corners if value is not None and math.isfinite(value)]
+        if not item.name:
+            reason = "name needs the name of a class; it is missing"
+        elif len(finite) != 4:
+            reason = f"bndbox needs four finite numbers {', '.join(CORNERS)}; got {given}"
+        elif finite[:2] == finite[2:]:
+            reason = f"corners {given} are equal: a click, not a box"
+        elif finite[2] < finite[0] or finite[3] < finite[1]:
+            reason = f"corners {given} are reversed; xmax >= xmin and ymax >= ymin are required"
+        else:
+            xmin, ymin, xmax, ymax = finite
+            width, height = entry.size or (LONGEST_SIDE, LONGEST_SIDE)
+            box, cut = clip_box((xmin - 1, ymin - 1, xmax, ymax), width, height)
+            if cut is not None:
+                (self.drop if box is None else self.repair)(file, record, f"corners {given}: {cut}")
+            return box
+        self.drop(file, record, reason)
+        return None
+
+    def sizes(self, entries: list[_Entry], annotations: list[Annotation]) -> list[tuple[int, int]]:
+        boxes: dict[int, list[Box]] = {i: [] for i, entry in enumerate(entries) if entry.size is None}
+        for annotation in annotations:
+            if annotation.image in boxes:
+                boxes[annotation.image].append(annotation.box)
+        least = {index: smallest_size(own) for index, own in boxes.items()}
+        for index, (width, height) in least.items():
+            file, reason = (
+                f"Annotations/{entries[index].stem}.xml",
+                "width and height are missing; they became",
+            )
+            self.repair(file, "size", f"{reason} {width} x {height}, the least that holds the boxes")
+        return [entry.size or least[index] for index, entry in enumerate(entries)]
+
+
+def _parse(path: Path) -> ElementTree.Element:
+    content = read_bytes(path, limit=LARGEST_XML)
+    if b"\0" in content:  # UTF-16, which would hide the words looked for below
+        raise DataError(f"{path}: needs XML in UTF-8; got zero bytes")
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+        raise DataError(f"{path}: needs plain XML without DOCTYPE and ENTITY, which can expand without end")
+    try:
+        root = ElementTree.fromstring(content)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: odd encodings
+        raise DataError(f"{path}: needs sound XML; {error}") from None
+    if root.tag != "annotation":
+        raise DataError(f"{path}: needs the XML of Pascal VOC, <annotation>; got <{brief(root.tag)}>")
+    return root
+
+
+def _names(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def _rank(name: str) -> int:
+    """Order of preference of a file's extension; `len(EXTENSIONS)` where it is not an image's."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return EXTENSIONS.index(suffix) if suffix in EXTENSIONS else len(EXTENSIONS)
+
+
+def _float(text: str | None) -> float | None:
+    if text is None or len(text) > LONGEST_NUMBER:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return None
