@@ -28,6 +28,18 @@ class CheckpointError(RetinaNetError):
     """A model file is missing, damaged, foreign or made for something else."""
 
 
+class TrainingError(RetinaNetError):
+    """A run cannot go on."""
+
+
+class Stopped(RetinaNetError):
+    """A run was stopped by a signal, after saving; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 class MissingExtraError(RetinaNetError):
     """An optional dependency is not installed."""
 

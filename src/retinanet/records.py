@@ -7,6 +7,7 @@ coordinates: width = x2 - x1. Arrays inside a record are read-only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -60,7 +61,7 @@ class Classes:
         if not names:
             raise DataError("Classes needs at least one class name; none was given")
         for what, values in (("name", names), ("id", ids)):
-            twice = sorted({str(v) for v in values if values.count(v) > 1})
+            twice = sorted(str(value) for value, count in Counter(values).items() if count > 1)
             if twice:
                 raise DataError(f"Classes needs distinct {what}s; given more than once: {', '.join(twice)}")
         if len(ids) != len(names):
@@ -159,11 +160,11 @@ class Detections:
         count = len(boxes)
         scores = _column(self.scores, count, np.float32, "Detections.scores")
         labels = _column(self.labels, count, np.int64, "Detections.labels")
-        if count and not (0 <= scores.min() and scores.max() <= 1):
+        if count and not (scores.min() >= 0 and scores.max() <= 1):
             raise DataError(f"Detections.scores needs [0, 1]; got {scores.min():g} to {scores.max():g}")
         if count and (np.diff(scores) > 0).any():
             raise DataError("Detections.scores needs descending order")
-        if count and not (0 <= labels.min() and labels.max() < len(self.classes)):
+        if count and not (labels.min() >= 0 and labels.max() < len(self.classes)):
             raise DataError(
                 f"Detections.labels needs indices 0..{len(self.classes) - 1}; "
                 f"got {int(labels.min())} to {int(labels.max())}"

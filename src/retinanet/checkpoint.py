@@ -1,0 +1,126 @@
+"""The model file: safetensors whose metadata holds everything needed to use it. The only writer and loader.
+
+Reading executes nothing. A run directory, a model directory or the file itself names a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from retinanet.errors import CheckpointError, ConfigError, DataError
+from retinanet.model import ModelSpec, RetinaNet, build_retinanet
+from retinanet.records import OperatingPoints
+from retinanet.version import __version__
+
+FILE_NAME = "model.safetensors"
+LICENCE = "Apache-2.0"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with all that its file says of it."""
+
+    network: RetinaNet
+    spec: ModelSpec
+    operating_points: OperatingPoints = field(default_factory=OperatingPoints)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def save_model(path: str | Path, model: Model) -> Path:
+    """Write a model into a directory (as `model.safetensors`) or to a path that ends in .safetensors.
+
+    The file appears whole or not at all: it is written beside its place and moved there.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
+    metadata = {
+        "spec": json.dumps(model.spec.to_json()),
+        "operating_points": json.dumps(asdict(model.operating_points)),
+        "training": json.dumps(model.training),
+        "versions": json.dumps({"retinanet": __version__, "torch": str(torch.__version__)}),
+        "licence": LICENCE,
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(state, beside, metadata)
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the model cannot be written to {path}: {error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the model file that a run directory, model directory or file stands for.
+
+    A run's best model comes before its last.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    places = [path / "best" / FILE_NAME, path / "last" / FILE_NAME, path / FILE_NAME]
+    for place in places:
+        if place.is_file():
+            return place
+    if path.is_dir():
+        raise CheckpointError(
+            f"a model needs {FILE_NAME} in the directory, or in its best/ or last/; {path} has none of them"
+        )
+    raise CheckpointError(
+        f"a model needs a run directory, model directory or .safetensors file; {path} does not exist"
+    )
+
+
+def load_model(path: str | Path) -> Model:
+    """Read a model; every tensor of the spec must be there with its shape, and nothing else."""
+    file = find_model(path)
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"a model needs a safetensors file written by retinanet; {file} cannot be read as one: {error}"
+        ) from None
+    if "spec" not in metadata:
+        raise CheckpointError(
+            f"a model needs a safetensors file written by retinanet; {file} holds weights without a spec"
+        )
+    try:
+        spec = ModelSpec.from_json(json.loads(metadata["spec"]))
+        points = OperatingPoints(**json.loads(metadata.get("operating_points", "{}")))
+        training = json.loads(metadata.get("training", "{}"))
+    except (ConfigError, DataError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the metadata of {file} is damaged: {error}") from None
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # building draws initial weights; loading must not move the caller's generator
+        network = build_retinanet(spec)
+    _check_state(network, state, file)
+    network.load_state_dict(state)
+    return Model(network, spec, points, training)
+
+
+def _check_state(network: RetinaNet, state: dict[str, torch.Tensor], file: Path) -> None:
+    wanted = network.state_dict()
+    for name in (*(wanted.keys() - state.keys()), *(state.keys() - wanted.keys())):
+        what = "lacks" if name in wanted else "holds an unknown tensor"
+        raise CheckpointError(f"the model's spec and weights do not fit: {file} {what} {name!r}")
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the model's spec and weights do not fit: in {file} {name!r} has shape "
+                f"{list(state[name].shape)}, the spec says {list(tensor.shape)}"
+            )

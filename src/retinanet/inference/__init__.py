@@ -1,0 +1,7 @@
+"""From a model to detections, and from detections over a data set to metrics."""
+
+from retinanet.inference.detector import Detector, load
+from retinanet.inference.post_processing import Found, post_process
+from retinanet.inference.validation import Validation, evaluate, validate
+
+__all__ = ["Detector", "Found", "Validation", "evaluate", "load", "post_process", "validate"]

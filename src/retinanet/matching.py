@@ -1,0 +1,96 @@
+"""Which anchor answers for which object: anchors x ground truth -> a state and an index an anchor."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from retinanet.batches import MatchState
+from retinanet.boxes import area, intersection, iou, pairwise
+from retinanet.errors import ConfigError
+
+# Boxes compared at a time. The largest temporary is anchors x BLOCK, whatever the number of boxes.
+BLOCK = 16
+
+
+class Matches(NamedTuple):
+    """`state` `[R]` int64 values of `MatchState`; `index` `[R]` the box with the highest IoU (0 if there is none)."""
+
+    state: Int64[Tensor, R]
+    index: Int64[Tensor, R]
+
+
+@torch.no_grad()
+def match_anchors(
+    anchors: Float[Tensor, "R 4"],
+    boxes: Float[Tensor, "G 4"],
+    ignored: Bool[Tensor, G] | None = None,
+    *,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+    low_quality: bool = False,
+    ignored_overlap: float = 0.5,
+) -> Matches:
+    """Match anchors to ground-truth boxes by IoU (Section 4 of the paper).
+
+    An anchor is positive, for the box of its highest IoU (the first of equals), when that IoU >= positive_iou;
+    negative when it is < negative_iou; ignored between. An empty box (a padding row) matches nothing.
+
+    Args:
+        ignored: true for regions (crowd, difficult, cut away) that are no objects. An anchor that would be
+            negative or between is ignored when |anchor ∩ region| / |anchor| >= ignored_overlap.
+        low_quality: also make positive the anchors that reach a box's highest IoU with any anchor, however
+            low, but above 0: a box that overlaps no anchor must not turn every anchor positive, as it does
+            in detectron2, torchvision and MMDetection. The anchor keeps the box of its own highest IoU.
+
+    Memory is O(anchors), not anchors x boxes.
+    """
+    if not 0 <= negative_iou <= positive_iou <= 1:
+        raise ConfigError(
+            "match_anchors needs 0 <= negative_iou <= positive_iou <= 1; "
+            f"got negative_iou {negative_iou} and positive_iou {positive_iou}"
+        )
+    best = anchors.new_zeros(len(anchors))
+    index = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+    # An ignored region is no object: as an empty box it can win no anchor, and indices stay those of `boxes`.
+    objects = boxes if ignored is None else torch.where(ignored[:, None], 0, boxes)
+    best_of_box = []
+    for start in range(0, len(objects), BLOCK):
+        overlaps = pairwise(iou, anchors, objects[start : start + BLOCK])
+        highest, which = overlaps.max(dim=1)
+        better = highest > best
+        best = torch.where(better, highest, best)
+        index = torch.where(better, which + start, index)
+        best_of_box.append(overlaps.amax(dim=0))
+
+    state = torch.full_like(index, MatchState.IGNORED)
+    state[best < negative_iou] = MatchState.NEGATIVE
+    state[best >= positive_iou] = MatchState.POSITIVE
+    if positive_iou == 0:  # even then an anchor without any box is no object
+        state[best == 0] = MatchState.NEGATIVE
+    if low_quality and best_of_box:
+        state[_reaches_best(anchors, objects, torch.cat(best_of_box))] = MatchState.POSITIVE
+    if ignored is not None:
+        inside = _lies_in(anchors, torch.where(ignored[:, None], boxes, 0), ignored_overlap)
+        state[inside & (state != MatchState.POSITIVE)] = MatchState.IGNORED
+    return Matches(state, index)
+
+
+def _reaches_best(anchors: Tensor, objects: Tensor, best_of_box: Tensor) -> Tensor:
+    reaches = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+    for start in range(0, len(objects), BLOCK):
+        overlaps = pairwise(iou, anchors, objects[start : start + BLOCK])
+        reaches |= ((overlaps == best_of_box[start : start + BLOCK]) & (overlaps > 0)).any(dim=1)
+    return reaches
+
+
+def _lies_in(anchors: Tensor, regions: Tensor, share: float) -> Tensor:
+    inside = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+    own = area(anchors)[:, None]
+    for start in range(0, len(regions), BLOCK):
+        overlaps = pairwise(intersection, anchors, regions[start : start + BLOCK])
+        inside |= ((overlaps >= share * own) & (overlaps > 0)).any(dim=1)
+    return inside

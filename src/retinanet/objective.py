@@ -1,0 +1,161 @@
+"""The objective: anchors + matching + losses -> named losses. The model never sees it.
+
+L = box_weight L_loc + L_cls (Section 4, Training): L_cls sums the focal loss over all anchors that are not
+ignored, L_loc sums the box loss over the positive anchors, and both are divided by the same normaliser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from retinanet.anchors import AnchorSpec, anchors_of_image
+from retinanet.batches import MatchState, RawPredictions, Targets
+from retinanet.boxes import BoxCoding
+from retinanet.errors import ConfigError
+from retinanet.losses import giou_loss, sigmoid_focal_loss, smooth_l1
+from retinanet.matching import match_anchors
+
+Normalizer = Literal["image", "batch", "all-processes"]
+
+
+class ClassLoss(Protocol):
+    """logits `[B, R, K]`, class indices `[B, R]` (negative: no object), weight `[B, R]` -> the weighted sum."""
+
+    def __call__(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor: ...
+
+
+class BoxLoss(Protocol):
+    """Deltas, anchors and ground truth of the positives, each `[P, 4]` -> one loss an anchor `[P]`."""
+
+    def __call__(self, deltas: Tensor, anchors: Tensor, boxes: Tensor, coding: BoxCoding) -> Tensor: ...
+
+
+def focal(alpha: float | None = 0.25, gamma: float = 2.0) -> ClassLoss:
+    """The focal loss, the paper's alpha and gamma by default."""
+
+    def loss(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        return sigmoid_focal_loss(logits, targets, alpha, gamma, "sum", weight=weight)
+
+    return loss
+
+
+def smooth_l1_of_deltas(beta: float = 1.0) -> BoxLoss:
+    """Smooth L1 between predicted and encoded deltas, the paper's box loss; beta 0 is L1."""
+
+    def loss(deltas: Tensor, anchors: Tensor, boxes: Tensor, coding: BoxCoding) -> Tensor:
+        return smooth_l1(deltas, coding.encode(anchors, boxes), beta)
+
+    return loss
+
+
+def giou_of_boxes() -> BoxLoss:
+    """1 - GIoU between decoded and ground-truth boxes."""
+
+    def loss(deltas: Tensor, anchors: Tensor, boxes: Tensor, coding: BoxCoding) -> Tensor:
+        return giou_loss(coding.decode(anchors, deltas), boxes)
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars of a batch: `total` carries the gradient; `positives` counts the positive anchors."""
+
+    total: Tensor
+    classes: Tensor
+    boxes: Tensor
+    positives: Tensor
+
+
+class Assignment(NamedTuple):
+    """What matching says of a batch: state, class index (-1: no object) and box of every anchor, `[B, R]`, `[B, R, 4]`."""
+
+    state: Tensor
+    classes: Tensor
+    boxes: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Losses of raw predictions against targets.
+
+    Args:
+        anchors, coding: the model's.
+        class_loss, box_loss: see the protocols; defaults are the paper's.
+        box_weight: lambda of L_loc; the paper's 1.
+        normalizer: what the sums are divided by, never below 1: "image" divides each image's sums by its own
+            positives and takes the mean over images (the paper's text); "batch" divides by the positives of
+            the batch; "all-processes" by those of all processes' batches, so that N processes with b images
+            train as one with N b.
+        positive_iou, negative_iou, low_quality: see `match_anchors`.
+    """
+
+    anchors: AnchorSpec
+    coding: BoxCoding
+    class_loss: ClassLoss = focal()
+    box_loss: BoxLoss = smooth_l1_of_deltas()
+    box_weight: float = 1.0
+    normalizer: Normalizer = "image"
+    positive_iou: float = 0.5
+    negative_iou: float = 0.4
+    low_quality: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.box_weight >= 0:
+            raise ConfigError(f"--box-weight needs 0 or more; got {self.box_weight}")
+
+    def __call__(self, predictions: RawPredictions, targets: Targets, *, height: int, width: int) -> Losses:
+        """Return the losses for images of the padded size height x width, in float32."""
+        levels = anchors_of_image(self.anchors, height, width, targets.boxes.device)
+        anchors = torch.cat(levels)
+        state, classes, boxes = self.assign(anchors, targets)
+        positive = state == MatchState.POSITIVE
+        share = self._share(positive.sum(dim=1))
+        weight = torch.where(state == MatchState.IGNORED, 0, share[:, None])
+
+        # Level by level, so that the logits are used where they lie and never concatenated.
+        sizes = [len(level) for level in levels]
+        parts = zip(predictions.logits, classes.split(sizes, 1), weight.split(sizes, 1), strict=True)
+        class_loss = torch.stack([self.class_loss(*part) for part in parts]).sum()
+
+        image, anchor = torch.nonzero(positive, as_tuple=True)
+        deltas = torch.cat(predictions.deltas, dim=1)[image, anchor].float()
+        per_box = self.box_loss(deltas, anchors[anchor], boxes[image, anchor], self.coding)
+        # A batch without positives gives an empty sum: 0, with the same graph on every process.
+        box_loss = (per_box * share[image]).sum()
+        return Losses(class_loss + self.box_weight * box_loss, class_loss, box_loss, positive.sum())
+
+    @torch.no_grad()
+    def assign(self, anchors: Tensor, targets: Targets) -> Assignment:
+        """Match every image of the batch."""
+        match = partial(
+            match_anchors,
+            anchors,
+            positive_iou=self.positive_iou,
+            negative_iou=self.negative_iou,
+            low_quality=self.low_quality,
+        )
+        pairs = zip(targets.boxes, targets.ignored, strict=True)
+        matches = [match(boxes, ignored) for boxes, ignored in pairs]
+        state = torch.stack([m.state for m in matches])
+        index = torch.stack([m.index for m in matches])
+        if targets.boxes.shape[1] == 0:
+            return Assignment(state, torch.full_like(state, -1), anchors.expand(len(state), -1, -1))
+        classes = torch.where(state == MatchState.POSITIVE, targets.classes.gather(1, index), -1)
+        return Assignment(state, classes, targets.boxes.gather(1, index[..., None].expand(-1, -1, 4)))
+
+    def _share(self, positives: Tensor) -> Tensor:
+        """Return what each image's sums are multiplied by, `[B]`."""
+        if self.normalizer == "image":
+            return 1 / (positives.clamp(min=1) * len(positives))
+        total, processes = positives.sum(), 1
+        if self.normalizer == "all-processes" and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+            torch.distributed.all_reduce(total)
+        # DistributedDataParallel averages gradients over processes; this makes the average a sum.
+        return (processes / total.clamp(min=1)).expand(len(positives))

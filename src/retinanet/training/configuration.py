@@ -1,0 +1,173 @@
+"""The options of a training run, once: for the command line, `config.yaml` and `retinanet.train`. No torch.
+
+An option left at None is decided by the recipe and printed before step 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from retinanet.errors import ConfigError
+from retinanet.plain import from_plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Train on the `train` split of DATA, validate on its `val` split."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """Data set: a Pascal VOC folder or a COCO folder."""
+    output: str | None = None
+    """Run directory, made new; runs/NAME-N by default."""
+    recipe: Literal["auto", "paper", "modern", "small"] = "auto"
+    """Set of defaults. auto: modern with pretrained weights for the backbone, else small."""
+    backbone: str = "resnet50"
+    """timm model with features at strides 8, 16 and 32."""
+    pretrained: str = "auto"
+    """ImageNet weights of the backbone: auto (those in timm's cache), none, or a file."""
+    image_size: int | None = None
+    """Shortest side of the network input, pixels."""
+    max_size: int | None = None
+    """Longest side of the network input, pixels."""
+    anchors: str | None = None
+    """Base sizes of the anchors on P3 to P7, pixels: five numbers with commas."""
+    channels: int | None = None
+    """Width of pyramid and heads; a multiple of 32."""
+    epochs: float | None = None
+    """Passes over the training images; not together with --steps."""
+    steps: int | None = None
+    """Optimiser steps; not together with --epochs."""
+    batch_size: int | None = None
+    """Images a step."""
+    lr: float | None = None
+    """Learning rate for 16 images a step; scaled to the batch size."""
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """Optimiser."""
+    schedule: Literal["step", "cosine"] | None = None
+    """step: a tenth at 2/3 and at 8/9 of the run; cosine: down to nothing."""
+    weight_decay: float | None = None
+    """Weight decay of convolutions; norms and biases have none, except in recipe paper."""
+    freeze: str | None = None
+    """Backbone stages that stay as loaded: none, stem, stage1 .. stage4, backbone."""
+    alpha: float | None = None
+    """Focal loss: weight of objects, in [0, 1]."""
+    gamma: float | None = None
+    """Focal loss: how fast easy examples lose weight, 0 or more."""
+    prior: float | None = None
+    """Probability that every class score starts at."""
+    box_loss: Literal["smooth-l1", "l1", "giou"] | None = None
+    """Box loss."""
+    beta: float | None = None
+    """Where smooth L1 turns from square to linear: the paper's 1, Detectron's 1/9."""
+    box_weight: float | None = None
+    """Weight of the box loss: L = box_weight L_loc + L_cls."""
+    max_detections: int = 100
+    """Detections kept an image."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the device computes it natively."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int | None = None
+    """Processes that decode and augment; by default one a spare core, at most 8."""
+    seed: int = 0
+    """Order, augmentation and initial weights follow from it."""
+    deterministic: bool = False
+    """Refuse operations whose result depends on timing."""
+    validate_every_steps: int | None = None
+    """Steps between validations; the last step always has one."""
+    dry_run: bool = False
+    """Print what would be done, and stop."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("image_size", 32),
+            ("max_size", 32),
+            ("channels", 32),
+            ("steps", 1),
+            ("batch_size", 1),
+            ("max_detections", 1),
+            ("validate_every_steps", 1),
+            ("workers", 0),
+            ("seed", 0),
+            ("gamma", 0),
+            ("beta", 0),
+            ("box_weight", 0),
+            ("weight_decay", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{option(name)} needs {least} or more; got {value}")
+        for name in ("epochs", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{option(name)} needs a number above 0; got {value}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ConfigError(f"--alpha needs a number in [0, 1]; got {self.alpha}")
+        if self.prior is not None and not 0 < self.prior < 1:
+            raise ConfigError(f"--prior needs a number in (0, 1); got {self.prior}")
+        if self.epochs is not None and self.steps is not None:
+            raise ConfigError(f"--epochs and --steps say the same twice; got {self.epochs} and {self.steps}")
+        if self.channels is not None and self.channels % 32:
+            raise ConfigError(f"--channels needs a multiple of 32; got {self.channels}")
+        if None not in (self.image_size, self.max_size) and self.image_size > self.max_size:  # type: ignore[operator]
+            raise ConfigError(
+                f"--image-size (shortest side) needs to be at most --max-size (longest); "
+                f"got {self.image_size} and {self.max_size}"
+            )
+        if self.beta is not None and self.box_loss not in (None, "smooth-l1"):
+            raise ConfigError(f"--beta belongs to --box-loss smooth-l1; got --box-loss {self.box_loss}")
+        if self.anchors is not None:
+            self.anchor_sizes()
+
+    def anchor_sizes(self) -> tuple[float, ...] | None:
+        """Return the five base sizes of `--anchors`."""
+        if self.anchors is None:
+            return None
+        try:
+            sizes = tuple(float(part) for part in self.anchors.split(","))
+        except ValueError:
+            sizes = ()
+        if len(sizes) != 5 or not all(0 < size < float("inf") for size in sizes):
+            raise ConfigError(
+                f"--anchors needs five positive sizes with commas, such as 32,64,128,256,512; got {self.anchors!r}"
+            )
+        return sizes
+
+
+def option(name: str) -> str:
+    """Return how a field is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read options from a YAML file as `write_config` makes it; unknown keys are errors."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > 1_000_000:
+            raise ConfigError(f"--config needs a file below 1 MB; {path} is larger")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} needs one `option: value` a line; got {type(values).__name__}")
+    plain = {str(key).replace("-", "_"): value for key, value in values.items()}
+    # Built once with a data set's name filled in, so that a wrong key or value is named with its file.
+    from_plain(TrainingOptions, {"data": "", **plain}, f"--config {path}")
+    return plain
+
+
+def write_config(path: Path, options: TrainingOptions) -> None:
+    """Write every option, also those left to the recipe, to a YAML file."""
+    text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,283 @@
+"""From options, recipe and data to a plan: every setting of a run, each with the reason for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from retinanet.anchors import AnchorSpec, anchors_of_image
+from retinanet.boxes import iou, pairwise
+from retinanet.data import Dataset
+from retinanet.devices import choose_device, resolve_precision
+from retinanet.errors import ConfigError
+from retinanet.images import Preprocessing
+from retinanet.model import ModelSpec, PostProcessing, PyramidSpec
+from retinanet.objective import BoxLoss, Objective, focal, giou_of_boxes, smooth_l1_of_deltas
+from retinanet.records import Ignore
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.recipes import Recipe, modern, paper, small
+
+# Objects whose anchors are looked up to choose the anchors' sizes.
+COVERAGE_SAMPLE = 400
+# An object's side in the network input that anchors and stride 8 can still resolve well.
+COMFORTABLE_SIDE = 24
+LARGEST_SIDE = {"cpu": 256, "cuda": 640}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, decided. `reasons` explains it line by line: (setting, value, why)."""
+
+    options: TrainingOptions
+    recipe: Recipe
+    spec: ModelSpec
+    objective: Objective
+    weights_file: Path | None
+    device: torch.device
+    batch_size: int
+    steps: int
+    lr: float
+    warmup_steps: int
+    train_images: int
+    validate_every: int
+    workers: int
+    reasons: tuple[tuple[str, str, str], ...]
+
+    def table(self) -> Table:
+        """Return the reasons for a terminal."""
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for heading in ("setting", "value", "why"):
+            table.add_column(heading, overflow="fold")
+        for row in self.reasons:
+            table.add_row(*row)
+        return table
+
+    def show(self, console: Console) -> None:
+        console.print(self.table())
+
+
+def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
+    """Decide every setting: the user's option first, then the recipe, then a rule of the data and device."""
+    reasons: list[tuple[str, str, str]] = []
+    device = choose_device(options.device)
+    weights, why = find_pretrained(options)
+    recipe = choose_recipe(options, weights)
+    starts = f"weights of {weights}" if weights else "scratch"
+    reasons.append(("backbone", f"{options.backbone}, from {starts}", why))
+    reasons.append(("recipe", recipe.name, "asked for" if options.recipe != "auto" else "auto: " + why))
+    recipe = _with_options(recipe, options, reasons)
+
+    preprocessing = _preprocessing(recipe, options, train, device, reasons)
+    anchors = _anchors(options, train, preprocessing, reasons)
+    spec = ModelSpec(
+        classes=train.classes,
+        backbone=recipe.backbone,
+        pyramid=PyramidSpec(channels=recipe.channels),
+        head=recipe.head,
+        anchors=anchors,
+        preprocessing=preprocessing,
+        post_processing=PostProcessing(max_detections=options.max_detections),
+    )
+    steps = _steps(recipe, options, len(train), reasons)
+    # The linear rule of SGD (Goyal et al., 2017), kept for every optimiser so that there is one.
+    lr = recipe.lr * recipe.batch_size / 16
+    reasons.append(("lr", f"{lr:g}", f"{recipe.lr:g} for 16 images, times {recipe.batch_size}/16"))
+    precision = resolve_precision(device, options.precision)
+    reasons.append(
+        ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
+    )
+    validate_every = options.validate_every_steps or max(1, round(steps / 5))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(8, cores - 1) if options.workers is None else options.workers
+    return Plan(
+        options=options,
+        recipe=recipe,
+        spec=spec,
+        objective=Objective(
+            anchors=spec.anchors,
+            coding=spec.coding,
+            class_loss=focal(recipe.alpha, recipe.gamma),
+            box_loss=_box_loss(recipe),
+            box_weight=recipe.box_weight,
+            normalizer=recipe.normalizer,
+            low_quality=recipe.low_quality,
+        ),
+        weights_file=weights,
+        device=device,
+        batch_size=recipe.batch_size,
+        steps=steps,
+        lr=lr,
+        warmup_steps=min(recipe.warmup_steps, steps // 20),
+        train_images=len(train),
+        validate_every=validate_every,
+        workers=workers,
+        reasons=tuple(reasons),
+    )
+
+
+def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
+    """Return the backbone's weights file, or None, and why. Nothing is ever downloaded here."""
+    if options.pretrained == "none":
+        return None, "--pretrained none"
+    if options.pretrained != "auto":
+        path = Path(options.pretrained)
+        if not path.is_file():
+            raise ConfigError(f"--pretrained needs auto, none or a weights file; {path} is no file")
+        return path, f"--pretrained {path}"
+    if not timm.is_model(options.backbone):
+        return None, "unknown backbone"  # refused with its nearest name when the network is built
+    hub = timm.get_pretrained_cfg(options.backbone)
+    hub_id = getattr(hub, "hf_hub_id", None)
+    if hub_id:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(hub_id, "model.safetensors")
+        if isinstance(found, str):
+            return Path(found), f"found in the cache: {hub_id}"
+    return None, f"no weights of {hub_id or options.backbone} in the cache; give a file with --pretrained"
+
+
+def choose_recipe(options: TrainingOptions, weights: Path | None) -> Recipe:
+    """Return the recipe asked for; auto is `modern` with weights and `small` without."""
+    name = options.recipe
+    if name == "auto":
+        name = "modern" if weights else "small"
+    if name == "small":
+        if weights and options.pretrained != "auto":
+            raise ConfigError(
+                "--recipe small starts from scratch; leave --pretrained out, or use --recipe modern"
+            )
+        return small(options.backbone)
+    if not weights:
+        raise ConfigError(
+            f"--recipe {name} freezes BatchNorm and needs weights for {options.backbone}, of which there are none: "
+            "give --pretrained FILE, or use --recipe small"
+        )
+    return (paper if name == "paper" else modern)(options.backbone, weights.name)
+
+
+def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[str, str, str]]) -> Recipe:
+    """Replace what the user asked for."""
+    shared = {field.name for field in dataclasses.fields(Recipe)} & {
+        f.name for f in dataclasses.fields(options)
+    }
+    asked = {
+        name: getattr(options, name)
+        for name in sorted(shared - {"backbone", "epochs"})
+        if getattr(options, name) is not None
+    }
+    if options.box_loss == "l1":
+        asked |= {"beta": 0.0}
+    changed = dataclasses.replace(recipe, **asked)
+    for name in ("optimizer", "schedule", "batch_size", "channels", "box_loss", "box_weight", "freeze"):
+        why = "asked for" if name in asked else f"recipe {recipe.name}"
+        reasons.append((name.replace("_", " "), f"{getattr(changed, name)}", why))
+    return changed
+
+
+def _preprocessing(
+    recipe: Recipe,
+    options: TrainingOptions,
+    train: Dataset,
+    device: torch.device,
+    reasons: list[tuple[str, str, str]],
+) -> Preprocessing:
+    size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
+    if size is None:
+        size, why = _image_size(train, device)
+    # The paper's 800 / 1333 keeps a 3:5 picture at its shortest side; the same share holds at every size.
+    longest = recipe.max_size or round(size * 1333 / 800)
+    if longest < size:
+        raise ConfigError(f"--max-size needs at least the shortest side, {size}; got {longest}")
+    reasons.append(("image size", f"shortest side {size}, longest {longest}", why))
+    return Preprocessing(image_size=size, max_size=longest)
+
+
+def _image_size(train: Dataset, device: torch.device) -> tuple[int, str]:
+    """Choose the shortest side so that nine objects of ten get a comfortable size, within the device's means."""
+    native = int(np.median(np.minimum(train.widths, train.heights)))
+    sides = _object_sides(train)
+    most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
+    if not len(sides):
+        return min(native, most), "no objects to go by"
+    wanted = native * COMFORTABLE_SIDE / float(np.quantile(sides, 0.1))
+    size = int(np.clip(32 * round(wanted / 32), 128, min(most, 2 * native)))
+    return size, (
+        f"nine of ten objects are above {np.quantile(sides, 0.1):.0f} px in images of {native}; "
+        f"{most} at most on {device.type}"
+    )
+
+
+def _object_sides(train: Dataset) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    boxes = train.boxes[train.ignore == Ignore.NO]
+    return np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))  # type: ignore[no-any-return]
+
+
+def _anchors(
+    options: TrainingOptions,
+    train: Dataset,
+    preprocessing: Preprocessing,
+    reasons: list[tuple[str, str, str]],
+) -> AnchorSpec:
+    """Take the paper's anchors, or half or a quarter of their size where that covers more objects."""
+    asked = options.anchor_sizes()
+    if asked is not None:
+        spec = AnchorSpec(sizes=asked)
+        share = coverage(spec, train, preprocessing)
+        reasons.append(("anchors", options.anchors or "", f"asked for; {share:.0%} of objects reach IoU 0.5"))
+        return spec
+    specs = [AnchorSpec(sizes=tuple(size * f for size in AnchorSpec().sizes)) for f in (1.0, 0.5, 0.25)]
+    shares = [coverage(spec, train, preprocessing) for spec in specs]
+    # Smaller anchors must earn their place: with equal coverage the paper's stand.
+    best = max(range(len(specs)), key=lambda i: shares[i] - 0.01 * i)
+    sizes = ", ".join(f"{size:g}" for size in specs[best].sizes)
+    compared = ", ".join(f"{s:.0%} from {spec.sizes[0]:g}" for s, spec in zip(shares, specs, strict=True))
+    reasons.append(("anchors", sizes, f"objects that reach IoU 0.5: {compared}"))
+    return specs[best]
+
+
+def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> float:
+    """Return the share of a sample of objects whose best anchor reaches IoU 0.5, in the network's frame."""
+    objects = np.flatnonzero(train.ignore == Ignore.NO)
+    if not len(objects):
+        return 1.0
+    chosen = objects[np.linspace(0, len(objects) - 1, min(COVERAGE_SAMPLE, len(objects))).astype(int)]
+    images = np.searchsorted(train.offsets, chosen, side="right") - 1
+    reached = 0
+    for image in np.unique(images):
+        width, height = train.size(int(image))
+        resized = preprocessing.resized_size(width, height)
+        scale = np.array([resized[0] / width, resized[1] / height] * 2, np.float32)
+        boxes = torch.from_numpy(train.boxes[chosen[images == image]] * scale)
+        divisor = preprocessing.divisor
+        padded = [-(-side // divisor) * divisor for side in resized]
+        anchors = torch.cat(anchors_of_image(spec, padded[1], padded[0]))
+        reached += int((pairwise(iou, boxes, anchors).amax(dim=1) >= 0.5).sum())
+    return reached / len(chosen)
+
+
+def _steps(recipe: Recipe, options: TrainingOptions, images: int, reasons: list[tuple[str, str, str]]) -> int:
+    batch = recipe.batch_size
+    if options.steps is not None:
+        steps, why = options.steps, "asked for"
+    elif options.epochs is not None:
+        steps, why = max(1, round(options.epochs * images / batch)), f"{options.epochs:g} epochs asked for"
+    else:
+        steps = max(1, round(max(recipe.images_seen, recipe.epochs * images) / batch))
+        why = f"recipe {recipe.name}"
+    reasons.append(
+        ("steps", f"{steps:,}", f"{why}; {steps * batch / images:.1f} passes over {images:,} images")
+    )
+    return steps
+
+
+def _box_loss(recipe: Recipe) -> BoxLoss:
+    return giou_of_boxes() if recipe.box_loss == "giou" else smooth_l1_of_deltas(recipe.beta)

@@ -1,0 +1,71 @@
+"""What a person sees while a run trains: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from retinanet.evaluation import Metrics
+
+# Seconds between plain lines where there is no terminal.
+PLAIN_INTERVAL = 15.0
+
+
+class TrainingProgress:
+    """Show steps, losses, rate and speed of a run of `steps` steps."""
+
+    def __init__(self, console: Console, steps: int, start: int = 0) -> None:
+        self.console = console
+        self.steps = steps
+        self.live = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.live.add_task("train", total=steps, completed=start, figures="")
+        self.shown_at = self.began = time.monotonic()
+        self.start = start
+
+    def __enter__(self) -> TrainingProgress:
+        self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.stop()
+
+    def step(self, step: int, record: dict[str, float]) -> None:
+        """Show what `metrics.jsonl` got for a step."""
+        figures = (
+            f"loss {record['loss']:.3f} (class {record['loss_class']:.3f}, box {record['loss_box']:.3f})  "
+            f"lr {record['lr']:.2g}  {record['images_per_second']:.1f} images/s"
+        )
+        self.live.update(self.task, completed=step, figures=figures)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.shown_at > PLAIN_INTERVAL or step == self.steps):
+            self.shown_at = now
+            left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
+            self.say(f"step {step}/{self.steps}  {figures}  {_minutes(left)} left")
+
+    def evaluated(self, step: int, metrics: Metrics, seconds: float) -> None:
+        """Show a validation."""
+        shown = "  ".join(
+            f"{name.upper()} {'-' if value is None else f'{value:.3f}'}"
+            for name, value in (("ap", metrics.ap), ("ap50", metrics.ap50), ("ap75", metrics.ap75))
+        )
+        self.say(f"step {step}/{self.steps}  validation: {shown}  ({seconds:.0f} s)")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

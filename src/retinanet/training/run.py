@@ -1,0 +1,128 @@
+"""`retinanet.train`: from options to a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+from rich.console import Console
+
+from retinanet.data import Dataset, available_splits, open_dataset
+from retinanet.devices import deterministic_algorithms
+from retinanet.errors import ConfigError, DataError
+from retinanet.inference import Detector, Validation, load
+from retinanet.model import RetinaNet, build_retinanet, load_backbone
+from retinanet.report.curves import draw_curves
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.folder import RunFolder
+from retinanet.training.loop import train_network
+from retinanet.training.planning import Plan, plan_run
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Faults printed one by one; the rest is counted.
+FAULTS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its best model ready to use, and that model's validation."""
+
+    path: Path
+    detector: Detector
+    validation: Validation
+
+    @property
+    def metrics(self) -> dict[str, object]:
+        """What `metrics.json` holds."""
+        return self.validation.metrics.to_json()
+
+
+def _taking(_: Callable[P, TrainingOptions]) -> Callable[[Callable[[TrainingOptions], R]], Callable[P, R]]:
+    """Give a function of options the options' own signature, so that names and defaults stand in one place."""
+
+    def decorate(function: Callable[[TrainingOptions], R]) -> Callable[P, R]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return function(TrainingOptions(*args, **kwargs))  # type: ignore[arg-type]  # P is its signature
+
+        call.__doc__ = function.__doc__
+        return call
+
+    return decorate
+
+
+@_taking(TrainingOptions)
+def train(options: TrainingOptions) -> Run:
+    """Train a detector: `retinanet.train(data="data/", output="runs/x", backbone="resnet18", epochs=12)`.
+
+    Takes the fields of `TrainingOptions` by keyword, which are the options of `retinanet train`.
+    """
+    run = run_training(options)
+    if run is None:
+        raise ConfigError(
+            "retinanet.train needs dry_run=False; a dry run has no result. Use plan_run for a plan"
+        )
+    return run
+
+
+def run_training(options: TrainingOptions, console: Console | None = None) -> Run | None:
+    """Plan, train and validate; return None after a dry run."""
+    console = console or Console(stderr=True)
+    train_set, val_set = open_splits(options.data)
+    for dataset in (train_set, val_set):
+        console.print(dataset.summary(), highlight=False, soft_wrap=True)
+        for fault in dataset.faults[:FAULTS_SHOWN]:
+            console.print(f"  {fault}", highlight=False, soft_wrap=True)
+        if len(dataset.faults) > FAULTS_SHOWN:
+            console.print(f"  and {len(dataset.faults) - FAULTS_SHOWN} more", highlight=False)
+    plan = plan_run(options, train_set)
+    network = build_network(plan)
+    plan.show(console)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in network.parameters())
+    console.print(f"{whole:,} parameters, {trained:,} of them trained", highlight=False)
+    if options.dry_run:
+        return None
+
+    folder = RunFolder.create(options.output, options)
+    console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
+    with deterministic_algorithms(options.deterministic):
+        best = train_network(plan, network, train_set, val_set, folder, console)
+    draw_curves(folder.history(), folder.path / "curves.png")
+    console.print(best.metrics.table(), highlight=False)
+    console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
+    return Run(folder.path, load(folder.best, device=options.device), best)
+
+
+def open_splits(data: str) -> tuple[Dataset, Dataset]:
+    """Open `train` and `val` of a data set; both must be there, with the same classes and some objects."""
+    if not available_splits(data):
+        # A single file, or nothing that can be opened: the latter has a better message of its own.
+        open_dataset(data, "train")
+        raise DataError(f"training needs a folder with the splits train and val; {data} is one file")
+    train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
+    if train_set.classes != val_set.classes:
+        raise DataError(
+            f"{data} needs the same classes in train and val; got {', '.join(train_set.classes.names)} "
+            f"and {', '.join(val_set.classes.names)}"
+        )
+    if not len(train_set.boxes):
+        raise DataError(
+            f"training needs boxes; the train split of {data} has none in {len(train_set)} images"
+        )
+    return train_set, val_set
+
+
+def build_network(plan: Plan) -> RetinaNet:
+    """Build the plan's network: fresh weights by the seed, then the backbone's file where there is one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.options.seed)
+        network = build_retinanet(plan.spec, prior=plan.recipe.prior)
+    if plan.weights_file is not None:
+        load_backbone(network.backbone, plan.weights_file)
+    network.backbone.freeze(plan.recipe.freeze)
+    return network
