@@ -86,9 +86,12 @@ class AnchorSpec:
         return size * scale / math.sqrt(ratio), size * scale * math.sqrt(ratio)
 
 
+CPU = torch.device("cpu")
+
+
 @lru_cache(maxsize=32)
 def anchors_of_image(
-    spec: AnchorSpec, height: int, width: int, device: torch.device = torch.device("cpu")
+    spec: AnchorSpec, height: int, width: int, device: torch.device = CPU
 ) -> tuple[Tensor, ...]:
     """Return the anchors of an image of a padded size: per level `[h*w*A, 4]` xyxy float32.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retinanet.errors import ConfigError
 
-Overlap = Callable[[Tensor, Tensor], Tensor]
+Overlap = Callable[[Tensor, "Tensor"], Tensor]
 
 
 def xywh_to_xyxy(boxes: Float[Tensor, "*N 4"]) -> Float[Tensor, "*N 4"]:
@@ -180,12 +180,12 @@ class BoxCoding:
 
 def nms(
     boxes: Float[Tensor, "N 4"],
-    scores: Float[Tensor, N],
-    labels: Int64[Tensor, N],
+    scores: Float[Tensor, "N"],
+    labels: Int64[Tensor, "N"],
     threshold: float,
     *,
     max_kept: int | None = None,
-) -> Int64[Tensor, M]:
+) -> Int64[Tensor, "M"]:
     """Per-class greedy non-maximum suppression: return the indices kept, best score first.
 
     In order of score descending, then index ascending, a box is kept unless a kept box of its class has
@@ -196,6 +196,8 @@ def nms(
     """
     if not 0 <= threshold <= 1:
         raise ConfigError(f"nms needs a threshold in [0, 1]; got {threshold}")
+    if max_kept is not None and max_kept < 1:
+        raise ConfigError(f"nms needs max_kept of at least 1 or None; got {max_kept}")
     order = np.argsort(-scores.detach().float().cpu().numpy(), kind="stable")
     x1, y1, x2, y2 = boxes.detach().float().cpu().numpy()[order].T
     classes = labels.cpu().numpy()[order]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -16,18 +16,19 @@ from retinanet.errors import ConfigError
 BLOCK = 16
 
 
-class Matches(NamedTuple):
+@dataclass(frozen=True)
+class Matches:
     """`state` `[R]` int64 values of `MatchState`; `index` `[R]` the box with the highest IoU (0 if there is none)."""
 
-    state: Int64[Tensor, R]
-    index: Int64[Tensor, R]
+    state: Int64[Tensor, "R"]
+    index: Int64[Tensor, "R"]
 
 
 @torch.no_grad()
 def match_anchors(
     anchors: Float[Tensor, "R 4"],
     boxes: Float[Tensor, "G 4"],
-    ignored: Bool[Tensor, G] | None = None,
+    ignored: Bool[Tensor, "G"] | None = None,
     *,
     positive_iou: float = 0.5,
     negative_iou: float = 0.4,

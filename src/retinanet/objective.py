@@ -6,7 +6,7 @@ ignored, L_loc sums the box loss over the positive anchors, and both are divided
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
@@ -73,7 +73,7 @@ class Losses:
 
 
 class Assignment(NamedTuple):
-    """What matching says of a batch: state, class index (-1: no object) and box of every anchor, `[B, R]`, `[B, R, 4]`."""
+    """What matching says of a batch's anchors: state and class index (-1: no object) `[B, R]`, box `[B, R, 4]`."""
 
     state: Tensor
     classes: Tensor
@@ -97,8 +97,8 @@ class Objective:
 
     anchors: AnchorSpec
     coding: BoxCoding
-    class_loss: ClassLoss = focal()
-    box_loss: BoxLoss = smooth_l1_of_deltas()
+    class_loss: ClassLoss = field(default_factory=focal)
+    box_loss: BoxLoss = field(default_factory=smooth_l1_of_deltas)
     box_weight: float = 1.0
     normalizer: Normalizer = "image"
     positive_iou: float = 0.5

@@ -174,6 +174,18 @@ class Detections:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    @classmethod
+    def none(cls, classes: Classes, width: int, height: int) -> Detections:
+        """Nothing found in an image of that size."""
+        return cls(
+            np.zeros((0, 4), np.float32),
+            np.zeros(0, np.float32),
+            np.zeros(0, np.int64),
+            classes,
+            width,
+            height,
+        )
+
     @property
     def names(self) -> list[str]:
         """The class name of each detection."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from retinanet.records import GroundTruth, Ignore
 ORDER, PICTURE, SIZE = 0, 1, 2
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """One place in the stream: which image, in which epoch, for which shortest side."""
 
     index: int
@@ -35,7 +36,8 @@ class Request(NamedTuple):
     image_size: int
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True)
+class Example:
     """A prepared image `[3, h, w]`, its ground truth in the network's frame, and who could not be read for it."""
 
     pixels: NDArray[np.float32]
@@ -117,7 +119,7 @@ class Examples(TorchDataset[Example]):
             except ImageError as error:
                 failed.append(str(error))
                 continue
-            return self._prepare(image, request._replace(index=index), tuple(failed))
+            return self._prepare(image, dataclasses.replace(request, index=index), tuple(failed))
         raise DataError(f"training needs images that can be read; none of {len(failed)} can. {failed[0]}")
 
     def _prepare(self, image: NDArray[np.uint8], request: Request, failed: tuple[str, ...]) -> Example:
@@ -192,7 +194,7 @@ def training_batches(
     )
     return DataLoader(
         Examples(dataset, preprocessing, augmentation, seed),
-        batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as batches of int
+        batch_sampler=requests,
         num_workers=workers,
         collate_fn=_Collate(preprocessing.divisor),
         prefetch_factor=4 if workers else None,

@@ -2,6 +2,6 @@
 
 from retinanet.inference.detector import Detector, load
 from retinanet.inference.post_processing import Found, post_process
-from retinanet.inference.validation import Validation, evaluate, validate
+from retinanet.inference.validation import Validation, check_classes, evaluate, validate
 
-__all__ = ["Detector", "Found", "Validation", "evaluate", "load", "post_process", "validate"]
+__all__ = ["Detector", "Found", "Validation", "check_classes", "evaluate", "load", "post_process", "validate"]

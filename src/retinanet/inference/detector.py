@@ -51,7 +51,7 @@ class Detector:
         self.spec = model.spec
         self.device = choose_device(device)
         self.precision = precision
-        self.network = model.network.to(self.device, memory_format=torch.channels_last)
+        self.network = model.network.to(self.device).to(memory_format=torch.channels_last)
         self.max_detections = max_detections or self.spec.post_processing.max_detections
 
     def predict(
@@ -91,31 +91,37 @@ class Detector:
         bgr: bool = False,
     ) -> Iterator[Detections]:
         """Yield the detections of each image, in order, with bounded memory; see `predict`."""
+        for found in self.detect(images, threshold=threshold, batch_size=batch_size, bgr=bgr):
+            if isinstance(found, ImageError):
+                raise found
+            yield found
+
+    def detect(
+        self,
+        images: Iterable[Input],
+        *,
+        threshold: float | None = None,
+        batch_size: int | None = None,
+        bgr: bool = False,
+    ) -> Iterator[Detections | ImageError]:
+        """As `stream`, but an image that cannot be read gives its error in its place and ends nothing."""
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigError(f"threshold needs [0, 1]; got {threshold}")
         limits = self._thresholds(threshold)
-        for found in self._run(images, batch_size, bgr):
-            if isinstance(found, ImageError):
-                raise found
-            yield found.select(found.scores >= limits[found.labels])
-
-    def detect(
-        self, images: Iterable[Input], *, batch_size: int | None = None
-    ) -> Iterator[Detections | ImageError]:
-        """Yield everything above the spec's score threshold, or the error of an image that cannot be read.
-
-        What evaluation judges and what a long unattended run wants.
-        """
-        return self._run(images, batch_size, False)
+        for found in self.detect_all(images, batch_size=batch_size, bgr=bgr):
+            yield (
+                found if isinstance(found, ImageError) else found.select(found.scores >= limits[found.labels])
+            )
 
     def _thresholds(self, threshold: float | None) -> Float32Array:
         if threshold is not None:
             return np.full(len(self.spec.classes), threshold, np.float32)
         return self.model.operating_points.threshold_per_class(self.spec.classes, DEFAULT_THRESHOLD)
 
-    def _run(
-        self, images: Iterable[Input], batch_size: int | None, bgr: bool
+    def detect_all(
+        self, images: Iterable[Input], *, batch_size: int | None = None, bgr: bool = False
     ) -> Iterator[Detections | ImageError]:
+        """Yield everything above the spec's score threshold, or an image's error: what evaluation judges."""
         size = batch_size or (8 if self.device.type == "cuda" else 1)
         if size < 1:
             raise ConfigError(f"batch_size needs at least 1; got {batch_size}")

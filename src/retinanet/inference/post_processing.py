@@ -19,8 +19,8 @@ class Found(NamedTuple):
     """Detections of one image, best first, in pixels of the network input."""
 
     boxes: Float[Tensor, "D 4"]
-    scores: Float[Tensor, D]
-    labels: Int64[Tensor, D]
+    scores: Float[Tensor, "D"]
+    labels: Int64[Tensor, "D"]
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def candidates(
     return Found(coding.decode(anchors[anchor], deltas[anchor]), flat[index].sigmoid(), label)
 
 
-def first_largest(values: Float[Tensor, N], k: int) -> Int64[Tensor, k]:
+def first_largest(values: Float[Tensor, "N"], k: int) -> Int64[Tensor, "k"]:
     """Return the positions of the k largest values, in order of position; of equal ones the first.
 
     `torch.topk` leaves open which of equal values it takes.

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from retinanet.data import Dataset, open_dataset
 from retinanet.errors import DataError, ImageError
 from retinanet.evaluation import Metrics, choose_operating_points, evaluate_detections
@@ -62,12 +60,11 @@ def validate(
     found: list[Detections] = []
     failed: dict[str, str] = {}
     paths = (dataset.path(i) for i in range(len(dataset)))
-    for i, one in enumerate(detector.detect(paths, batch_size=batch_size)):
+    for i, one in enumerate(detector.detect_all(paths, batch_size=batch_size)):
         if isinstance(one, ImageError):
             failed[str(dataset.files[i])] = str(one)
             width, height = dataset.size(i)
-            none = np.zeros((0, 4), np.float32)
-            one = Detections(none, none[:, 0], none[:, 0], detector.spec.classes, width, height)
+            one = Detections.none(detector.spec.classes, width, height)
         found.append(one)
         if progress is not None:
             progress(i + 1)

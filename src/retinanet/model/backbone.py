@@ -6,13 +6,14 @@ import math
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import GroupNorm, freeze_batch_norm_2d
+from timm.layers.norm import GroupNorm
+from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from retinanet.errors import CheckpointError, ConfigError, did_you_mean
@@ -79,8 +80,8 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
     indices = _indices_of_strides(spec.name)
     options: dict[str, Any] = {"norm_layer": GroupNorm} if spec.norm == "group" else {}
     try:
-        network = timm.create_model(spec.name, features_only=True, out_indices=indices, **options)
-    except TypeError:
+        network: Any = timm.create_model(spec.name, features_only=True, out_indices=indices, **options)
+    except (TypeError, ValueError):
         raise ConfigError(
             f"BackboneSpec.norm 'group' needs a network that timm builds with any norm, such as resnet50; "
             f"{spec.name!r} is none: use norm 'native'"
@@ -89,7 +90,7 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
     if spec.stride_in_1x1:
         _move_stride(network, spec.name)
     if spec.norm == "frozen":
-        network = freeze_batch_norm_2d(network)
+        network = cast(nn.Module, freeze_batch_norm_2d(network))
     if spec.norm_eps is not None:
         for module in network.modules():
             if hasattr(module, "eps"):
@@ -100,7 +101,8 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
 def _indices_of_strides(name: str) -> tuple[int, ...]:
     try:
         with torch.device("meta"):
-            reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+            network: Any = timm.create_model(name, features_only=True)
+        reductions = network.feature_info.reduction()
         return tuple(max(i for i, r in enumerate(reductions) if r == stride) for stride in STRIDES)
     except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):
         raise ConfigError(

@@ -6,7 +6,6 @@ An option left at None is decided by the recipe and printed before step 1.
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +14,7 @@ import tyro
 import yaml
 
 from retinanet.errors import ConfigError
+from retinanet.folders import write_text
 from retinanet.plain import from_plain
 
 
@@ -22,7 +22,7 @@ from retinanet.plain import from_plain
 class TrainingOptions:
     """Train on the `train` split of DATA, validate on its `val` split."""
 
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Data set: a Pascal VOC folder or a COCO folder."""
     output: str | None = None
     """Run directory, made new; runs/NAME-N by default."""
@@ -167,7 +167,4 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def write_config(path: Path, options: TrainingOptions) -> None:
     """Write every option, also those left to the recipe, to a YAML file."""
-    text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))

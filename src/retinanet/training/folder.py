@@ -12,17 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from retinanet.errors import ConfigError
+from retinanet.folders import new_folder, write_json, write_text
 from retinanet.training.configuration import TrainingOptions, write_config
 from retinanet.version import __version__
 
-RUNS = Path("runs")
 VERSIONS = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "faster-coco-eval")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and writers of one run; see DESIGN in docs/architecture.md for the layout."""
+    """Paths and writers of one run; docs/architecture.md shows the layout."""
 
     path: Path
 
@@ -32,17 +31,9 @@ class RunFolder:
 
         An existing run is never overwritten.
         """
-        path = Path(output) if output else _next_free(RUNS)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"--output needs a new folder; {path} exists and is not empty. Choose another name"
-            )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_config(path / "config.yaml", options)
-            (path / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--output {path} cannot be written: {error}") from None
+        path = new_folder(output, "train")
+        write_config(path / "config.yaml", options)
+        write_text(path / "command.txt", shlex.join(sys.argv) + "\n")
         environment = {
             "retinanet": __version__,
             "python": platform.python_version(),
@@ -50,9 +41,8 @@ class RunFolder:
             "cores": os.cpu_count(),
             **{name: version(name) for name in VERSIONS},
         }
-        folder = cls(path)
-        folder.write_json("environment.json", environment)
-        return folder
+        write_json(path / "environment.json", environment)
+        return cls(path)
 
     @property
     def best(self) -> Path:
@@ -61,12 +51,6 @@ class RunFolder:
     @property
     def last(self) -> Path:
         return self.path / "last"
-
-    def write_json(self, name: str, values: Any) -> None:
-        """Write a JSON file whole or not at all."""
-        beside = self.path / f".{name}.{os.getpid()}"
-        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self.path / name)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
@@ -79,10 +63,3 @@ class RunFolder:
         if not file.is_file():
             return []
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def _next_free(parent: Path) -> Path:
-    number = 1
-    while (parent / f"train-{number}").exists():
-        number += 1
-    return parent / f"train-{number}"

@@ -16,6 +16,7 @@ from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
 from retinanet.devices import autocast
 from retinanet.errors import Stopped, TrainingError
+from retinanet.folders import write_json
 from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
 from retinanet.training.folder import RunFolder
@@ -36,7 +37,7 @@ def train_network(
     `best/` in the folder is the model of that validation, `last/` the newest.
     """
     device, recipe, seed = plan.device, plan.recipe, plan.options.seed
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
     average = WeightAverage(copy.deepcopy(network), recipe.average_decay) if recipe.average_decay else None
     optimizer = build_optimizer(
         network,
@@ -138,7 +139,7 @@ class Judge:
         if self.best is None or (found.ap or 0) > (self.best.ap or 0):
             self.best = found
             save_model(self.folder.best, self.model(step, found))
-            self.folder.write_json("metrics.json", metrics)
+            write_json(self.folder.path / "metrics.json", metrics)
 
     def model(self, step: int, found: Validation | None = None) -> Model:
         """Return the model file's content after a step."""

@@ -16,9 +16,11 @@ from retinanet.errors import ConfigError, DataError
 from retinanet.inference import Detector, Validation, load
 from retinanet.model import RetinaNet, build_retinanet, load_backbone
 from retinanet.report.curves import draw_curves
+from retinanet.report.page import write_page
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.loop import train_network
+from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan, plan_run
 
 P = ParamSpec("P")
@@ -92,10 +94,25 @@ def run_training(options: TrainingOptions, console: Console | None = None) -> Ru
     console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
     with deterministic_algorithms(options.deterministic):
         best = train_network(plan, network, train_set, val_set, folder, console)
-    draw_curves(folder.history(), folder.path / "curves.png")
+    _report(plan, best, val_set, folder)
     console.print(best.metrics.table(), highlight=False)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
     return Run(folder.path, load(folder.best, device=options.device), best)
+
+
+def _report(plan: Plan, best: Validation, val_set: Dataset, folder: RunFolder) -> None:
+    curves, pictures = folder.path / "curves.png", folder.path / "pictures.png"
+    draw_curves(folder.history(), curves)
+    draw_validation(val_set, best, pictures)
+    write_page(
+        folder.path / "report.html",
+        title=f"RetinaNet run {folder.path.name}",
+        lead=f"{plan.options.backbone}, {plan.steps:,} steps of {plan.batch_size} images, data {val_set.name}; "
+        "figures and pictures are of the best model on the split val.",
+        metrics=best.metrics.to_json(),
+        pictures=[("Curves", curves), ("Ground truth and detections", pictures)],
+        settings={setting: f"{value} ({why})" for setting, value, why in plan.reasons},
+    )
 
 
 def open_splits(data: str) -> tuple[Dataset, Dataset]:

@@ -1,0 +1,58 @@
+"""`retinanet data COMMAND`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Make the synthetic data set: disks, squares and triangles, told apart by shape alone."""
+
+    output: str
+    """New folder; COCO JSON and PNG images go there."""
+    train: int = 2000
+    """Images of the train split."""
+    val: int = 300
+    """Images of the val split."""
+    test: int = 0
+    """Images of the test split."""
+    image_size: int = 160
+    """Side of the square images, pixels."""
+    seed: int = 0
+    """Equal seeds make equal files."""
+
+    def run(self) -> int:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from retinanet.data.shapes import ShapesSpec, generate_shapes
+
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("drawing", total=self.train + self.val + self.test)
+            path = generate_shapes(
+                Path(self.output),
+                train=self.train,
+                val=self.val,
+                test=self.test,
+                seed=self.seed,
+                spec=ShapesSpec(image_size=self.image_size),
+                progress=lambda done: progress.update(task, completed=done),
+            )
+        console.print(f"{self.train + self.val + self.test:,} images in {path}", highlight=False)
+        return 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Make data sets."""
+
+    command: Annotated[Shapes, tyro.conf.subcommand("shapes")]
+
+    def run(self) -> int:
+        return self.command.run()

@@ -1,0 +1,113 @@
+"""`retinanet evaluate MODEL DATA`, or `retinanet evaluate --detections FILE DATA`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from retinanet.errors import ConfigError
+from retinanet.folders import new_folder, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Judge a model on a split of DATA by COCO's figures; or any detector, by its COCO results file."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL] DATA")]
+    """MODEL is a run, model directory or file; with --detections only DATA is given."""
+    detections: str | None = None
+    """COCO results file to judge instead of a model; needs no image files."""
+    split: str = "val"
+    """Split of DATA."""
+    output: str | None = None
+    """New folder for metrics.json and detections.json; runs/evaluate-N by default."""
+    max_detections: int | None = None
+    """Detections kept an image, and COCO's maxDets; the model's own cap by default, 100 for --detections."""
+    batch_size: int | None = None
+    """Images that meet the network together."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """auto: bf16 where the device computes it natively."""
+    json: bool = False
+    """Print metrics.json instead of the table."""
+
+    def run(self) -> int:
+        for name in ("max_detections", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} needs 1 or more; got {value}")
+        wanted = 1 if self.detections else 2
+        if len(self.inputs) != wanted:
+            form = "evaluate --detections FILE DATA" if self.detections else "evaluate MODEL DATA"
+            raise ConfigError(f"retinanet {form} is required; got {len(self.inputs)} positional arguments")
+        return self._judge_file(self.detections) if self.detections else self._judge_model()
+
+    def _judge_model(self) -> int:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from retinanet.checkpoint import load_model
+        from retinanet.data import open_dataset
+        from retinanet.evaluation import write_results
+        from retinanet.inference import Detector, check_classes, validate
+
+        model, data = self.inputs
+        detector = Detector(
+            load_model(model),
+            device=self.device,
+            precision=self.precision,
+            max_detections=self.max_detections,
+        )
+        dataset = open_dataset(data, self.split)
+        check_classes(detector, dataset)
+        folder = new_folder(self.output, "evaluate")
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("evaluate", total=len(dataset))
+            found = validate(
+                detector,
+                dataset,
+                batch_size=self.batch_size,
+                progress=lambda done: progress.update(task, completed=done),
+            )
+        write_results(folder / "detections.json", found.detections, dataset.image_ids.tolist())
+        write_json(folder / "metrics.json", found.metrics.to_json())
+        if found.capped:
+            console.print(
+                f"{found.capped} images reached the cap of {detector.max_detections} detections; "
+                "--max-detections N raises it",
+                highlight=False,
+            )
+        for failure in found.failed.values():
+            print(f"retinanet: left out: {failure}", file=sys.stderr)
+        self._show(found.metrics.to_json(), found.metrics.table())
+        print(f"written to {folder}", file=sys.stderr)
+        return 1 if found.failed else 0
+
+    def _judge_file(self, results: str) -> int:
+        from retinanet.data import open_dataset
+        from retinanet.evaluation import evaluate_detections, read_results
+
+        dataset = open_dataset(self.inputs[0], self.split, images="absent")
+        sizes = [dataset.size(i) for i in range(len(dataset))]
+        ids = dataset.image_ids.tolist()
+        found = read_results(results, image_ids=ids, sizes=sizes, classes=dataset.classes)
+        folder = new_folder(self.output, "evaluate")
+        metrics = evaluate_detections(
+            [dataset.ground_truth(i) for i in range(len(dataset))],
+            found,
+            dataset.classes,
+            max_detections=self.max_detections or 100,
+        )
+        write_json(folder / "metrics.json", metrics.to_json())
+        self._show(metrics.to_json(), metrics.table())
+        print(f"written to {folder}", file=sys.stderr)
+        return 0
+
+    def _show(self, metrics: dict[str, object], table: str) -> None:
+        print(json.dumps(metrics, indent=2) if self.json else table)

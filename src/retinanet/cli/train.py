@@ -1,0 +1,36 @@
+"""`retinanet train DATA`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+from retinanet.errors import ConfigError
+from retinanet.training.configuration import TrainingOptions, read_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainingOptions):
+    """Train on the train split of DATA and validate on its val split. --config FILE reads options from YAML."""
+
+    def run(self) -> int:
+        from retinanet.training.run import run_training
+
+        run_training(self)
+        return 0
+
+
+def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
+    """Take `--config FILE` out of the arguments; return the rest, and the file's options as defaults for it."""
+    rest = list(arguments)
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            continue
+        if not equals and place + 1 == len(arguments):
+            raise ConfigError("--config needs a file")
+        rest[place : place + (1 if equals else 2)] = []
+        options = read_config(value if equals else arguments[place + 1])
+        return rest, Train(**{"data": tyro.MISSING, **options})
+    return rest, None

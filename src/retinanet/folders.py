@@ -1,0 +1,52 @@
+"""Folders and files that commands leave behind: never overwritten, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from retinanet.errors import ConfigError
+
+RUNS = Path("runs")
+
+
+def new_folder(output: str | None, stem: str) -> Path:
+    """Make the folder a command writes to: `output`, or the first free runs/STEM-N.
+
+    Raises:
+        ConfigError: the folder holds something already, or cannot be made.
+    """
+    path = Path(output) if output else _first_free(stem)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"--output needs a new folder; {path} exists and is not empty. Choose another name")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {path} cannot be made: {error}") from None
+    return path
+
+
+def _first_free(stem: str) -> Path:
+    number = 1
+    while (RUNS / f"{stem}-{number}").exists():
+        number += 1
+    return RUNS / f"{stem}-{number}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there, so that it is never seen half-written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write indented JSON; see `write_text`."""
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
