@@ -16,7 +16,6 @@ install_import_hook(
         "retinanet.inference.post_processing",
         "retinanet.losses",
         "retinanet.matching",
-        "retinanet.objective",
     ],
     "conftest.check",
 )

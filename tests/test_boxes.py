@@ -232,7 +232,12 @@ def test_coding_by_hand():
 
 @pytest.mark.parametrize(
     "coding",
-    [b.BoxCoding(), b.BoxCoding(weights=(10, 10, 5, 5)), b.BoxCoding(clamp=None), b.BoxCoding(clamp_both_sides=True)],
+    [
+        b.BoxCoding(),
+        b.BoxCoding(weights=(10, 10, 5, 5)),
+        b.BoxCoding(clamp=None),
+        b.BoxCoding(clamp_both_sides=True),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_decode_undoes_encode(coding, dtype):
@@ -273,13 +278,13 @@ def test_decode_computes_in_float32():
     ("options", "message"),
     [
         ({"weights": (1, 1, 0, 1)}, r"weights needs four positive numbers; got \(1, 1, 0, 1\)"),
-        ({"weights": (1, 1, 1)}, "weights needs four positive numbers"),
+        ({"weights": (1, 1, math.nan, 1)}, "weights needs four positive numbers"),
         ({"clamp": 0.0}, r"clamp needs a positive number or None; got 0\.0"),
         ({"clamp": None, "clamp_both_sides": True}, "clamp_both_sides needs BoxCoding.clamp, which is None"),
     ],
 )
 def test_coding_errors(options, message):
-    with pytest.raises((ConfigError, TypeCheckError), match=message if len(options.get("weights", "1234")) == 4 else ""):
+    with pytest.raises(ConfigError, match=message):
         b.BoxCoding(**options)
 
 
@@ -327,7 +332,11 @@ def test_nms_equals_torchvision_class_by_class(threshold):
 
 def test_nms_keeps_boxes_without_area():
     boxes = torch.tensor([[1.0, 1, 1, 1], [1.0, 1, 1, 1], [0.0, 0, 2, 2]])  # IoU with an empty box is 0
-    assert b.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3, dtype=torch.int64), 0.0).tolist() == [0, 1, 2]
+    assert b.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3, dtype=torch.int64), 0.0).tolist() == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_nms_threshold_itself_is_kept():

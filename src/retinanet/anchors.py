@@ -98,15 +98,20 @@ def anchors_of_image(
     Rows run over y, then x, then the anchors of a location, the order of `RawPredictions`. Anchors may
     reach over the border. The result is cached by its arguments and shared: do not write to it.
     """
-    levels = []
-    for level, (rows, columns) in enumerate(spec.grids(height, width)):
-        step_y, step_x = spec.strides[level], spec.strides[level]
-        if spec.stride_rule == "image":
-            step_y, step_x = height // rows, width // columns
-        y = (torch.arange(rows) + spec.center) * step_y
-        x = (torch.arange(columns) + spec.center) * step_x
-        centers = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flip(-1)[:, :, None]
-        half = spec.shapes(level) / 2
-        boxes = torch.cat((centers - half, centers + half), dim=-1)
-        levels.append(boxes.reshape(-1, 4).to(device))
-    return tuple(levels)
+    # Cached while a caller is in inference mode, the anchors could never serve a gradient.
+    with torch.inference_mode(False):
+        return tuple(
+            _anchors_of_level(spec, level, height, width).to(device) for level in range(len(spec.sizes))
+        )
+
+
+def _anchors_of_level(spec: AnchorSpec, level: int, height: int, width: int) -> Tensor:
+    rows, columns = spec.grids(height, width)[level]
+    step_y, step_x = spec.strides[level], spec.strides[level]
+    if spec.stride_rule == "image":
+        step_y, step_x = height // rows, width // columns
+    y = (torch.arange(rows) + spec.center) * step_y
+    x = (torch.arange(columns) + spec.center) * step_x
+    centers = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flip(-1)[:, :, None]
+    half = spec.shapes(level) / 2
+    return torch.cat((centers - half, centers + half), dim=-1).reshape(-1, 4)

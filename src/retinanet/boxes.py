@@ -130,7 +130,8 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 def _slant(boxes: Tensor) -> Tensor:
     width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
     solid = (width > 0) & (height > 0)
-    return torch.atan(torch.where(solid, width, 1) / torch.where(solid, height, 1))
+    # Not atan(w / h): the quotient of a needle overflows, and its gradient with it.
+    return torch.atan2(torch.where(solid, width, 1), torch.where(solid, height, 1))
 
 
 @dataclass(frozen=True)

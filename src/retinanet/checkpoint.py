@@ -54,6 +54,7 @@ def save_model(path: str | Path, model: Model) -> Path:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(state, beside, metadata)
+        beside.chmod(0o644)  # safetensors makes files that only their owner can read
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the model cannot be written to {path}: {error}") from None

@@ -202,6 +202,13 @@ class Detections:
             self.boxes[keep], self.scores[keep], self.labels[keep], self.classes, self.width, self.height
         )
 
+    def in_classes(self, classes: Classes) -> Detections:
+        """Return the detections whose class name `classes` has too, with its indices and ids."""
+        index = {name: i for i, name in enumerate(classes.names)}
+        known = np.array([name in index for name in self.names], bool)
+        labels = np.array([index[name] for name in self.names if name in index], np.int64)
+        return Detections(self.boxes[known], self.scores[known], labels, classes, self.width, self.height)
+
     def above(self, threshold: float) -> Detections:
         """Return the detections with score >= threshold."""
         return self.select(self.scores >= threshold)

@@ -52,7 +52,9 @@ class Shapes:
 class Data:
     """Make data sets."""
 
-    command: Annotated[Shapes, tyro.conf.subcommand("shapes")]
+    # tyro makes a subcommand only of a union; the suppressed half goes when there is a second command.
+    command: Annotated[Shapes, tyro.conf.subcommand("shapes")] | Annotated[None, tyro.conf.Suppress]
 
     def run(self) -> int:
+        assert self.command is not None  # tyro requires a subcommand
         return self.command.run()

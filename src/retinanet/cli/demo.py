@@ -13,8 +13,8 @@ class Demo:
 
     output: str = "runs/demo"
     """New run folder; the images go into one beside it, and are used again."""
-    steps: int = 700
-    """Training steps of 4 images."""
+    time: str = "5m"
+    """Training ends in that time: 90s, 5m, 1h."""
     images: int = 2000
     """Training images."""
     seed: int = 0
@@ -51,8 +51,7 @@ class Demo:
                 image_size=160,
                 batch_size=4,
                 lr=0.004,
-                steps=self.steps,
-                validate_every_steps=max(1, self.steps // 2),
+                time=self.time,
                 seed=self.seed,
             ),
             console,

@@ -75,7 +75,9 @@ class Evaluate:
                 batch_size=self.batch_size,
                 progress=lambda done: progress.update(task, completed=done),
             )
-        write_results(folder / "detections.json", found.detections, dataset.image_ids.tolist())
+        # A results file speaks the data set's ids, whatever ids the model was trained with.
+        results = [one.in_classes(dataset.classes) for one in found.detections]
+        write_results(folder / "detections.json", results, dataset.image_ids.tolist())
         write_json(folder / "metrics.json", found.metrics.to_json())
         if found.capped:
             console.print(

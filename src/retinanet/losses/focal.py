@@ -50,7 +50,7 @@ def sigmoid_focal_loss(
 
     Reference: Lin, Goyal, Girshick, He, Dollár, "Focal Loss for Dense Object Detection", ICCV 2017.
     """
-    if alpha is not None and alpha > 1:
+    if alpha is not None and not alpha <= 1:
         raise ConfigError(f"sigmoid_focal_loss needs alpha in [0, 1] or None; got {alpha}")
     if not gamma >= 0:
         raise ConfigError(f"sigmoid_focal_loss needs gamma >= 0; got {gamma}")
@@ -67,6 +67,11 @@ def sigmoid_focal_loss(
             f"of shape {list(inputs.shape[:-1])}; got {targets.dtype} of shape {list(targets.shape)}"
         )
     if weight is not None:
+        if weight.shape != inputs.shape[:-1]:  # it could broadcast to something else in silence
+            raise ConfigError(
+                f"sigmoid_focal_loss needs a weight of shape {list(inputs.shape[:-1])}, one a row of inputs; "
+                f"got {list(weight.shape)}"
+            )
         loss = loss * weight[..., None]
     if reduction == "none":
         return loss

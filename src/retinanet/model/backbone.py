@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers.norm import GroupNorm
 from timm.layers.norm_act import freeze_batch_norm_2d
@@ -90,6 +88,10 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
     if spec.stride_in_1x1:
         _move_stride(network, spec.name)
     if spec.norm == "frozen":
+        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+            raise ConfigError(
+                f"BackboneSpec.norm 'frozen' needs a network with BatchNorm; {spec.name!r} has none: use 'native'"
+            )
         network = cast(nn.Module, freeze_batch_norm_2d(network))
     if spec.norm_eps is not None:
         for module in network.modules():
@@ -102,6 +104,8 @@ def _indices_of_strides(name: str) -> tuple[int, ...]:
     try:
         with torch.device("meta"):
             network: Any = timm.create_model(name, features_only=True)
+        if getattr(network, "output_fmt", "NCHW") != "NCHW":  # Swin: channels last, and one image size only
+            raise ValueError
         reductions = network.feature_info.reduction()
         return tuple(max(i for i, r in enumerate(reductions) if r == stride) for stride in STRIDES)
     except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):
@@ -174,15 +178,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         state = (
             load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         )
-    except (
-        OSError,
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-    ) as error:
+    except Exception as error:  # what a damaged or foreign file raises is anyone's guess, IndexError included
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"--pretrained needs a weights file that can be read; {path}: {reason}"

@@ -136,9 +136,10 @@ class ModelSpec:
                 f"ModelSpec needs anchors on P3..P7, strides (8, 16, 32, 64, 128); got {self.anchors.strides}"
             )
         self.post_processing.thresholds(len(self.anchors.strides))
-        if self.head.norm == "group" and self.pyramid.channels % 32:
+        # With one channel a group, a single location of P7 would be normalised to nothing; torch refuses it.
+        if self.head.norm == "group" and (self.pyramid.channels % 32 or self.pyramid.channels < 64):
             raise ConfigError(
-                "ModelSpec.head.norm 'group' (32 groups) needs ModelSpec.pyramid.channels divisible by 32; "
+                "ModelSpec.head.norm 'group' (32 groups) needs ModelSpec.pyramid.channels 64, 96, 128 ...; "
                 f"got {self.pyramid.channels}"
             )
 

@@ -39,11 +39,13 @@ class TrainingOptions:
     anchors: str | None = None
     """Base sizes of the anchors on P3 to P7, pixels: five numbers with commas."""
     channels: int | None = None
-    """Width of pyramid and heads; a multiple of 32."""
+    """Width of pyramid and heads: 64, 96, 128 ..."""
     epochs: float | None = None
     """Passes over the training images; not together with --steps."""
     steps: int | None = None
     """Optimiser steps; not together with --epochs."""
+    time: str | None = None
+    """As many steps as end in that time, such as 90s, 20m or 2h; measured on this machine before step 1."""
     batch_size: int | None = None
     """Images a step."""
     lr: float | None = None
@@ -89,7 +91,7 @@ class TrainingOptions:
         for name, least in (
             ("image_size", 32),
             ("max_size", 32),
-            ("channels", 32),
+            ("channels", 64),
             ("steps", 1),
             ("batch_size", 1),
             ("max_detections", 1),
@@ -112,8 +114,13 @@ class TrainingOptions:
             raise ConfigError(f"--alpha needs a number in [0, 1]; got {self.alpha}")
         if self.prior is not None and not 0 < self.prior < 1:
             raise ConfigError(f"--prior needs a number in (0, 1); got {self.prior}")
-        if self.epochs is not None and self.steps is not None:
-            raise ConfigError(f"--epochs and --steps say the same twice; got {self.epochs} and {self.steps}")
+        given = [name for name in ("epochs", "steps", "time") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"one of --epochs, --steps and --time says how long; got --{' and --'.join(given)}"
+            )
+        if self.time is not None:
+            self.seconds()
         if self.channels is not None and self.channels % 32:
             raise ConfigError(f"--channels needs a multiple of 32; got {self.channels}")
         if None not in (self.image_size, self.max_size) and self.image_size > self.max_size:  # type: ignore[operator]
@@ -125,6 +132,19 @@ class TrainingOptions:
             raise ConfigError(f"--beta belongs to --box-loss smooth-l1; got --box-loss {self.box_loss}")
         if self.anchors is not None:
             self.anchor_sizes()
+
+    def seconds(self) -> float | None:
+        """Return `--time` in seconds."""
+        if self.time is None:
+            return None
+        number, unit = self.time[:-1], self.time[-1:]
+        try:
+            seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+        except (KeyError, ValueError):
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            raise ConfigError(f"--time needs a number with s, m or h, such as 20m; got {self.time!r}")
+        return seconds
 
     def anchor_sizes(self) -> tuple[float, ...] | None:
         """Return the five base sizes of `--anchors`."""

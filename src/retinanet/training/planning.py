@@ -29,6 +29,8 @@ from retinanet.training.recipes import Recipe, modern, paper, small
 COVERAGE_SAMPLE = 400
 # An object's side in the network input that anchors and stride 8 can still resolve well.
 COMFORTABLE_SIDE = 24
+# Validations in a run, unless --validate-every-steps says otherwise.
+VALIDATIONS = 5
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
 
 
@@ -94,7 +96,7 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     reasons.append(
         ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
     )
-    validate_every = options.validate_every_steps or max(1, round(steps / 5))
+    validate_every = options.validate_every_steps or max(1, round(steps / VALIDATIONS))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(8, cores - 1) if options.workers is None else options.workers
     return Plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from retinanet.training.folder import RunFolder
 from retinanet.training.loop import train_network
 from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan, plan_run
+from retinanet.training.timing import fit_to_time
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,6 +75,7 @@ def train(options: TrainingOptions) -> Run:
 
 def run_training(options: TrainingOptions, console: Console | None = None) -> Run | None:
     """Plan, train and validate; return None after a dry run."""
+    began = time.monotonic()
     console = console or Console(stderr=True)
     train_set, val_set = open_splits(options.data)
     for dataset in (train_set, val_set):
@@ -83,6 +86,9 @@ def run_training(options: TrainingOptions, console: Console | None = None) -> Ru
             console.print(f"  and {len(dataset.faults) - FAULTS_SHOWN} more", highlight=False)
     plan = plan_run(options, train_set)
     network = build_network(plan)
+    seconds = options.seconds()
+    if seconds is not None:
+        plan = fit_to_time(plan, network, train_set, val_set, seconds - (time.monotonic() - began))
     plan.show(console)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())

@@ -1,0 +1,91 @@
+"""`--time`: how many steps fit, measured on this machine before the run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from itertools import islice
+
+import torch
+
+from retinanet.checkpoint import Model
+from retinanet.data import Dataset
+from retinanet.data.loading import training_batches
+from retinanet.devices import autocast
+from retinanet.inference import Detector, validate
+from retinanet.model import RetinaNet
+from retinanet.training.optimizer import build_optimizer
+from retinanet.training.planning import VALIDATIONS, Plan
+
+WARM_STEPS, TIMED_STEPS = 3, 8
+VALIDATION_IMAGES = 16
+# Share of the time that is planned; the rest is for what differs between a trial and a run.
+PLANNED = 0.92
+
+
+def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, seconds: float) -> Plan:
+    """Return the plan with as many steps as fit into `seconds`, validations included.
+
+    A copy of the network takes a few steps and looks at a few images; the network itself is not touched.
+    """
+    trial = copy.deepcopy(network)
+    step = _step_seconds(plan, trial, train)
+    few = val.subset(range(min(VALIDATION_IMAGES, len(val))))
+    detector = Detector(Model(trial, plan.spec), device=str(plan.device))
+    validate(detector, few.subset([0]), batch_size=1)  # what is slow once only
+    began = time.monotonic()
+    validate(detector, few, batch_size=plan.batch_size)
+    validation = (time.monotonic() - began) / len(few) * len(val)
+    every = plan.options.validate_every_steps
+    per_step = step + (validation / every if every else 0)
+    validations = 0 if every else VALIDATIONS
+    steps = max(1, math.floor((seconds * PLANNED - validations * validation) / per_step))
+    # Three digits are enough, and make runs on one machine comparable.
+    steps = max(1, int(float(f"{steps:.3g}")))
+    why = f"fit into {seconds:.0f} s: {step:.2f} s a step, {validation:.0f} s a validation"
+    return dataclasses.replace(
+        plan,
+        steps=steps,
+        warmup_steps=min(plan.recipe.warmup_steps, math.ceil(steps / 20)),
+        validate_every=every or max(1, math.ceil(steps / VALIDATIONS)),
+        reasons=tuple(
+            ("steps", f"{steps:,}", why) if setting == "steps" else (setting, value, reason)
+            for setting, value, reason in plan.reasons
+        ),
+    )
+
+
+def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset) -> float:
+    network.to(plan.device).to(memory_format=torch.channels_last).train()
+    recipe = plan.recipe
+    optimizer = build_optimizer(
+        network, name=recipe.optimizer, lr=0.0, weight_decay=0.0, decay_all=recipe.decay_all
+    )
+    count = WARM_STEPS + TIMED_STEPS
+    batches = training_batches(
+        train,
+        plan.spec.preprocessing,
+        recipe.augmentation,
+        batch_size=plan.batch_size,
+        seed=plan.options.seed,
+        steps=count,
+        workers=0,  # the time of a worker that shares the cores is part of the step
+    )
+    taken = []
+    began = time.monotonic()
+    for batch in islice(batches, count):
+        images = batch.images.to(plan.device, memory_format=torch.channels_last)
+        with autocast(plan.device, plan.options.precision):
+            predictions = network(images)
+        targets = batch.targets.to(plan.device)
+        losses = plan.objective(predictions, targets, height=images.shape[2], width=images.shape[3])
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        now = time.monotonic()
+        taken.append(now - began)
+        began = now
+    timed = sorted(taken[WARM_STEPS:])
+    return timed[len(timed) // 2]

@@ -1,0 +1,235 @@
+"""The objective: one batch worked out in plain numbers, normalisers, empty images, ignored regions, level order."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from retinanet.anchors import AnchorSpec
+from retinanet.batches import RawPredictions, Targets
+from retinanet.boxes import BoxCoding
+from retinanet.errors import ConfigError
+from retinanet.objective import Objective, focal, giou_of_boxes, smooth_l1_of_deltas
+
+# On 16 x 16 px: four squares of 8 on the first level, the whole image on the second.
+ANCHORS = AnchorSpec(sizes=(8.0, 16.0), scales=(1.0,), ratios=(1.0,), strides=(8, 16))
+OBJECTIVE = Objective(anchors=ANCHORS, coding=BoxCoding())
+
+# Two classes; all logits differ, so that no two anchors can be confused.
+LOGITS = [
+    [[-2.0, 0.5], [-1.0, -3.0], [0.3, -0.7], [1.1, 2.0], [-0.2, 0.9]],
+    [[0.1, -1.5], [-2.5, 0.4], [0.8, -0.9], [-1.2, 0.6], [1.4, -0.4]],
+]
+DELTAS = [[[0.5, -0.125, 2.0, 0.1]] + [[9.0] * 4] * 4, [[7.0] * 4] * 5]
+# Image 0: a box of class 1 that is positive for anchor 0 (IoU 48/64); one of class 0 that meets anchor 3 at
+# 28/64, in the ignored band; everything else is background. Image 1: no objects, one padding row more.
+BOXES = [[[0, 0, 8, 6], [8, 8, 16, 11.5]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
+CLASSES = [[1, 0], [0, 0]]
+
+
+def predictions(logits=LOGITS, deltas=DELTAS):
+    logits, deltas = torch.tensor(logits).requires_grad_(), torch.tensor(deltas).requires_grad_()
+    made = RawPredictions(
+        logits=logits.split([4, 1], dim=1), deltas=deltas.split([4, 1], dim=1), grids=((2, 2), (1, 1))
+    )
+    return made, logits, deltas
+
+
+def targets(boxes=BOXES, classes=CLASSES, ignored=None):
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(len(boxes), -1, 4)
+    classes = torch.tensor(classes, dtype=torch.int64).reshape(boxes.shape[:2])
+    given = torch.zeros(boxes.shape[:2], dtype=torch.bool) if ignored is None else torch.tensor(ignored)
+    return Targets(boxes, classes, given)
+
+
+def losses(objective=OBJECTIVE, made=None, wanted=None):
+    return objective(made or predictions()[0], wanted or targets(), height=16, width=16)
+
+
+def plain_focal(x, y, alpha=0.25, gamma=2.0):
+    p = 1 / (1 + math.exp(-x))
+    p_t, alpha_t = (p, alpha) if y else (1 - p, 1 - alpha)
+    return -alpha_t * (1 - p_t) ** gamma * math.log(p_t)
+
+
+def plain_smooth_l1(x, beta=1.0):
+    return 0.5 * x * x / beta if abs(x) < beta else abs(x) - 0.5 * beta
+
+
+def plain_sums():
+    """L_cls and L_loc of each image before any division."""
+    of_classes = [0.0, 0.0]
+    for image in range(2):
+        for anchor in range(5):
+            if (image, anchor) == (0, 3):
+                continue  # ignored
+            for k in range(2):
+                y = (image, anchor, k) == (0, 0, 1)
+                of_classes[image] += plain_focal(LOGITS[image][anchor][k], y)
+    wanted = [0, (3 - 4) / 8, math.log(8 / 8), math.log(6 / 8)]
+    of_boxes = sum(plain_smooth_l1(d - t) for d, t in zip(DELTAS[0][0], wanted, strict=True))
+    return of_classes, of_boxes
+
+
+# ---------------------------------------------------------------------------------- the case by hand
+
+
+def test_a_batch_by_hand():
+    (first, second), of_boxes = plain_sums()
+    found = losses(dataclasses.replace(OBJECTIVE, box_weight=3.0))
+    # Each image by its own positives (1; and 0, which counts as 1), then the mean over two images.
+    assert found.classes.item() == pytest.approx((first / 1 + second / 1) / 2, rel=1e-5)
+    assert found.boxes.item() == pytest.approx((of_boxes / 1 + 0) / 2, rel=1e-5)
+    assert found.total.item() == pytest.approx(found.classes.item() + 3 * found.boxes.item())
+    assert found.positives.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "boxes", "divisors"),
+    [
+        # Positives an image: 1 and 0. Each image's sum is divided by:
+        ("image", BOXES, (2, 2)),
+        ("batch", BOXES, (1, 1)),
+        ("all-processes", BOXES, (1, 1)),
+        # 3 and 1 (three squares and the whole image)
+        ("image", [[[0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16]], [[0, 0, 16, 16], [0] * 4, [0] * 4]], (6, 2)),
+        ("batch", [[[0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16]], [[0, 0, 16, 16], [0] * 4, [0] * 4]], (4, 4)),
+        # none anywhere: never below 1
+        ("image", [[[0] * 4], [[0] * 4]], (2, 2)),
+        ("batch", [[[0] * 4], [[0] * 4]], (1, 1)),
+        ("all-processes", [[[0] * 4], [[0] * 4]], (1, 1)),
+    ],
+)
+def test_normalizers(normalizer, boxes, divisors):
+    # Loss functions that count: each kept anchor costs its weight, each positive 1.
+    objective = dataclasses.replace(
+        OBJECTIVE,
+        normalizer=normalizer,
+        class_loss=lambda logits, classes, weight: (logits[..., 0] * weight).sum(),
+        box_loss=lambda deltas, anchors, boxes, coding: deltas[:, 0] * 0 + 1,
+    )
+    made, logits, _ = predictions()
+    wanted = targets(boxes, [[0] * len(image) for image in boxes])
+    found = losses(objective, made, wanted)
+    found.classes.backward()
+    for image, divisor in enumerate(divisors):
+        assert logits.grad[image, 1, 0].item() == pytest.approx(1 / divisor)
+    positives = (
+        (3 * (1 / divisors[0]) + 1 / divisors[1]) if len(boxes[0]) == 3 else found.positives / divisors[0]
+    )
+    assert found.boxes.item() == pytest.approx(float(positives))
+
+
+def test_box_losses():
+    box = [[[0, 0, 8, 6]]]
+    made, _, _ = predictions([LOGITS[0]], [DELTAS[0]])
+    wanted = [0.5, 0.0, 2.0, 0.1 - math.log(0.75)]  # distances, in each delta
+    for beta in (1.0, 1 / 9, 0.0):
+        found = losses(
+            dataclasses.replace(OBJECTIVE, box_loss=smooth_l1_of_deltas(beta)), made, targets(box, [[1]])
+        )
+        expected = sum(plain_smooth_l1(x, beta) if beta else abs(x) for x in wanted)
+        assert found.boxes.item() == pytest.approx(expected, rel=1e-5)
+    # GIoU: zero deltas leave the anchor, and the box fills 6 / 8 of it.
+    made, _, _ = predictions([LOGITS[0]], [[[0.0] * 4] * 5])
+    found = losses(dataclasses.replace(OBJECTIVE, box_loss=giou_of_boxes()), made, targets(box, [[1]]))
+    assert found.boxes.item() == pytest.approx(1 - 6 / 8)
+
+
+def test_class_loss_options():
+    found = losses(dataclasses.replace(OBJECTIVE, class_loss=focal(None, 0.0)))
+    expected = sum(
+        plain_focal(LOGITS[i][a][k], (i, a, k) == (0, 0, 1), gamma=0)
+        / (0.25 if (i, a, k) == (0, 0, 1) else 0.75)
+        for i in range(2)
+        for a in range(5)
+        for k in range(2)
+        if (i, a) != (0, 3)
+    )
+    assert found.classes.item() == pytest.approx(expected / 2, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------- who gets a gradient
+
+
+def test_ignored_anchors_and_the_boxes_of_negatives_have_no_gradient():
+    made, logits, deltas = predictions()
+    losses(made=made).total.backward()
+    assert logits.grad[0, 3].abs().max() == 0
+    assert (logits.grad.abs().amax(-1) > 0).sum() == 9
+    assert (deltas.grad.abs().amax(-1) > 0).nonzero().tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("box_loss", [smooth_l1_of_deltas(), giou_of_boxes()])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_batch_of_background(rows, box_loss):
+    made, logits, deltas = predictions()
+    wanted = targets([[[0] * 4] * rows] * 2, [[0] * rows] * 2)
+    found = losses(dataclasses.replace(OBJECTIVE, box_loss=box_loss), made, wanted)
+    assert found.classes.isfinite()
+    assert found.classes > 0
+    assert found.boxes == 0
+    assert found.positives == 0
+    found.boxes.backward(retain_graph=True)
+    assert deltas.grad.abs().max() == 0  # zero, but there: all processes need the same graph
+    found.total.backward()
+    assert (logits.grad.abs() > 0).all()
+
+
+def test_padding_rows_change_nothing():
+    bare, padded = (
+        targets(),
+        targets([[*image, *[[0] * 4] * 5] for image in BOXES], [[*c, *[0] * 5] for c in CLASSES]),
+    )
+    assert losses(wanted=bare).total == losses(wanted=padded).total
+
+
+def test_a_crowd_region_is_neither():
+    # The crowd covers the upper half of the image: anchors 0 and 1 lie in it, and half of anchor 4.
+    made, logits, deltas = predictions()
+    wanted = targets([[[0, 0, 16, 8]], [[0] * 4]], [[1], [0]], [[True], [False]])
+    found = losses(made=made, wanted=wanted)
+    found.total.backward()
+    assert found.positives == 0
+    assert logits.grad[0].abs().amax(-1).gt(0).tolist() == [False, False, True, True, False]
+    assert logits.grad[1].abs().amax(-1).gt(0).all()
+    assert deltas.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_a_positive_lands_on_its_level(level):
+    spec = AnchorSpec(scales=(1.0,), ratios=(1.0,))
+    rows = [r * c for r, c in spec.grids(128, 128)]
+    logits = [torch.zeros(1, n, 3, requires_grad=True) for n in rows]
+    deltas = [torch.zeros(1, n, 4, requires_grad=True) for n in rows]
+    made = RawPredictions(tuple(logits), tuple(deltas), spec.grids(128, 128))
+    # An object exactly on the last anchor of the level; a little shifted, so that its deltas matter.
+    stride, size = spec.strides[level], spec.sizes[level]
+    center = 128 - stride / 2
+    box = [[[center - size / 2 + 1, center - size / 2, center + size / 2 + 1, center + size / 2]]]
+    objective = Objective(anchors=spec, coding=BoxCoding(), positive_iou=0.9, negative_iou=0.9)
+    found = objective(made, targets(box, [[2]]), height=128, width=128)
+    found.total.backward()
+    assert found.positives == 1
+    for other in range(5):
+        touched = deltas[other].grad.abs().amax(-1).nonzero().tolist()
+        assert touched == ([[0, rows[level] - 1]] if other == level else [])
+        # Of y = 1 the logit has to rise, of y = 0 to fall.
+        rising = (logits[other].grad < 0).nonzero().tolist()
+        assert rising == ([[0, rows[level] - 1, 2]] if other == level else [])
+
+
+def test_losses_are_float32_from_bfloat16_predictions():
+    made, _, _ = predictions()
+    half = RawPredictions(
+        tuple(x.bfloat16() for x in made.logits), tuple(x.bfloat16() for x in made.deltas), made.grids
+    )
+    found = losses(made=half)
+    assert found.total.dtype == torch.float32
+    assert found.total.item() == pytest.approx(losses(made=made).total.item(), rel=0.02)
+
+
+def test_box_weight_error():
+    with pytest.raises(ConfigError, match="--box-weight needs 0 or more; got -1"):
+        dataclasses.replace(OBJECTIVE, box_weight=-1.0)

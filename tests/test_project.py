@@ -1,0 +1,78 @@
+"""What is written is enforced: the README's code runs, its commands parse, the paths in the docs exist."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from retinanet.cli.main import parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_the_readmes_loss_runs() -> None:
+    code = next(block for block in blocks(ROOT / "README.md", "python") if "sigmoid_focal_loss" in block)
+    names: dict[str, object] = {}
+    exec(code, names)
+    loss = names["loss"]
+    assert loss.isfinite()  # type: ignore[attr-defined]
+
+
+def test_the_readmes_python_runs_on_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from test_detector import make_model
+
+    from retinanet.checkpoint import save_model
+    from retinanet.data.shapes import ShapesSpec, generate_shapes
+
+    monkeypatch.chdir(tmp_path)
+    save_model("runs/mine", make_model())
+    generate_shapes(Path("DATA"), train=1, val=2, spec=ShapesSpec(image_size=96))
+    image = next(Path("DATA/images/val").iterdir())
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(image, name)
+    code = next(block for block in blocks(ROOT / "README.md", "python") if "retinanet.load" in block)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["report"].metrics.images == 2  # type: ignore[attr-defined]
+
+
+def test_the_readmes_commands_parse() -> None:
+    commands = re.findall(r"^    (retinanet .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        parse(shlex.split(command, comments=True)[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    for target in re.findall(r"`(src/[^`]+|docs/[^`]+)`", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    "module", ["retinanet.boxes", "retinanet.losses.focal", "retinanet.images", "retinanet.anchors"]
+)
+def test_examples_in_docstrings_hold(module: str) -> None:
+    import torch
+
+    code = importlib.import_module(module)
+    result = doctest.testmod(code, extraglobs={"torch": torch})
+    assert result.failed == 0

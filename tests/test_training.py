@@ -1,0 +1,469 @@
+"""A whole run on a few small images: what it leaves behind, and that what it says is so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import retinanet
+from retinanet.checkpoint import load_model
+from retinanet.data import open_dataset, write_coco
+from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.errors import ConfigError, DataError, TrainingError
+from retinanet.inference import Detector, validate
+from retinanet.records import Classes, GroundTruth
+from retinanet.training import recipes
+from retinanet.training.configuration import TrainingOptions, read_config, write_config
+from retinanet.training.optimizer import WeightAverage, build_optimizer, rate
+from retinanet.training.planning import coverage, plan_run
+from retinanet.training.run import build_network, run_training
+
+TINY = {
+    "backbone": "resnet18",
+    "pretrained": "none",
+    "channels": 64,
+    "image_size": 96,
+    "batch_size": 2,
+    "device": "cpu",
+    "workers": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate_shapes(
+        tmp_path_factory.mktemp("data") / "shapes", train=6, val=4, spec=ShapesSpec(image_size=96)
+    )
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    return retinanet.train(data=str(data), output=str(output), steps=12, validate_every_steps=6, **TINY)
+
+
+def test_the_run_folder_is_complete(run: object) -> None:
+    names = {path.name for path in run.path.iterdir()}  # type: ignore[attr-defined]
+    assert names == {
+        "config.yaml",
+        "command.txt",
+        "environment.json",
+        "metrics.jsonl",
+        "metrics.json",
+        "best",
+        "last",
+        "curves.png",
+        "pictures.png",
+        "report.html",
+    }
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]  # type: ignore[attr-defined]
+    trained = [line for line in lines if "loss" in line]
+    judged = [line for line in lines if "ap" in line]
+    assert [line["step"] for line in trained] == [10, 12]
+    assert [line["step"] for line in judged] == [6, 12]
+    assert {"step", "epoch", "loss", "loss_class", "loss_box", "lr", "images_per_second"} <= set(trained[0])
+    assert trained[-1]["epoch"] == 12 * 2 / 6
+    page = (run.path / "report.html").read_text()  # type: ignore[attr-defined]
+    assert "data:image/png;base64," in page
+    assert "http" not in page.split("</style>")[1]  # nothing is loaded from elsewhere
+
+
+def test_metrics_json_is_what_evaluate_says_of_the_saved_model(run: object, data: Path) -> None:
+    """Training validates as `evaluate` does: the same boxes, hence the same figures."""
+    saved = json.loads((run.path / "metrics.json").read_text())  # type: ignore[attr-defined]
+    again = retinanet.evaluate(retinanet.load(run.path, device="cpu"), data, batch_size=2)  # type: ignore[attr-defined]
+    assert again.metrics.to_json() == saved == run.metrics  # type: ignore[attr-defined]
+    assert run.detector.predict(open_dataset(data, "val").path(0), threshold=0)  # type: ignore[attr-defined]
+
+
+def test_the_same_command_gives_the_same_weights(run: object, data: Path, tmp_path: Path) -> None:
+    again = retinanet.train(
+        data=str(data), output=str(tmp_path / "again"), steps=12, validate_every_steps=6, **TINY
+    )
+    first = load_file(run.path / "last" / "model.safetensors")  # type: ignore[attr-defined]
+    second = load_file(again.path / "last" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_config_yaml_repeats_the_run(run: object) -> None:
+    values = read_config(run.path / "config.yaml")  # type: ignore[attr-defined]
+    assert TrainingOptions(**values).steps == 12
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["backbone"] == "resnet18"  # type: ignore[attr-defined]
+
+
+def test_a_dry_run_writes_nothing(data: Path, tmp_path: Path) -> None:
+    options = TrainingOptions(data=str(data), output=str(tmp_path / "dry"), dry_run=True, **TINY)
+    assert run_training(options) is None
+    assert not (tmp_path / "dry").exists()
+
+
+def test_an_existing_run_is_not_overwritten(run: object, data: Path) -> None:
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        retinanet.train(data=str(data), output=str(run.path), steps=1, **TINY)  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_images(data: Path, tmp_path: Path) -> None:
+    options = {**TINY, "lr": 1e30, "optimizer": "sgd", "steps": 30}
+    with pytest.raises(
+        TrainingError, match=r"the loss is .* at step \d+ \(images now: images/train/.*lower --lr"
+    ):
+        retinanet.train(data=str(data), output=str(tmp_path / "nan"), **options)
+
+
+# --- options ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "--lr needs a number above 0; got -1.0"),
+        ({"batch_size": 0}, "--batch-size needs 1 or more; got 0"),
+        ({"epochs": 0.0}, "--epochs needs a number above 0; got 0.0"),
+        ({"steps": 0}, "--steps needs 1 or more"),
+        ({"epochs": 1.0, "steps": 5}, "says how long; got --epochs and --steps"),
+        ({"time": "5m", "steps": 5}, "says how long; got --steps and --time"),
+        ({"time": "5"}, "--time needs a number with s, m or h, such as 20m; got '5'"),
+        ({"time": "-5m"}, "--time needs a number"),
+        ({"time": ""}, "--time needs a number"),
+        ({"image_size": 8}, "--image-size needs 32 or more"),
+        ({"image_size": 320, "max_size": 256}, "got 320 and 256"),
+        ({"channels": 80}, "--channels needs a multiple of 32; got 80"),
+        ({"alpha": 1.5}, r"--alpha needs a number in \[0, 1\]; got 1.5"),
+        ({"gamma": -1.0}, "--gamma needs 0 or more"),
+        ({"gamma": float("nan")}, "--gamma needs 0 or more"),
+        ({"prior": 0.0}, r"--prior needs a number in \(0, 1\)"),
+        ({"workers": -1}, "--workers needs 0 or more"),
+        ({"beta": 0.1, "box_loss": "giou"}, "--beta belongs to --box-loss smooth-l1"),
+        ({"anchors": "1,2,3"}, "--anchors needs five positive sizes"),
+        ({"anchors": "a,b,c,d,e"}, "--anchors needs five positive sizes"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainingOptions(data="x", **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize: 4", "unknown|has no field 'batchsize'. Did you mean 'batch_size'"),
+        ("batch_size: four", "batch_size needs"),
+        ("lr: [1]", "lr needs"),
+        ("- 1", "one `option: value` a line; got list"),
+        ("a: b: c", "is not YAML"),
+        ("batch_size: 0", "--batch-size needs 1 or more"),
+    ],
+)
+def test_a_wrong_config_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(file)
+
+
+def test_a_missing_config_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_config(tmp_path / "none.yaml")
+
+
+def test_config_round_trip(tmp_path: Path) -> None:
+    options = TrainingOptions(data="x", lr=0.1, epochs=3.0, box_loss="giou", anchors="8,16,32,64,128")
+    write_config(tmp_path / "c.yaml", options)
+    assert TrainingOptions(**read_config(tmp_path / "c.yaml")) == options
+
+
+# Every option that a plan carries, with a value that is nobody's default, and where it must arrive.
+MOVED = [
+    ("backbone", "resnet34", lambda plan: plan.spec.backbone.name),
+    ("image_size", 128, lambda plan: plan.spec.preprocessing.image_size),
+    ("max_size", 500, lambda plan: plan.spec.preprocessing.max_size),
+    ("anchors", "10,20,40,80,160", lambda plan: ",".join(f"{size:g}" for size in plan.spec.anchors.sizes)),
+    ("channels", 96, lambda plan: plan.spec.pyramid.channels),
+    ("steps", 77, lambda plan: plan.steps),
+    ("batch_size", 3, lambda plan: plan.batch_size),
+    ("optimizer", "sgd", lambda plan: plan.recipe.optimizer),
+    ("schedule", "step", lambda plan: plan.recipe.schedule),
+    ("weight_decay", 0.123, lambda plan: plan.recipe.weight_decay),
+    ("freeze", "stem", lambda plan: plan.recipe.freeze),
+    ("alpha", 0.77, lambda plan: plan.recipe.alpha),
+    ("gamma", 3.5, lambda plan: plan.recipe.gamma),
+    ("prior", 0.2, lambda plan: plan.recipe.prior),
+    ("box_loss", "smooth-l1", lambda plan: plan.recipe.box_loss),
+    ("box_weight", 7.0, lambda plan: plan.objective.box_weight),
+    ("max_detections", 17, lambda plan: plan.spec.post_processing.max_detections),
+    ("workers", 5, lambda plan: plan.workers),
+    ("validate_every_steps", 9, lambda plan: plan.validate_every),
+    ("recipe", "small", lambda plan: plan.recipe.name),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "arrived"), MOVED, ids=[name for name, *_ in MOVED])
+def test_no_option_is_ignored(data: Path, name: str, value: object, arrived: object) -> None:
+    train = open_dataset(data, "train")
+    plan = plan_run(TrainingOptions(data=str(data), device="cpu", **{name: value}), train)  # type: ignore[arg-type]
+    assert arrived(plan) == value  # type: ignore[operator]
+
+
+def test_lr_is_for_sixteen_images_and_epochs_become_steps(data: Path) -> None:
+    train = open_dataset(data, "train")
+    plan = plan_run(TrainingOptions(data=str(data), device="cpu", lr=0.16, batch_size=4, epochs=10), train)
+    assert plan.lr == pytest.approx(0.04)
+    assert plan.steps == 15  # 10 epochs of 6 images, 4 a step
+    assert ("lr", "0.04", "0.16 for 16 images, times 4/16") in plan.reasons
+
+
+def test_the_seed_decides_the_weights(data: Path) -> None:
+    train = open_dataset(data, "train")
+    options = {**TINY, "steps": 1}
+    nets = [
+        build_network(plan_run(TrainingOptions(data=str(data), seed=seed, **options), train))
+        for seed in (0, 0, 1)
+    ]
+    first, same, other = (next(iter(net.parameters())) for net in nets)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+def test_pretrained_file_chooses_recipe_modern_and_arrives_frozen(data: Path, tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(1)
+    source = timm.create_model("resnet18")
+    file = tmp_path / "resnet18.safetensors"
+    save_file(source.state_dict(), file)
+    options = TrainingOptions(
+        data=str(data), device="cpu", backbone="resnet18", pretrained=str(file), freeze="stage1"
+    )
+    plan = plan_run(options, open_dataset(data, "train"))
+    assert plan.recipe.name == "modern"
+    assert plan.spec.backbone.weights == "resnet18.safetensors"
+    network = build_network(plan)
+    assert torch.equal(network.backbone.network.conv1.weight, source.conv1.weight)
+    assert not network.backbone.network.layer1[0].conv1.weight.requires_grad
+    assert network.backbone.network.layer2[0].conv1.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"pretrained": "nowhere.pth"},
+            "--pretrained needs auto, none or a weights file; nowhere.pth is no file",
+        ),
+        ({"recipe": "paper", "pretrained": "none"}, "freezes BatchNorm and needs weights for resnet50"),
+        ({"recipe": "modern", "pretrained": "none"}, "give --pretrained FILE, or use --recipe small"),
+    ],
+)
+def test_impossible_weights_are_refused(data: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_run(TrainingOptions(data=str(data), device="cpu", **options), open_dataset(data, "train"))
+
+
+def test_recipe_paper_is_the_paper() -> None:
+    recipe = recipes.paper("resnet50", "a1_in1k")
+    assert recipe.images_seen == 90_000 * 16
+    assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.schedule) == ("sgd", 0.01, 1e-4, "step")
+    assert (recipe.alpha, recipe.gamma, recipe.prior) == (0.25, 2.0, 0.01)
+    assert (recipe.box_loss, recipe.beta, recipe.box_weight, recipe.normalizer) == (
+        "smooth-l1",
+        1.0,
+        1.0,
+        "image",
+    )
+    assert not recipe.low_quality
+    assert (recipe.augmentation.flip, recipe.augmentation.zoom) == (0.5, (1.0, 1.0))
+    assert recipe.backbone.norm == "frozen"
+
+
+# --- parts -----------------------------------------------------------------------------------------------------
+
+
+def test_step_schedule_is_the_papers() -> None:
+    def at(step: int) -> float:
+        return rate(step, 90_000, schedule="step", warmup_steps=0, warmup_from=1)
+
+    assert [at(step) for step in (0, 59_999)] == [1, 1]
+    assert [at(step) for step in (60_000, 79_999)] == pytest.approx([0.1, 0.1])
+    assert [at(step) for step in (80_000, 89_999)] == pytest.approx([0.01, 0.01])
+
+
+def test_cosine_schedule_and_warm_up() -> None:
+    def at(step: int, warmup: int = 0) -> float:
+        return rate(step, 100, schedule="cosine", warmup_steps=warmup, warmup_from=0.1)
+
+    assert at(0) == 1
+    assert at(50) == pytest.approx(0.5)
+    assert 0 < at(99) < 0.001
+    assert at(0, warmup=10) == pytest.approx(0.1)
+    assert at(5, warmup=10) == pytest.approx(0.55 * at(5))
+    assert at(10, warmup=10) == at(10)
+
+
+def test_weight_average_by_hand() -> None:
+    model, average = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.constant_(average.weight, 0.0)
+    nn.init.constant_(model.weight, 1.0)
+    kept = WeightAverage(average, decay=0.9)
+    kept.update(model)  # decay min(0.9, 2 / 11)
+    assert kept.model.weight.item() == pytest.approx(9 / 11)
+    kept.update(model)  # decay min(0.9, 3 / 12)
+    assert kept.model.weight.item() == pytest.approx(9 / 11 * 0.25 + 0.75)
+    for _ in range(200):
+        kept.update(model)
+    nn.init.constant_(model.weight, 2.0)
+    kept.update(model)
+    assert kept.model.weight.item() == pytest.approx(1.1, abs=1e-5)
+
+
+def test_norms_and_biases_are_not_decayed_unless_asked() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2))
+    decayed = build_optimizer(model, name="adamw", lr=1.0, weight_decay=0.1, decay_all=False)
+    assert [(len(g["params"]), g["weight_decay"]) for g in decayed.param_groups] == [(1, 0.1), (3, 0.0)]
+    paper = build_optimizer(model, name="sgd", lr=1.0, weight_decay=0.1, decay_all=True)
+    assert [(len(g["params"]), g["weight_decay"]) for g in paper.param_groups] == [(4, 0.1)]
+    assert paper.defaults["momentum"] == 0.9
+
+
+def test_coverage_by_hand(tmp_path: Path) -> None:
+    """A 32 px square at an anchor's place is covered by the paper's anchors, a 6 px one is not."""
+    (tmp_path / "x.png").write_bytes(b"")
+    image = Image.new("RGB", (128, 128))
+    image.save(tmp_path / "x.png")
+    truth = GroundTruth(np.array([[4, 4, 36, 36], [57, 57, 63, 63]], np.float32), np.zeros(2))
+    file = tmp_path / "instances_train.json"
+    write_coco(file, classes=Classes(("a",)), files=["x.png"], sizes=[(128, 128)], ground_truths=[truth])
+    from retinanet.anchors import AnchorSpec
+    from retinanet.images import Preprocessing
+
+    train = open_dataset(tmp_path, "train")
+    assert coverage(AnchorSpec(), train, Preprocessing(image_size=128, max_size=128)) == 0.5
+    small = AnchorSpec(sizes=(8.0, 16.0, 32.0, 64.0, 128.0))
+    assert coverage(small, train, Preprocessing(image_size=128, max_size=128)) == 1.0
+
+
+# --- splits ----------------------------------------------------------------------------------------------------
+
+
+def test_splits_must_be_there(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="one file"):
+        run_training(TrainingOptions(data=str(data / "annotations" / "instances_train.json")))
+    with pytest.raises(DataError):
+        run_training(TrainingOptions(data=str(tmp_path / "nowhere")))
+
+
+def test_training_without_any_box_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    for split in ("train", "val"):
+        write_coco(
+            tmp_path / f"instances_{split}.json",
+            classes=Classes(("a",)),
+            files=["x.png"],
+            sizes=[(64, 64)],
+            ground_truths=[GroundTruth.empty()],
+        )
+    with pytest.raises(DataError, match="has none in 1 images"):
+        run_training(TrainingOptions(data=str(tmp_path)))
+
+
+# --- signals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_run_after_saving(data: Path, tmp_path: Path, number: int, code: int) -> None:
+    output = tmp_path / "run"
+    arguments = [str(data), "--output", str(output), "--steps", "100000"]
+    for name, value in TINY.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retinanet", "train", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    log = output / "metrics.jsonl"
+    for _ in range(600):
+        if log.is_file() or process.poll() is not None:
+            break
+        import time
+
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "stopped by a signal at step" in said
+    assert load_model(output / "last").training["step"] >= 10
+
+
+# --- overfitting -----------------------------------------------------------------------------------------------
+
+
+def colourful(folder: Path, classes: int) -> Path:
+    """20 images with one to three plain rectangles; the class is the colour."""
+    import colorsys
+
+    random = np.random.default_rng(classes)
+    names = Classes(tuple(f"colour {i}" for i in range(classes)))
+    files, truths = [], []
+    (folder / "images").mkdir(parents=True)
+    shown = 0
+    for number in range(20):
+        pixels = np.full((128, 128, 3), 128, np.uint8)
+        boxes, labels = [], []
+        for _ in range(int(random.integers(1, 4))):
+            width, height = random.integers(24, 56, 2)
+            x, y = random.integers(0, 128 - width), random.integers(0, 128 - height)
+            if any(x < b[2] and b[0] < x + width and y < b[3] and b[1] < y + height for b in boxes):
+                continue
+            label = shown % classes
+            shown += 1
+            hue = label / classes
+            pixels[y : y + height, x : x + width] = [
+                int(255 * part) for part in colorsys.hsv_to_rgb(hue, 1.0, 1.0 if label % 2 else 0.6)
+            ]
+            boxes.append([x, y, x + width, y + height])
+            labels.append(label)
+        files.append(f"images/{number}.png")
+        Image.fromarray(pixels).save(folder / files[-1])
+        truths.append(GroundTruth(np.array(boxes, np.float32), np.array(labels)))
+    for split in ("train", "val"):
+        file = folder / f"instances_{split}.json"
+        write_coco(file, classes=names, files=files, sizes=[(128, 128)] * 20, ground_truths=truths)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [1, 2, 20])
+def test_twenty_images_are_learned_by_heart(tmp_path: Path, classes: int) -> None:
+    data = colourful(tmp_path / "data", classes)
+    run = retinanet.train(
+        data=str(data),
+        output=str(tmp_path / "run"),
+        backbone="resnet18",
+        pretrained="none",
+        channels=64,
+        image_size=128,
+        batch_size=4,
+        lr=0.004,
+        steps=400,
+        validate_every_steps=400,
+        device="cpu",
+        workers=0,
+    )
+    detector = Detector(load_model(run.path), device="cpu")
+    assert (validate(detector, open_dataset(data, "train")).ap or 0) >= 0.95
