@@ -150,7 +150,7 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         ([*train, "--batch-size", "0"], "--batch-size needs 1 or more; got 0"),
         ([*train, "--backbone", "resnet19"], "got 'resnet19'. Did you mean 'resnet18'?"),
         ([*train, "--backbone", "vit_tiny_patch16_224"], "feature maps at strides 8, 16 and 32"),
-        ([*train, "--freeze", "everything"], "--freeze needs one of none, stem, stage1"),
+        ([*train, "--freeze", "stem"], "--freeze stem keeps a stage as loaded"),
         ([*train, "--batch-sise", "4"], "--batch-size"),
         ([*train, "--lr", "fast"], "--lr"),
         ([*train, "--device", "toaster"], "--device needs auto, cpu, cuda"),
@@ -168,6 +168,10 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         (["evaluate", model, data, "--output", tmp / "full"], "is not empty"),
         (["evaluate", "--detections", tmp / "results.json", data], "results.json"),
         (["evaluate", "--detections", tmp / "none.json", data], "none.json"),
+        (
+            ["evaluate", "--detections", tmp / "none.json", data, "--batch-size", "2"],
+            "--detections runs none",
+        ),
         (["predict", model, tmp / "nowhere.jpg"], "nowhere.jpg does not exist"),
         (["predict", model, tmp / "empty"], "holds none"),
         (["predict", model, tmp, "--threshold", "2"], "--threshold needs a number in [0, 1]; got 2.0"),
@@ -179,14 +183,14 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(29))
+@pytest.mark.parametrize("number", range(30))
 def test_a_wrong_request_gets_one_message_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     cases = wrong(data, model, tmp_path)
-    assert len(cases) == 29
+    assert len(cases) == 30
     arguments, message = cases[number]
     code, out, err = run(capsys, *arguments)
     said = " ".join((out + err).split())

@@ -181,8 +181,18 @@ def test_impossible_devices_and_batches_are_refused(detector: Detector, paths: l
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch sees none"):
             Detector(make_model(), device="cuda")
-    with pytest.raises(ConfigError, match="batch_size needs at least 1"):
-        detector.predict(paths[0], batch_size=-1)
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match="batch_size needs at least 1"):
+            detector.predict(paths[0], batch_size=size)
+    with pytest.raises(ConfigError, match="max_detections needs at least 1; got 0"):
+        Detector(make_model(), device="cpu", max_detections=0)
+    with pytest.raises(ConfigError, match="--device needs auto, cpu, cuda"):
+        Detector(make_model(), device="meta")
+
+
+def test_a_threshold_below_the_specs_is_honoured(paths: list[Path]) -> None:
+    detector = Detector(make_model(), device="cpu", max_detections=100_000)
+    assert min(detector.predict(paths[0], threshold=0.0)[0].scores) < 0.05
 
 
 def test_validation_is_the_same_for_any_batch_and_from_a_saved_file(data: Path, tmp_path: Path) -> None:

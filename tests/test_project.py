@@ -31,10 +31,9 @@ def test_the_readmes_loss_runs() -> None:
 def test_the_readmes_python_runs_on_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from test_detector import make_model
-
     from retinanet.checkpoint import save_model
     from retinanet.data.shapes import ShapesSpec, generate_shapes
+    from test_detector import make_model
 
     monkeypatch.chdir(tmp_path)
     save_model("runs/mine", make_model())

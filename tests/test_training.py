@@ -59,6 +59,7 @@ def test_the_run_folder_is_complete(run: object) -> None:
     assert names == {
         "config.yaml",
         "command.txt",
+        "plan.json",
         "environment.json",
         "metrics.jsonl",
         "metrics.json",
@@ -71,7 +72,7 @@ def test_the_run_folder_is_complete(run: object) -> None:
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]  # type: ignore[attr-defined]
     trained = [line for line in lines if "loss" in line]
     judged = [line for line in lines if "ap" in line]
-    assert [line["step"] for line in trained] == [10, 12]
+    assert [line["step"] for line in trained] == [6, 10, 12]
     assert [line["step"] for line in judged] == [6, 12]
     assert {"step", "epoch", "loss", "loss_class", "loss_box", "lr", "images_per_second"} <= set(trained[0])
     assert trained[-1]["epoch"] == 12 * 2 / 6
@@ -144,6 +145,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_images(data: Path, tm
         ({"gamma": -1.0}, "--gamma needs 0 or more"),
         ({"gamma": float("nan")}, "--gamma needs 0 or more"),
         ({"prior": 0.0}, r"--prior needs a number in \(0, 1\)"),
+        ({"seed": 2**64}, "--seed needs 0 or more and below 2.63"),
+        ({"gamma": float("inf")}, "--gamma needs 0 or more"),
         ({"workers": -1}, "--workers needs 0 or more"),
         ({"beta": 0.1, "box_loss": "giou"}, "--beta belongs to --box-loss smooth-l1"),
         ({"anchors": "1,2,3"}, "--anchors needs five positive sizes"),
@@ -159,8 +162,9 @@ def test_impossible_options_are_refused(options: dict, message: str) -> None:
     ("text", "message"),
     [
         ("batchsize: 4", "unknown|has no field 'batchsize'. Did you mean 'batch_size'"),
-        ("batch_size: four", "batch_size needs"),
-        ("lr: [1]", "lr needs"),
+        ("batch_size: four", "batch_size needs a whole number or nothing; got 'four'"),
+        ("recipe: papr", "recipe needs one of auto, paper, modern, small; got 'papr'"),
+        ("lr: 1e-3", r"lr needs a number \(such as 0.001\) or nothing; got '1e-3'"),
         ("- 1", "one `option: value` a line; got list"),
         ("a: b: c", "is not YAML"),
         ("batch_size: 0", "--batch-size needs 1 or more"),
@@ -196,7 +200,6 @@ MOVED = [
     ("optimizer", "sgd", lambda plan: plan.recipe.optimizer),
     ("schedule", "step", lambda plan: plan.recipe.schedule),
     ("weight_decay", 0.123, lambda plan: plan.recipe.weight_decay),
-    ("freeze", "stem", lambda plan: plan.recipe.freeze),
     ("alpha", 0.77, lambda plan: plan.recipe.alpha),
     ("gamma", 3.5, lambda plan: plan.recipe.gamma),
     ("prior", 0.2, lambda plan: plan.recipe.prior),
@@ -261,10 +264,13 @@ def test_pretrained_file_chooses_recipe_modern_and_arrives_frozen(data: Path, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"pretrained": "none", "freeze": "stem"}, "--freeze stem keeps a stage as loaded and needs weights"),
+        ({"pretrained": "none", "beta": 0.1}, "--beta belongs to --box-loss smooth-l1; recipe small has"),
         (
             {"pretrained": "nowhere.pth"},
             "--pretrained needs auto, none or a weights file; nowhere.pth is no file",
         ),
+        ({"recipe": "small", "pretrained": "x.pth"}, "--recipe small starts from scratch"),
         ({"recipe": "paper", "pretrained": "none"}, "freezes BatchNorm and needs weights for resnet50"),
         ({"recipe": "modern", "pretrained": "none"}, "give --pretrained FILE, or use --recipe small"),
     ],
@@ -288,6 +294,35 @@ def test_recipe_paper_is_the_paper() -> None:
     assert not recipe.low_quality
     assert (recipe.augmentation.flip, recipe.augmentation.zoom) == (0.5, (1.0, 1.0))
     assert recipe.backbone.norm == "frozen"
+
+
+@pytest.mark.parametrize("backbone", ["convnext_atto", "mobilenetv3_small_100"])
+def test_a_backbone_that_cannot_have_the_recipes_norm_keeps_its_own(data: Path, backbone: str) -> None:
+    plan = plan_run(
+        TrainingOptions(data=str(data), device="cpu", backbone=backbone, pretrained="none"),
+        open_dataset(data, "train"),
+    )
+    assert plan.spec.backbone.norm == "native"
+    assert any(setting == "backbone norm" for setting, *_ in plan.reasons)
+    build_network(plan)
+
+
+def test_brackets_in_messages_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    from retinanet.training.progress import TrainingProgress, plain_console
+
+    TrainingProgress(plain_console(), 10).say("skipped: [/photos]/a.jpg needs [x1, y1, x2, y2]")
+    assert "[/photos]/a.jpg needs [x1, y1, x2, y2]" in capsys.readouterr().err
+
+
+def test_time_is_kept_and_paths_are_taken(data: Path, tmp_path: Path) -> None:
+    import time
+
+    began = time.monotonic()
+    run = retinanet.train(data=data, output=tmp_path / "timed", time="20s", **TINY)  # type: ignore[arg-type]
+    assert 5 < time.monotonic() - began < 30
+    plan = json.loads((run.path / "plan.json").read_text())
+    assert plan["steps"] == load_model(run.path / "last").training["step"] > 5
+    assert "fit into" in str(plan["reasons"])
 
 
 # --- parts -----------------------------------------------------------------------------------------------------
@@ -448,8 +483,8 @@ def colourful(folder: Path, classes: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [1, 2, 20])
-def test_twenty_images_are_learned_by_heart(tmp_path: Path, classes: int) -> None:
+@pytest.mark.parametrize(("classes", "steps"), [(1, 400), (2, 400), (20, 900)])
+def test_twenty_images_are_learned_by_heart(tmp_path: Path, classes: int, steps: int) -> None:
     data = colourful(tmp_path / "data", classes)
     run = retinanet.train(
         data=str(data),
@@ -460,8 +495,8 @@ def test_twenty_images_are_learned_by_heart(tmp_path: Path, classes: int) -> Non
         image_size=128,
         batch_size=4,
         lr=0.004,
-        steps=400,
-        validate_every_steps=400,
+        steps=steps,
+        validate_every_steps=steps,
         device="cpu",
         workers=0,
     )

@@ -37,6 +37,13 @@ def extent(image: np.ndarray, value: int) -> list[int]:
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
+def test_a_box_too_thin_to_move_is_gone_and_not_an_error() -> None:
+    truth = GroundTruth(np.array([[1000.0, 5, 1000.0002, 9], [1, 1, 5, 5]], np.float32), np.zeros(2))
+    for width in range(1001, 1041):
+        _, moved = flip(np.zeros((20, width, 3), np.uint8), truth)
+        assert moved.ids.tolist() == [1]
+
+
 def test_flip_moves_boxes_with_pixels_and_twice_is_nothing() -> None:
     image, truth = marked([[2, 3, 20, 10], [30, 5, 58, 38]])
     mirrored, moved = flip(image, truth)
@@ -160,5 +167,6 @@ def test_an_unreadable_image_is_named_and_replaced(shapes: Path, tmp_path: Path)
     assert all(len(batch.indices) == 3 and 3 not in batch.indices for batch in stream)
     for index in range(len(dataset)):
         dataset.path(index).write_bytes(b"no image")
-    with pytest.raises(DataError, match="none of 10 can"):
-        batches(dataset)
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"^training needs images that can be read; none of 10 can"):
+            batches(dataset, workers=workers)

@@ -19,13 +19,18 @@ def new_folder(output: str | None, stem: str) -> Path:
         ConfigError: the folder holds something already, or cannot be made.
     """
     path = Path(output) if output else _first_free(stem)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"--output needs a new folder; {path} exists and is not empty. Choose another name")
+    require_new(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output {path} cannot be made: {error}") from None
     return path
+
+
+def require_new(path: Path) -> None:
+    """Refuse a folder that holds something, or a file."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"--output needs a new folder; {path} exists and is not empty. Choose another name")
 
 
 def _first_free(stem: str) -> Path:

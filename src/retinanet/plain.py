@@ -60,4 +60,17 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             return float(value)
     elif type(value) is kind or (value is None and kind is types.NoneType):
         return value
-    raise ConfigError(f"{where} needs {getattr(kind, '__name__', kind)}; got {value!r}")
+    raise ConfigError(f"{where} needs {_in_words(kind)}; got {value!r}")
+
+
+def _in_words(kind: Any) -> str:
+    """Return how a person says a field's type: "one of sgd, adamw", "a number, nothing"."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(choice) for choice in typing.get_args(kind))
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    if origin is tuple:
+        return "a list"
+    words = {float: "a number (such as 0.001)", int: "a whole number", str: "text", bool: "true or false"}
+    return words.get(kind, "nothing" if kind is types.NoneType else "an object")

@@ -21,50 +21,43 @@ class Demo:
     """Images, initial weights and order follow from it."""
 
     def run(self) -> int:
-        from rich.console import Console
-
         from retinanet.cli.data import Shapes
-        from retinanet.errors import ConfigError
+        from retinanet.folders import require_new
         from retinanet.training.configuration import TrainingOptions
+        from retinanet.training.progress import plain_console
         from retinanet.training.run import run_training
 
-        console = Console(stderr=True)
         folder = Path(self.output)
-        if folder.exists():
-            raise ConfigError(
-                f"--output needs a new folder; {folder} exists. Choose another name, or remove it"
-            )
         data = folder.with_name(f"{folder.name}-shapes-{self.images}-{self.seed}")
+        options = TrainingOptions(
+            data=str(data),
+            output=str(folder),
+            backbone="resnet18",
+            recipe="small",
+            channels=64,
+            image_size=160,
+            batch_size=4,
+            lr=0.004,
+            time=self.time,
+            seed=self.seed,
+        )
+        require_new(folder)
+        console = plain_console()
         if not data.exists():
             console.print("1. Drawing images of disks, squares and triangles")
             Shapes(output=str(data), train=self.images, seed=self.seed).run()
         console.print("2. Training from scratch, validating on 300 unseen images")
         began = time.monotonic()
-        run = run_training(
-            TrainingOptions(
-                data=str(data),
-                output=str(folder),
-                backbone="resnet18",
-                recipe="small",
-                pretrained="none",
-                channels=64,
-                image_size=160,
-                batch_size=4,
-                lr=0.004,
-                time=self.time,
-                seed=self.seed,
-            ),
-            console,
-        )
+        run = run_training(options, console)
         assert run is not None  # only a dry run has no result
         minutes = (time.monotonic() - began) / 60
-        console.print(f"\n[bold]Done in {minutes:.1f} minutes: AP {run.validation.ap or 0:.3f}[/bold]")
+        console.print(f"\nDone in {minutes:.1f} minutes: AP {run.validation.ap or 0:.3f}", style="bold")
         for what, name in (
             ("ground truth beside detections", "pictures.png"),
             ("losses and AP over time", "curves.png"),
             ("the report, for a browser", "report.html"),
             ("the figures", "metrics.json"),
         ):
-            console.print(f"  {folder / name!s:<28} {what}", highlight=False)
-        console.print(f"Now try: retinanet predict {folder} IMAGE --draw", highlight=False)
+            console.print(f"  {folder / name!s:<28} {what}")
+        console.print(f"Now try: retinanet predict {folder} IMAGE --draw")
         return 0

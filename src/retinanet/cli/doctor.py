@@ -34,6 +34,8 @@ class Doctor:
                 versions[package] = version(package)
             except PackageNotFoundError:
                 versions[package] = None
+                if package in REQUIRED:
+                    problems.append(f"{package} is missing; run: pip install -U retinanet")
         if tuple(int(part) for part in str(torch.__version__).split(".")[:2]) < LEAST_TORCH:
             problems.append(
                 f"torch {torch.__version__} has known loading vulnerabilities; run: pip install -U torch"

@@ -24,7 +24,7 @@ class Evaluate:
     split: str = "val"
     """Split of DATA."""
     output: str | None = None
-    """New folder for metrics.json and detections.json; runs/evaluate-N by default."""
+    """New folder for metrics.json and, of a model, detections.json; runs/evaluate-N by default."""
     max_detections: int | None = None
     """Detections kept an image, and COCO's maxDets; the model's own cap by default, 100 for --detections."""
     batch_size: int | None = None
@@ -45,6 +45,10 @@ class Evaluate:
         if len(self.inputs) != wanted:
             form = "evaluate --detections FILE DATA" if self.detections else "evaluate MODEL DATA"
             raise ConfigError(f"retinanet {form} is required; got {len(self.inputs)} positional arguments")
+        if self.detections and (
+            self.batch_size is not None or (self.device, self.precision) != ("auto", "fp32")
+        ):
+            raise ConfigError("--batch-size, --device and --precision are a model's; --detections runs none")
         return self._judge_file(self.detections) if self.detections else self._judge_model()
 
     def _judge_model(self) -> int:

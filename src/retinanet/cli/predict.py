@@ -64,7 +64,7 @@ class Predict:
         failures = boxes = 0
         with (folder / "detections.jsonl").open("w", encoding="utf-8") as lines:
             found = detector.detect(files, threshold=self.threshold, batch_size=self.batch_size)
-            for number, (file, result) in enumerate(zip(files, found, strict=True)):
+            for file, result in zip(files, found, strict=True):
                 if isinstance(result, ImageError):
                     failures += 1
                     print(f"retinanet: {result}", file=sys.stderr)
@@ -73,7 +73,7 @@ class Predict:
                     boxes += len(result)
                     line = record(file, result)
                     if self.draw:
-                        _draw(folder / "images", number, file, result)
+                        _draw(folder / "images", file, result)
                 lines.write(json.dumps(line) + "\n")
                 lines.flush()
         print(
@@ -119,10 +119,12 @@ def _images(paths: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _draw(folder: Path, number: int, file: Path, found: Detections) -> None:
+def _draw(folder: Path, file: Path, found: Detections) -> None:
     from retinanet.drawing import save_image
 
     folder.mkdir(exist_ok=True)
-    # The number keeps files of equal name from different folders apart.
-    place = folder / f"{file.stem}.jpg"
-    save_image(found.draw(file), folder / f"{file.stem}-{number}.jpg" if place.exists() else place)
+    place, number = folder / f"{file.stem}.jpg", 1
+    while place.exists():  # files of equal name from different folders
+        number += 1
+        place = folder / f"{file.stem}-{number}.jpg"
+    save_image(found.draw(file), place)

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from retinanet.batches import Batch, Targets
 from retinanet.data.dataset import Dataset
-from retinanet.data.transforms import Augmentation
-from retinanet.errors import DataError, ImageError
+from retinanet.data.transforms import Augmentation, moved
+from retinanet.errors import DataError, ImageError, RetinaNetError
 from retinanet.images import Preprocessing, decode, stack
 from retinanet.records import GroundTruth, Ignore
 
@@ -98,8 +98,11 @@ class Requests:
             yield requests
 
 
-class Examples(TorchDataset[Example]):
-    """Prepared training images by request."""
+class Examples(TorchDataset[Example | RetinaNetError]):
+    """Prepared training images by request.
+
+    An error is returned, not raised: what a worker raises reaches a person as a traceback of the worker.
+    """
 
     def __init__(
         self, dataset: Dataset, preprocessing: Preprocessing, augmentation: Augmentation, seed: int
@@ -109,7 +112,7 @@ class Examples(TorchDataset[Example]):
         self.augmentation = augmentation
         self.seed = seed
 
-    def __getitem__(self, request: Request) -> Example:
+    def __getitem__(self, request: Request) -> Example | RetinaNetError:
         """Prepare an image. One that cannot be read is replaced by the next that can, and named."""
         failed: list[str] = []
         while len(failed) < len(self.dataset):
@@ -119,8 +122,11 @@ class Examples(TorchDataset[Example]):
             except ImageError as error:
                 failed.append(str(error))
                 continue
-            return self._prepare(image, dataclasses.replace(request, index=index), tuple(failed))
-        raise DataError(f"training needs images that can be read; none of {len(failed)} can. {failed[0]}")
+            try:
+                return self._prepare(image, dataclasses.replace(request, index=index), tuple(failed))
+            except RetinaNetError as error:
+                return type(error)(f"{self.dataset.path(index)}: {error}")
+        return DataError(f"training needs images that can be read; none of {len(failed)} can. {failed[0]}")
 
     def _prepare(self, image: NDArray[np.uint8], request: Request, failed: tuple[str, ...]) -> Example:
         random = generator(PICTURE, self.seed, request.epoch, request.index)
@@ -130,13 +136,7 @@ class Examples(TorchDataset[Example]):
             self.preprocessing, image_size=size, max_size=max(size, self.preprocessing.max_size)
         )
         pixels, geometry = preprocessing.prepare(image)
-        boxes = geometry.to_network(truth.boxes)
-        return Example(
-            pixels,
-            GroundTruth(boxes, truth.classes, truth.areas, truth.ignore, truth.ids),
-            request.index,
-            failed,
-        )
+        return Example(pixels, moved(truth, geometry.to_network(truth.boxes)), request.index, failed)
 
 
 def collate(examples: Sequence[Example], divisor: int) -> Batch:
@@ -164,8 +164,10 @@ class _Collate:
     def __init__(self, divisor: int) -> None:
         self.divisor = divisor
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
-        return collate(examples, self.divisor)
+    def __call__(self, examples: Sequence[Example | RetinaNetError]) -> Batch | RetinaNetError:
+        sound = [example for example in examples if isinstance(example, Example)]
+        wrong = [example for example in examples if isinstance(example, RetinaNetError)]
+        return wrong[0] if wrong else collate(sound, self.divisor)
 
 
 def training_batches(
@@ -180,8 +182,8 @@ def training_batches(
     workers: int = 0,
     rank: int = 0,
     processes: int = 1,
-) -> DataLoader[Example]:
-    """Return an iterable of `Batch`, one a step; what it gives does not depend on `workers`."""
+) -> Iterator[Batch]:
+    """Yield one batch a step; what it gives does not depend on `workers`."""
     requests = Requests(
         len(dataset),
         batch_size=batch_size,
@@ -192,10 +194,14 @@ def training_batches(
         rank=rank,
         processes=processes,
     )
-    return DataLoader(
+    loader = DataLoader(
         Examples(dataset, preprocessing, augmentation, seed),
         batch_sampler=requests,
         num_workers=workers,
         collate_fn=_Collate(preprocessing.divisor),
         prefetch_factor=4 if workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, RetinaNetError):
+            raise batch
+        yield batch

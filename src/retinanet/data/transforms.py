@@ -15,6 +15,9 @@ from retinanet.errors import ConfigError
 from retinanet.images import UInt8Array
 from retinanet.records import GroundTruth, Ignore
 
+# Pixels. A thinner box is no box: float32 could turn it inside out as it moves.
+LEAST_SIDE = 0.01
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -66,7 +69,7 @@ def flip(image: UInt8Array, truth: GroundTruth) -> tuple[UInt8Array, GroundTruth
     width = image.shape[1]
     x1, y1, x2, y2 = truth.boxes.T
     boxes = np.stack([width - x2, y1, width - x1, y2], axis=1)
-    return np.ascontiguousarray(image[:, ::-1]), _with_boxes(truth, boxes)
+    return np.ascontiguousarray(image[:, ::-1]), moved(truth, boxes)
 
 
 def zoom(
@@ -95,7 +98,7 @@ def zoom(
         canvas[y1 - top : y2 - top, x1 - left : x2 - left] = seen
         seen = canvas
     boxes = truth.boxes - np.array([left, top, left, top], np.float32)
-    return seen, cut(_with_boxes(truth, boxes), window_width, window_height, min_visible=min_visible)
+    return seen, cut(moved(truth, boxes), window_width, window_height, min_visible=min_visible)
 
 
 def cut(truth: GroundTruth, width: int, height: int, *, min_visible: float) -> GroundTruth:
@@ -103,8 +106,7 @@ def cut(truth: GroundTruth, width: int, height: int, *, min_visible: float) -> G
     inside = np.clip(truth.boxes, 0, np.array([width, height, width, height], np.float32))
     whole = _areas(truth.boxes)
     share = _areas(inside) / whole
-    # A sliver thinner than this is no box: rounding could turn it inside out later.
-    left = (np.minimum(inside[:, 2] - inside[:, 0], inside[:, 3] - inside[:, 1]) > 0.01) & (share > 0)
+    left = (np.minimum(inside[:, 2] - inside[:, 0], inside[:, 3] - inside[:, 1]) > LEAST_SIDE) & (share > 0)
     kind = np.where((share < min_visible) & (truth.ignore == Ignore.NO), np.int8(Ignore.CUT), truth.ignore)
     return GroundTruth(
         boxes=inside[left],
@@ -120,5 +122,9 @@ def _areas(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
     return areas
 
 
-def _with_boxes(truth: GroundTruth, boxes: NDArray[np.float32]) -> GroundTruth:
-    return GroundTruth(boxes, truth.classes, truth.areas, truth.ignore, truth.ids)
+def moved(truth: GroundTruth, boxes: NDArray[np.float32]) -> GroundTruth:
+    """Return the ground truth with its boxes elsewhere; one that became thinner than `LEAST_SIDE` is gone."""
+    solid = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]) > LEAST_SIDE
+    return GroundTruth(
+        boxes[solid], truth.classes[solid], truth.areas[solid], truth.ignore[solid], truth.ids[solid]
+    )

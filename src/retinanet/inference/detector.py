@@ -19,6 +19,7 @@ from retinanet.devices import Precision, autocast, choose_device
 from retinanet.errors import ConfigError, ImageError
 from retinanet.images import Geometry, ImageSource, decode, stack
 from retinanet.inference.post_processing import Found, post_process
+from retinanet.model import PostProcessing
 from retinanet.records import Detections, Float32Array
 
 Input: TypeAlias = ImageSource | Tensor
@@ -52,7 +53,10 @@ class Detector:
         self.device = choose_device(device)
         self.precision = precision
         self.network = model.network.to(self.device).to(memory_format=torch.channels_last)
-        self.max_detections = max_detections or self.spec.post_processing.max_detections
+        self.max_detections = (
+            self.spec.post_processing.max_detections if max_detections is None else max_detections
+        )
+        self._options()  # refuses an impossible cap here and not at the first image
 
     def predict(
         self,
@@ -108,7 +112,8 @@ class Detector:
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigError(f"threshold needs [0, 1]; got {threshold}")
         limits = self._thresholds(threshold)
-        for found in self.detect_all(images, batch_size=batch_size, bgr=bgr):
+        options = self._options().lowered(float(limits.min()))
+        for found in self._run(images, batch_size, bgr, options):
             yield (
                 found if isinstance(found, ImageError) else found.select(found.scores >= limits[found.labels])
             )
@@ -122,7 +127,15 @@ class Detector:
         self, images: Iterable[Input], *, batch_size: int | None = None, bgr: bool = False
     ) -> Iterator[Detections | ImageError]:
         """Yield everything above the spec's score threshold, or an image's error: what evaluation judges."""
-        size = batch_size or (8 if self.device.type == "cuda" else 1)
+        return self._run(images, batch_size, bgr, self._options())
+
+    def _options(self) -> PostProcessing:
+        return self.spec.post_processing.capped(self.max_detections)
+
+    def _run(
+        self, images: Iterable[Input], batch_size: int | None, bgr: bool, options: PostProcessing
+    ) -> Iterator[Detections | ImageError]:
+        size = (8 if self.device.type == "cuda" else 1) if batch_size is None else batch_size
         if size < 1:
             raise ConfigError(f"batch_size needs at least 1; got {batch_size}")
         remaining = iter(images)
@@ -135,13 +148,15 @@ class Detector:
                     )
                 if not ahead[0]:
                     return
-                yield from self._detect_batch([_result(future) for future in ahead.pop(0)])
+                yield from self._detect_batch([_result(future) for future in ahead.pop(0)], options)
 
     def _prepare(self, image: Input, bgr: bool) -> _Prepared:
         pixels = decode(_to_array(image) if isinstance(image, Tensor) else image, bgr=bgr)
         return self.spec.preprocessing.prepare(pixels)
 
-    def _detect_batch(self, prepared: list[_Prepared | ImageError]) -> list[Detections | ImageError]:
+    def _detect_batch(
+        self, prepared: list[_Prepared | ImageError], options: PostProcessing
+    ) -> list[Detections | ImageError]:
         """Run images of equal padded size together, so that no image's padding depends on its neighbours."""
         results: list[Detections | ImageError | None] = [None] * len(prepared)
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -154,12 +169,12 @@ class Detector:
                 groups.setdefault(padded, []).append(i)
         for members in groups.values():
             items = [cast(_Prepared, prepared[i]) for i in members]
-            for i, found in zip(members, self._detect_group(items), strict=True):
+            for i, found in zip(members, self._detect_group(items, options), strict=True):
                 results[i] = found
         return cast(list[Detections | ImageError], results)
 
     @torch.no_grad()
-    def _detect_group(self, items: list[_Prepared]) -> list[Detections]:
+    def _detect_group(self, items: list[_Prepared], options: PostProcessing) -> list[Detections]:
         images = torch.from_numpy(stack([pixels for pixels, _ in items], self.spec.preprocessing.divisor))
         images = images.to(self.device, memory_format=torch.channels_last)
         self.network.eval()
@@ -171,7 +186,7 @@ class Detector:
             anchors_of_image(self.spec.anchors, height, width, self.device),
             [geometry.resized for _, geometry in items],
             coding=self.spec.coding,
-            options=self.spec.post_processing.capped(self.max_detections),
+            options=options,
         )
         return [self._record(one, geometry) for one, (_, geometry) in zip(found, items, strict=True)]
 

@@ -1,6 +1,6 @@
 """The network: spec, backbone, pyramid, heads, and the presets that put them together."""
 
-from retinanet.model.backbone import Backbone, build_backbone, load_backbone
+from retinanet.model.backbone import Backbone, build_backbone, fitting_norm, load_backbone
 from retinanet.model.fpn import FeaturePyramid
 from retinanet.model.heads import Head
 from retinanet.model.retinanet import RetinaNet, build_retinanet
@@ -18,5 +18,6 @@ __all__ = [
     "RetinaNet",
     "build_backbone",
     "build_retinanet",
+    "fitting_norm",
     "load_backbone",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -79,7 +79,7 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
     options: dict[str, Any] = {"norm_layer": GroupNorm} if spec.norm == "group" else {}
     try:
         network: Any = timm.create_model(spec.name, features_only=True, out_indices=indices, **options)
-    except (TypeError, ValueError):
+    except (AssertionError, TypeError, ValueError):
         raise ConfigError(
             f"BackboneSpec.norm 'group' needs a network that timm builds with any norm, such as resnet50; "
             f"{spec.name!r} is none: use norm 'native'"
@@ -98,6 +98,20 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
             if hasattr(module, "eps"):
                 module.eps = spec.norm_eps
     return Backbone(network=network, channels=channels, stages=stages)
+
+
+def fitting_norm(
+    name: str, wanted: Literal["native", "frozen", "group"]
+) -> Literal["native", "frozen", "group"]:
+    """Return the wanted norm if timm can build the network with it, else "native"."""
+    if wanted == "native" or not timm.is_model(name):
+        return wanted
+    try:
+        with torch.device("meta"):
+            build_backbone(BackboneSpec(name, norm=wanted))
+    except ConfigError:
+        return "native"
+    return wanted
 
 
 def _indices_of_strides(name: str) -> tuple[int, ...]:

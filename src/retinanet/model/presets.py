@@ -10,8 +10,9 @@ def paper(classes: Classes, *, backbone: str = "resnet50", weights: str | None =
 
 
 def modern(classes: Classes, *, backbone: str = "resnet50", weights: str | None = None) -> ModelSpec:
-    """As `paper`, with BatchNorm trained along and GroupNorm in the heads."""
-    return ModelSpec(classes, backbone=BackboneSpec(backbone, weights=weights), head=HeadSpec(norm="group"))
+    """As `paper`, with GroupNorm in the heads."""
+    frozen = BackboneSpec(backbone, weights=weights, norm="frozen")
+    return ModelSpec(classes, backbone=frozen, head=HeadSpec(norm="group"))
 
 
 def from_scratch(classes: Classes, *, backbone: str = "resnet18") -> ModelSpec:

@@ -112,6 +112,13 @@ class PostProcessing:
             )
         return self.score_threshold
 
+    def lowered(self, score_threshold: float) -> PostProcessing:
+        """Return the same rules with score thresholds of at most this."""
+        given = self.score_threshold
+        if isinstance(given, tuple):
+            return dataclasses.replace(self, score_threshold=tuple(min(t, score_threshold) for t in given))
+        return dataclasses.replace(self, score_threshold=min(given, score_threshold))
+
     def capped(self, max_detections: int) -> PostProcessing:
         """Return the same rules with another number of detections an image."""
         return dataclasses.replace(self, max_detections=max_detections)

@@ -88,6 +88,9 @@ class TrainingOptions:
     """Print what would be done, and stop."""
 
     def __post_init__(self) -> None:
+        for name in ("data", "output", "pretrained"):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
         for name, least in (
             ("image_size", 32),
             ("max_size", 32),
@@ -104,8 +107,9 @@ class TrainingOptions:
             ("weight_decay", 0),
         ):
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ConfigError(f"{option(name)} needs {least} or more; got {value}")
+            if value is not None and not least <= value < 2**63:
+                limit = " and below 2^63" if value > least else ""
+                raise ConfigError(f"{option(name)} needs {least} or more{limit}; got {value}")
         for name in ("epochs", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

@@ -90,7 +90,8 @@ def train_network(
             for failure in set(batch.failed) - unreadable:
                 progress.say(f"skipped, and replaced by the next image: {failure}")
             unreadable.update(batch.failed)
-            if step % LOG_EVERY == 0 or step == plan.steps:
+            judging = step % plan.validate_every == 0 or step == plan.steps
+            if step % LOG_EVERY == 0 or judging or stop.number is not None:  # before anything is saved
                 figures = meter.read()
                 if not np.isfinite(figures["loss"]):
                     files = ", ".join(str(train.files[index]) for index in batch.indices)
@@ -100,14 +101,16 @@ def train_network(
                 record = {"step": step, "epoch": step * plan.batch_size / len(train), **figures, "lr": lr}
                 folder.log(record)
                 progress.step(step, record)
-            if step % plan.validate_every == 0 or step == plan.steps:
+            if judging:
                 judge(step, progress)
                 meter.restart_clock()
             if stop.number is not None and step < plan.steps:
-                place = save_model(folder.last, judge.model(step))
-                raise Stopped(
-                    stop.number, f"stopped by a signal at step {step} of {plan.steps}; saved {place}"
+                if not judging:  # else it was just saved, with its thresholds
+                    save_model(folder.last, judge.model(step))
+                message = (
+                    f"stopped by a signal at step {step} of {plan.steps}; the weights are in {folder.last}"
                 )
+                raise Stopped(stop.number, message)
     assert judge.best is not None  # the last step validates
     return judge.best
 
@@ -136,7 +139,7 @@ class Judge:
         for file, failure in found.failed.items():
             progress.say(f"left out of the validation: {file}: {failure}")
         save_model(self.folder.last, self.model(step, found))
-        if self.best is None or (found.ap or 0) > (self.best.ap or 0):
+        if self.best is None or (found.ap or 0) >= (self.best.ap or 0):
             self.best = found
             save_model(self.folder.best, self.model(step, found))
             write_json(self.folder.path / "metrics.json", metrics)

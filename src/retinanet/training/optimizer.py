@@ -27,8 +27,8 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if name == "sgd":
-        return SGD(groups, lr=lr, momentum=0.9, foreach=True)
-    return AdamW(groups, lr=lr, foreach=True)
+        return SGD(groups, lr=lr, momentum=0.9, fused=True)
+    return AdamW(groups, lr=lr, fused=True)
 
 
 def rate(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -19,7 +21,7 @@ from retinanet.data import Dataset
 from retinanet.devices import choose_device, resolve_precision
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
-from retinanet.model import ModelSpec, PostProcessing, PyramidSpec
+from retinanet.model import ModelSpec, PostProcessing, PyramidSpec, fitting_norm
 from retinanet.objective import BoxLoss, Objective, focal, giou_of_boxes, smooth_l1_of_deltas
 from retinanet.records import Ignore
 from retinanet.training.configuration import TrainingOptions
@@ -53,6 +55,21 @@ class Plan:
     workers: int
     reasons: tuple[tuple[str, str, str], ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what was decided, for `plan.json`."""
+        return {
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "warmup_steps": self.warmup_steps,
+            "validate_every": self.validate_every,
+            "workers": self.workers,
+            "weights_file": str(self.weights_file) if self.weights_file else None,
+            "recipe": dataclasses.asdict(self.recipe),
+            "spec": self.spec.to_json(),
+            "reasons": [list(reason) for reason in self.reasons],
+        }
+
     def table(self) -> Table:
         """Return the reasons for a terminal."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -76,6 +93,16 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     reasons.append(("backbone", f"{options.backbone}, from {starts}", why))
     reasons.append(("recipe", recipe.name, "asked for" if options.recipe != "auto" else "auto: " + why))
     recipe = _with_options(recipe, options, reasons)
+    if recipe.freeze != "none" and not weights:
+        raise ConfigError(
+            f"--freeze {recipe.freeze} keeps a stage as loaded and needs weights, of which there are none: "
+            "give --pretrained FILE, or leave --freeze out"
+        )
+    norm = fitting_norm(options.backbone, recipe.backbone.norm)
+    if norm != recipe.backbone.norm:
+        why = f"recipe {recipe.name} wants {recipe.backbone.norm}, which {options.backbone} cannot have"
+        reasons.append(("backbone norm", norm, why))
+        recipe = dataclasses.replace(recipe, backbone=dataclasses.replace(recipe.backbone, norm=norm))
 
     preprocessing = _preprocessing(recipe, options, train, device, reasons)
     anchors = _anchors(options, train, preprocessing, reasons)
@@ -96,7 +123,6 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     reasons.append(
         ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
     )
-    validate_every = options.validate_every_steps or max(1, round(steps / VALIDATIONS))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(8, cores - 1) if options.workers is None else options.workers
     return Plan(
@@ -117,16 +143,32 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
         batch_size=recipe.batch_size,
         steps=steps,
         lr=lr,
-        warmup_steps=min(recipe.warmup_steps, steps // 20),
+        warmup_steps=warmup_of(recipe, steps),
         train_images=len(train),
-        validate_every=validate_every,
+        validate_every=cadence(options, steps),
         workers=workers,
         reasons=tuple(reasons),
     )
 
 
+def warmup_of(recipe: Recipe, steps: int) -> int:
+    """Return the warm-up of a run: the recipe's, at most a twentieth of the run."""
+    return min(recipe.warmup_steps, steps // 20)
+
+
+def cadence(options: TrainingOptions, steps: int) -> int:
+    """Return the steps between validations."""
+    return options.validate_every_steps or max(1, math.ceil(steps / VALIDATIONS))
+
+
 def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
     """Return the backbone's weights file, or None, and why. Nothing is ever downloaded here."""
+    if options.recipe == "small":
+        if options.pretrained not in ("auto", "none"):
+            raise ConfigError(
+                "--recipe small starts from scratch; leave --pretrained out, or use --recipe modern"
+            )
+        return None, "recipe small starts from scratch"
     if options.pretrained == "none":
         return None, "--pretrained none"
     if options.pretrained != "auto":
@@ -153,10 +195,6 @@ def choose_recipe(options: TrainingOptions, weights: Path | None) -> Recipe:
     if name == "auto":
         name = "modern" if weights else "small"
     if name == "small":
-        if weights and options.pretrained != "auto":
-            raise ConfigError(
-                "--recipe small starts from scratch; leave --pretrained out, or use --recipe modern"
-            )
         return small(options.backbone)
     if not weights:
         raise ConfigError(
@@ -179,6 +217,10 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
     if options.box_loss == "l1":
         asked |= {"beta": 0.0}
     changed = dataclasses.replace(recipe, **asked)
+    if options.beta is not None and changed.box_loss != "smooth-l1":
+        raise ConfigError(
+            f"--beta belongs to --box-loss smooth-l1; recipe {recipe.name} has --box-loss {changed.box_loss}"
+        )
     for name in ("optimizer", "schedule", "batch_size", "channels", "box_loss", "box_weight", "freeze"):
         why = "asked for" if name in asked else f"recipe {recipe.name}"
         reasons.append((name.replace("_", " "), f"{getattr(changed, name)}", why))

@@ -14,10 +14,15 @@ from retinanet.evaluation import Metrics
 PLAIN_INTERVAL = 15.0
 
 
+def plain_console() -> Console:
+    """Return a console on stderr that takes brackets in file names and messages for what they are."""
+    return Console(stderr=True, markup=False, highlight=False)
+
+
 class TrainingProgress:
     """Show steps, losses, rate and speed of a run of `steps` steps."""
 
-    def __init__(self, console: Console, steps: int, start: int = 0) -> None:
+    def __init__(self, console: Console, steps: int) -> None:
         self.console = console
         self.steps = steps
         self.live = Progress(
@@ -29,9 +34,8 @@ class TrainingProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.live.add_task("train", total=steps, completed=start, figures="")
+        self.task = self.live.add_task("train", total=steps, figures="")
         self.shown_at = self.began = time.monotonic()
-        self.start = start
 
     def __enter__(self) -> TrainingProgress:
         self.live.start()
@@ -52,7 +56,7 @@ class TrainingProgress:
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.shown_at > PLAIN_INTERVAL or step == self.steps):
             self.shown_at = now
-            left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
+            left = (now - self.began) / step * (self.steps - step)
             self.say(f"step {step}/{self.steps}  {figures}  {_minutes(left)} left")
 
     def evaluated(self, step: int, metrics: Metrics, seconds: float) -> None:
@@ -64,7 +68,7 @@ class TrainingProgress:
         self.say(f"step {step}/{self.steps}  validation: {shown}  ({seconds:.0f} s)")
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
 
 def _minutes(seconds: float) -> str:

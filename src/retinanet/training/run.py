@@ -14,6 +14,7 @@ from rich.console import Console
 from retinanet.data import Dataset, available_splits, open_dataset
 from retinanet.devices import deterministic_algorithms
 from retinanet.errors import ConfigError, DataError
+from retinanet.folders import require_new, write_json
 from retinanet.inference import Detector, Validation, load
 from retinanet.model import RetinaNet, build_retinanet, load_backbone
 from retinanet.report.curves import draw_curves
@@ -23,6 +24,7 @@ from retinanet.training.folder import RunFolder
 from retinanet.training.loop import train_network
 from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan, plan_run
+from retinanet.training.progress import plain_console
 from retinanet.training.timing import fit_to_time
 
 P = ParamSpec("P")
@@ -76,7 +78,9 @@ def train(options: TrainingOptions) -> Run:
 def run_training(options: TrainingOptions, console: Console | None = None) -> Run | None:
     """Plan, train and validate; return None after a dry run."""
     began = time.monotonic()
-    console = console or Console(stderr=True)
+    console = console or plain_console()
+    if options.output:
+        require_new(Path(options.output))
     train_set, val_set = open_splits(options.data)
     for dataset in (train_set, val_set):
         console.print(dataset.summary(), highlight=False, soft_wrap=True)
@@ -86,6 +90,7 @@ def run_training(options: TrainingOptions, console: Console | None = None) -> Ru
             console.print(f"  and {len(dataset.faults) - FAULTS_SHOWN} more", highlight=False)
     plan = plan_run(options, train_set)
     network = build_network(plan)
+    folder = None if options.dry_run else RunFolder.create(options.output, options)
     seconds = options.seconds()
     if seconds is not None:
         plan = fit_to_time(plan, network, train_set, val_set, seconds - (time.monotonic() - began))
@@ -93,12 +98,12 @@ def run_training(options: TrainingOptions, console: Console | None = None) -> Ru
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
     console.print(f"{whole:,} parameters, {trained:,} of them trained", highlight=False)
-    if options.dry_run:
+    if folder is None:
         return None
-
-    folder = RunFolder.create(options.output, options)
+    write_json(folder.path / "plan.json", plan.to_json())
     console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
-    with deterministic_algorithms(options.deterministic):
+    # Steps seed torch's generator; the caller's is given back as it was.
+    with deterministic_algorithms(options.deterministic), torch.random.fork_rng(devices=[]):
         best = train_network(plan, network, train_set, val_set, folder, console)
     _report(plan, best, val_set, folder)
     console.print(best.metrics.table(), highlight=False)
@@ -133,10 +138,11 @@ def open_splits(data: str) -> tuple[Dataset, Dataset]:
             f"{data} needs the same classes in train and val; got {', '.join(train_set.classes.names)} "
             f"and {', '.join(val_set.classes.names)}"
         )
-    if not len(train_set.boxes):
-        raise DataError(
-            f"training needs boxes; the train split of {data} has none in {len(train_set)} images"
-        )
+    for dataset in (train_set, val_set):
+        if not len(dataset.boxes):
+            raise DataError(
+                f"training needs boxes; the {dataset.split} split of {data} has none in {len(dataset)} images"
+            )
     return train_set, val_set
 
 

@@ -14,10 +14,10 @@ from retinanet.checkpoint import Model
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
 from retinanet.devices import autocast
-from retinanet.inference import Detector, validate
+from retinanet.inference import Detector
 from retinanet.model import RetinaNet
 from retinanet.training.optimizer import build_optimizer
-from retinanet.training.planning import VALIDATIONS, Plan
+from retinanet.training.planning import VALIDATIONS, Plan, cadence, warmup_of
 
 WARM_STEPS, TIMED_STEPS = 3, 8
 VALIDATION_IMAGES = 16
@@ -32,11 +32,11 @@ def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, se
     """
     trial = copy.deepcopy(network)
     step = _step_seconds(plan, trial, train)
-    few = val.subset(range(min(VALIDATION_IMAGES, len(val))))
+    few = [val.path(i) for i in range(min(VALIDATION_IMAGES, len(val)))]
     detector = Detector(Model(trial, plan.spec), device=str(plan.device))
-    validate(detector, few.subset([0]), batch_size=1)  # what is slow once only
+    list(detector.detect_all(few[:1]))  # what is slow once only
     began = time.monotonic()
-    validate(detector, few, batch_size=plan.batch_size)
+    list(detector.detect_all(few, batch_size=plan.batch_size))
     validation = (time.monotonic() - began) / len(few) * len(val)
     every = plan.options.validate_every_steps
     per_step = step + (validation / every if every else 0)
@@ -48,8 +48,8 @@ def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, se
     return dataclasses.replace(
         plan,
         steps=steps,
-        warmup_steps=min(plan.recipe.warmup_steps, math.ceil(steps / 20)),
-        validate_every=every or max(1, math.ceil(steps / VALIDATIONS)),
+        warmup_steps=warmup_of(plan.recipe, steps),
+        validate_every=cadence(plan.options, steps),
         reasons=tuple(
             ("steps", f"{steps:,}", why) if setting == "steps" else (setting, value, reason)
             for setting, value, reason in plan.reasons
