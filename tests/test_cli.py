@@ -201,6 +201,23 @@ def test_a_wrong_request_gets_one_message_and_exit_code_2(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_full_disk_gets_one_message(
+    capsys: pytest.CaptureFixture[str],
+    data: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "detections.json"))
+
+    monkeypatch.setattr("retinanet.evaluation.write_results", full)
+    code, _, err = run(capsys, "evaluate", model, data, "--output", tmp_path / "full", "--device", "cpu")
+    assert code == 2
+    assert "No space left on device" in err
+    assert "detections.json" in err
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     from retinanet.errors import CheckpointError
 

@@ -42,14 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"retinanet: {error}", file=sys.stderr)
         code = error.exit_code if isinstance(error, Stopped) else WRONG
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    except OSError as error:  # a full disk, a folder without permission: the system's words name the file
+        if debug:
+            raise
+        print(f"retinanet: {error}; free space or choose another --output", file=sys.stderr)
+        code = WRONG
     except KeyboardInterrupt:
         if debug:
             raise
         print("retinanet: stopped", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = DONE
     sys.exit(code)
 
 

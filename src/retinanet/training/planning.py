@@ -224,6 +224,26 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
     for name in ("optimizer", "schedule", "batch_size", "channels", "box_loss", "box_weight", "freeze"):
         why = "asked for" if name in asked else f"recipe {recipe.name}"
         reasons.append((name.replace("_", " "), f"{getattr(changed, name)}", why))
+    alpha_gamma = {"alpha", "gamma", "prior"} & asked.keys()
+    reasons += [
+        (
+            "focal loss",
+            f"alpha {changed.alpha:g}, gamma {changed.gamma:g}, prior {changed.prior:g}",
+            f"asked for: {', '.join(sorted(alpha_gamma))}" if alpha_gamma else f"recipe {recipe.name}",
+        ),
+        (
+            "held in check by",
+            f"weight decay {changed.weight_decay:g}, gradient norm {changed.clip_norm or 'free'}, "
+            f"average of weights {changed.average_decay or 'none'}",
+            "weight decay asked for" if "weight_decay" in asked else f"recipe {recipe.name}",
+        ),
+        (
+            "augmentation",
+            f"flip {changed.augmentation.flip:g}, zoom {changed.augmentation.zoom[0]:g} to "
+            f"{changed.augmentation.zoom[1]:g}",
+            f"recipe {recipe.name}",
+        ),
+    ]
     return changed
 
 
