@@ -68,7 +68,7 @@ def test_scenes_stay_the_same_from_version_to_version(scenes: list) -> None:
     # CHANGELOG.md. Boxes only: the last bit of a pixel may depend on the versions of NumPy and Pillow.
     _, truth = scenes[0]
     assert [CLASSES.names[label] for label in truth.classes] == ["disk", "disk", "square"]
-    expected = [[83.85, 54.74, 97.87, 76.07], [54.18, 124.61, 66.15, 141.67], [39.10, 29.33, 58.44, 43.55]]
+    expected = [[81.85, 55.74, 97.23, 75.18], [53.18, 125.61, 66.13, 141.39], [39.10, 29.33, 57.17, 44.55]]
     np.testing.assert_allclose(truth.boxes, expected, atol=0.05)
 
 
@@ -115,10 +115,10 @@ def test_sides_are_log_uniform_over_a_range_of_twelve(scenes: list) -> None:
 def test_aspect_ratios_vary_mildly(scenes: list) -> None:
     boxes = all_of(scenes, "boxes")
     aspect = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
-    assert aspect.min() >= 1 / 1.6 - 1e-3
-    assert aspect.max() <= 1.6 + 1e-3
-    assert np.quantile(aspect, 0.1) < 0.75
-    assert np.quantile(aspect, 0.9) > 1.35
+    assert aspect.min() >= 1 / 1.3 - 1e-3
+    assert aspect.max() <= 1.3 + 1e-3
+    assert np.quantile(aspect, 0.1) < 0.85
+    assert np.quantile(aspect, 0.9) > 1.18
 
 
 def test_every_coco_size_and_every_class_is_well_represented(scenes: list) -> None:
@@ -141,7 +141,7 @@ def test_coverage_of_a_rectangle_worked_by_hand() -> None:
     np.testing.assert_allclose(shapes._coverage(corners[::-1], 2, 3), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [*CLASSES.names, *shapes.DISTRACTORS])
+@pytest.mark.parametrize("kind", CLASSES.names)
 @pytest.mark.parametrize("side", [11.0, 40.0, 134.0])
 def test_a_shape_fills_its_box_to_all_four_sides(kind: str, side: float) -> None:
     rng = np.random.default_rng(0)
@@ -181,20 +181,6 @@ def test_at_least_half_of_every_object_is_visible(placed: list) -> None:
         assert min(shares) >= 0.5
         overlapping += min(shares) < 1
     assert overlapping > 20  # of 100 images: overlaps are common
-
-
-def test_distractors_touch_no_object_and_one_another(placed: list) -> None:
-    rng, found = np.random.default_rng(0), 0
-    for objects in placed:
-        distractors = shapes._place_distractors(rng, SPEC, objects)
-        found += len(distractors)
-        touched = np.zeros((160, 160), int)
-        for shape in distractors:
-            touched[shape.window] += shape.coverage > 0
-        assert touched.max() <= 1
-        for shape in objects:
-            assert not (touched[shape.window].astype(bool) & (shape.coverage > 0)).any()
-    assert found > 40
 
 
 # --- classes differ by shape alone ---

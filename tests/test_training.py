@@ -26,7 +26,7 @@ from retinanet.inference import Detector, validate
 from retinanet.records import Classes, GroundTruth
 from retinanet.training import recipes, timing
 from retinanet.training.configuration import TrainingOptions, read_config, write_config
-from retinanet.training.optimizer import WeightAverage, build_optimizer, rate
+from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
 from retinanet.training.planning import coverage, plan_run
 from retinanet.training.run import build_network, run_training
 
@@ -371,13 +371,45 @@ def test_weight_average_by_hand() -> None:
     assert kept.model.weight.item() == pytest.approx(1.1, abs=1e-5)
 
 
+def small_network() -> RetinaNet:
+    spec = ModelSpec(Classes(("a",)), backbone=BackboneSpec("resnet18"), pyramid=PyramidSpec(channels=64))
+    return build_retinanet(spec)
+
+
 def test_norms_and_biases_are_not_decayed_unless_asked() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2))
-    decayed = build_optimizer(model, name="adamw", lr=1.0, weight_decay=0.1, decay_all=False)
-    assert [(len(g["params"]), g["weight_decay"]) for g in decayed.param_groups] == [(1, 0.1), (3, 0.0)]
-    paper = build_optimizer(model, name="sgd", lr=1.0, weight_decay=0.1, decay_all=True)
-    assert [(len(g["params"]), g["weight_decay"]) for g in paper.param_groups] == [(4, 0.1)]
+    network = small_network()
+    flat = sum(p.ndim == 1 for p in network.parameters())
+    deep = sum(p.ndim > 1 for p in network.parameters())
+    (decayed,) = build_optimizers(network, name="adamw", lr=1.0, weight_decay=0.1, decay_all=False)
+    assert [(len(g["params"]), g["weight_decay"]) for g in decayed.param_groups] == [(deep, 0.1), (flat, 0.0)]
+    (paper,) = build_optimizers(network, name="sgd", lr=1.0, weight_decay=0.1, decay_all=True)
+    assert [(len(g["params"]), g["weight_decay"]) for g in paper.param_groups] == [(deep + flat, 0.1)]
     assert paper.defaults["momentum"] == 0.9
+
+
+def test_muon_trains_what_lies_between_pixels_and_outputs_and_adamw_the_rest() -> None:
+    network = small_network()
+    network.backbone.freeze("stage1")
+    muon, adamw = build_optimizers(network, name="muon", lr=1.0, weight_decay=0.1, decay_all=False)
+    assert isinstance(muon, Muon)
+    inside = {id(p) for group in muon.param_groups for p in group["params"]}
+    beside = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert inside | beside == {id(p) for p in network.parameters() if p.requires_grad}
+    assert not inside & beside
+    assert id(network.class_head.tower[0].weight) in inside
+    assert {id(network.class_head.last.weight), id(network.box_head.last.weight)} <= beside
+    set_rate([muon, adamw], 0.4)
+    assert [group["lr"] for group in muon.param_groups] == [0.4]
+    assert [group["lr"] for group in adamw.param_groups] == [0.1, 0.1]
+    # Depthwise convolutions are no matrices, the first convolution reads pixels.
+    depthwise = build_retinanet(
+        ModelSpec(
+            Classes(("a",)),
+            backbone=BackboneSpec("mobilenetv3_small_050"),
+            pyramid=PyramidSpec(channels=64),
+        )
+    )
+    assert all(min(p.shape[:2]) > 3 for p in hidden_weights(depthwise))
 
 
 def test_coverage_by_hand(tmp_path: Path) -> None:

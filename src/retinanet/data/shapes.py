@@ -1,8 +1,7 @@
 """Synthetic detection images: disks, squares and triangles on clutter. NumPy and Pillow only.
 
 What makes them worth training on: the classes differ by shape alone. Objects, clutter and background
-take their colours from one distribution, and the size of a box does not depend on its class. Stars,
-crosses and crescents are painted just like objects and are none.
+take their colours from one distribution, and the size of a box does not depend on its class.
 
 An image is a function of (spec, seed, split, index): one image, or all of them in any order, give the same
 pixels. A box is the exact extent of its whole shape, hidden parts included, in continuous coordinates: an
@@ -21,7 +20,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from retinanet.data.coco import write_coco
 from retinanet.errors import ConfigError, DataError
@@ -30,15 +29,17 @@ from retinanet.records import Classes, Float32Array, GroundTruth
 Float64Array: TypeAlias = NDArray[np.float64]
 
 CLASSES = Classes(names=("disk", "square", "triangle"), ids=(1, 2, 3))
-DISTRACTORS = ("star", "cross", "crescent")
 
 # Beyond 20 degrees a square of ten pixels begins to look like a disk. Up to 20 it fills its box as a disk
 # does (0.76 and 0.79 on average), so that how much background a box holds does not tell the two apart.
 SQUARE_TILT = math.radians(20)
-MAX_ASPECT = 1.6
+MAX_ASPECT = 1.3
 MIN_VISIBLE = 0.5
-MIN_CONTRAST = 70.0
+MIN_CONTRAST = 100.0
 PLACEMENTS = 30
+# Objects are plain or a gradient, without the stripes and the noise of the background: small ones have no
+# pixels to spare for a texture.
+PLAIN_KINDS = 2
 SUBROWS = 4
 
 
@@ -161,7 +162,7 @@ def draw_scene(spec: ShapesSpec, seed: int, split: str, index: int) -> tuple[NDA
     rng = np.random.Generator(np.random.PCG64(entropy))
     objects = [] if _is_empty(spec, index) else _place_objects(rng, spec)
     canvas = _background(rng, spec.image_size)
-    for shape in [*objects, *_place_distractors(rng, spec, objects)]:
+    for shape in objects:
         _paint(rng, canvas, shape)
     return _photograph(rng, canvas), _ground_truth(objects)
 
@@ -270,23 +271,6 @@ def _place_objects(rng: np.random.Generator, spec: ShapesSpec) -> list[_Shape]:
     return objects
 
 
-def _place_distractors(rng: np.random.Generator, spec: ShapesSpec, objects: list[_Shape]) -> list[_Shape]:
-    """Choose filled shapes of no class, where they touch nothing: a half-hidden cross looks like a square."""
-    taken = np.zeros((spec.image_size, spec.image_size), bool)
-    for shape in objects:
-        taken[shape.window] |= shape.coverage > 0
-    found: list[_Shape] = []
-    for _ in range(int(rng.integers(0, 4))):
-        kind = DISTRACTORS[rng.integers(len(DISTRACTORS))]
-        # Not as small as the smallest objects: a star of ten pixels is a disk to anyone.
-        side = math.exp(rng.uniform(math.log(0.12), math.log(0.4))) * spec.image_size
-        shape = _moved(rng, _new_shape(rng, kind, side, spec.image_size), spec.image_size)
-        if not (taken[shape.window] & (shape.coverage > 0)).any():
-            taken[shape.window] |= shape.coverage > 0
-            found.append(shape)
-    return found
-
-
 def _new_shape(rng: np.random.Generator, kind: str, side: float, image_size: int) -> _Shape:
     """Draw a shape, not placed yet; the geometric mean of its width and height is `side`."""
     limit = math.log(min(MAX_ASPECT, (image_size / side) ** 2))
@@ -309,25 +293,8 @@ def _moved(rng: np.random.Generator, shape: _Shape, image_size: int) -> _Shape:
 def _unit_outline(rng: np.random.Generator, kind: str) -> Float64Array:
     """Return `[V, 2]` corners of a shape, turned by chance, with extent 0..1 in x and in y."""
     turn = rng.uniform(-SQUARE_TILT, SQUARE_TILT) if kind == "square" else rng.uniform(0, 2 * math.pi)
-    points: Float64Array
-    if kind == "crescent":
-        # A disk without the part that a second, smaller disk at `bite` covers.
-        outer = _ring(36, turn)
-        bite = 0.45 * outer[0]
-        inner = bite + 0.8 * outer
-        kept, bitten = np.hypot(*(outer - bite).T) > 0.8, np.hypot(*inner.T) < 1
-        points = np.concatenate([outer[kept], inner[bitten][::-1]])
-    elif kind == "star":
-        points = _ring(10, turn) * np.tile([1.0, 0.42], 5)[:, None]
-    elif kind == "cross":
-        # Three corners an arm: two at its end, one in the angle between two arms.
-        half = math.atan(0.3)
-        angles = turn + (np.arange(4)[:, None] * math.pi / 2 + [-half, half, math.pi / 4]).ravel()
-        radii = np.tile([math.hypot(1, 0.3), math.hypot(1, 0.3), 0.3 * math.sqrt(2)], 4)
-        points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]
-    else:
-        corners = {"disk": 48, "square": 4, "triangle": 3}[kind]
-        points = _ring(corners, turn + math.pi / 4)
+    corners = {"disk": 48, "square": 4, "triangle": 3}[kind]
+    points = _ring(corners, turn + math.pi / 4)
     low, high = points.min(axis=0), points.max(axis=0)
     unit: Float64Array = (points - low) / (high - low)
     return unit
@@ -403,7 +370,7 @@ def _paint(rng: np.random.Generator, canvas: Float32Array, shape: _Shape) -> Non
     beneath = canvas[:, *shape.window]
     weight = float(shape.coverage.sum())
     behind = (beneath * shape.coverage).sum(axis=(1, 2)) / weight
-    texture = _texture(rng, *shape.coverage.shape)
+    texture = _texture(rng, *shape.coverage.shape, PLAIN_KINDS)
     share = float((texture * shape.coverage).sum()) / weight
     first, second = _two_colours(rng)
     while np.linalg.norm((first + share * (second - first)).ravel() - behind) < MIN_CONTRAST:
@@ -422,9 +389,10 @@ def _ink(rng: np.random.Generator) -> tuple[int, int, int]:
     return int(red), int(green), int(blue)
 
 
-def _texture(rng: np.random.Generator, height: int, width: int) -> Float32Array:
-    """Return `[height, width]` in [0, 1]: plain, a gradient, stripes, or smooth noise, equally often."""
-    kind = rng.integers(4)
+def _texture(rng: np.random.Generator, height: int, width: int, kinds: int = 4) -> Float32Array:
+    """Return `[height, width]` in [0, 1]: plain, a gradient, stripes, or smooth noise (the first `kinds` of
+    them), equally often."""
+    kind = rng.integers(kinds)
     texture: Float32Array
     if kind == 0:
         texture = np.zeros((height, width), np.float32)
@@ -447,15 +415,11 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> Float32Array:
 
 
 def _photograph(rng: np.random.Generator, canvas: Float32Array) -> NDArray[np.uint8]:
-    """Add grain to every other image, round, blur one in three a little."""
+    """Add grain to every other image, and round."""
     if rng.random() < 0.5:
         grain = rng.standard_normal(canvas.shape[1:], dtype=np.float32)
-        canvas = canvas + grain * np.float32(rng.uniform(2, 14))
-    pixels = _interleaved(canvas)
-    if rng.random() < 1 / 3:
-        blur = ImageFilter.BoxBlur(rng.uniform(0.2, 0.7))
-        pixels = np.asarray(Image.fromarray(pixels).filter(blur))
-    return pixels
+        canvas = canvas + grain * np.float32(rng.uniform(2, 8))
+    return _interleaved(canvas)
 
 
 def _interleaved(canvas: Float32Array) -> NDArray[np.uint8]:

@@ -12,10 +12,14 @@ from retinanet.model.spec import HeadSpec
 class Head(nn.Module):
     """One subnet (Section 4): `depth` 3x3 convolutions with ReLU, then a 3x3 convolution with A * values outputs.
 
-    The class head has K values an anchor, the box head 4; they share no weights. New convolutions start
+    The class head has K values an anchor, the box head 4; they share no weights. Convolutions start
     Gaussian with deviation 0.01 and bias 0. `prior` (pi) is for the class head alone: the last bias
     becomes -log((1 - pi) / pi), so that every anchor starts with p = pi for every class and the many
     negatives do not drown the first steps.
+
+    With GroupNorm, which the paper does not have, the tower starts as He et al. (2015): its scale is normalised
+    away, and small weights would only make the first steps of Adam, which have a size of their own, turn
+    everything around.
     """
 
     def __init__(
@@ -33,7 +37,10 @@ class Head(nn.Module):
         self.last = nn.Conv2d(channels, anchors * values, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
+                if spec.norm == "group" and module is not self.last:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                else:
+                    nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if prior is not None:

@@ -50,8 +50,8 @@ class TrainingOptions:
     """Images a step."""
     lr: float | None = None
     """Learning rate for 16 images a step; scaled to the batch size."""
-    optimizer: Literal["sgd", "adamw"] | None = None
-    """Optimiser."""
+    optimizer: Literal["sgd", "adamw", "muon"] | None = None
+    """Optimiser; muon is Muon for the convolutions inside and AdamW for the rest."""
     schedule: Literal["step", "cosine"] | None = None
     """step: a tenth at 2/3 and at 8/9 of the run; cosine: down to nothing."""
     weight_decay: float | None = None

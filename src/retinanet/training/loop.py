@@ -20,7 +20,7 @@ from retinanet.folders import write_json
 from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
 from retinanet.training.folder import RunFolder
-from retinanet.training.optimizer import WeightAverage, build_optimizer, rate, set_rate
+from retinanet.training.optimizer import WeightAverage, build_optimizers, rate, set_rate
 from retinanet.training.planning import Plan
 from retinanet.training.progress import TrainingProgress
 from retinanet.training.signals import noted_signals
@@ -39,7 +39,7 @@ def train_network(
     device, recipe, seed = plan.device, plan.recipe, plan.options.seed
     network.to(device).to(memory_format=torch.channels_last)
     average = WeightAverage(copy.deepcopy(network), recipe.average_decay) if recipe.average_decay else None
-    optimizer = build_optimizer(
+    optimizers = build_optimizers(
         network,
         name=recipe.optimizer,
         lr=plan.lr,
@@ -80,9 +80,10 @@ def train_network(
                 warmup_steps=plan.warmup_steps,
                 warmup_from=recipe.warmup_from,
             )
-            set_rate(optimizer, lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            set_rate(optimizers, lr)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             if average:
                 average.update(network)
 

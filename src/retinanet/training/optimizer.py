@@ -9,26 +9,58 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from retinanet.model import RetinaNet
+from retinanet.training.muon import Muon
+
 M = TypeVar("M", bound=nn.Module)
 
 
-def build_optimizer(
-    model: nn.Module, *, name: Literal["sgd", "adamw"], lr: float, weight_decay: float, decay_all: bool
-) -> Optimizer:
-    """Return SGD (momentum 0.9) or AdamW over the parameters that train.
+# What Muon does not train (norms, biases, the first and the last convolutions) takes AdamW steps of this share.
+ADAMW_SHARE = 0.25
+
+
+def build_optimizers(
+    network: RetinaNet,
+    *,
+    name: Literal["sgd", "adamw", "muon"],
+    lr: float,
+    weight_decay: float,
+    decay_all: bool,
+) -> list[Optimizer]:
+    """Return what steps the parameters that train: SGD (momentum 0.9), AdamW, or Muon with AdamW beside it.
 
     Unless `decay_all`, norms and biases (tensors of one dimension) are not decayed: shrinking a scale or an
-    offset does not make a function simpler.
+    offset does not make a function simpler. Muon trains the convolutions inside; it is not meant for those
+    that read pixels or give the outputs, nor for depthwise ones, which are no matrices.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    inside = hidden_weights(network) if name == "muon" else []
+    beside = [parameter for parameter in trained if not any(parameter is weight for weight in inside)]
     groups = [
-        {"params": [p for p in trained if decay_all or p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if not decay_all and p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in beside if decay_all or p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in beside if not decay_all and p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if name == "sgd":
-        return SGD(groups, lr=lr, momentum=0.9, fused=True)
-    return AdamW(groups, lr=lr, fused=True)
+        return [SGD(groups, lr=lr, momentum=0.9, fused=True)]
+    if name == "adamw" or not inside:
+        return [AdamW(groups, lr=lr, fused=True)]
+    for group in groups:
+        group["share"] = ADAMW_SHARE
+    return [Muon(inside, lr=lr, weight_decay=weight_decay), AdamW(groups, lr=lr * ADAMW_SHARE, fused=True)]
+
+
+def hidden_weights(network: RetinaNet) -> list[nn.Parameter]:
+    """Return the weights that Muon trains: matrices between features, neither from pixels nor to the outputs."""
+    outputs = [network.class_head.last.weight, network.box_head.last.weight]
+    return [
+        p
+        for p in network.parameters()
+        if p.requires_grad
+        and p.ndim > 1
+        and min(p.shape[:2]) > 3
+        and not any(p is output for output in outputs)
+    ]
 
 
 def rate(
@@ -53,9 +85,10 @@ def rate(
     return factor
 
 
-def set_rate(optimizer: Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def set_rate(optimizers: list[Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("share", 1.0)
 
 
 class WeightAverage(Generic[M]):

@@ -29,8 +29,8 @@ from retinanet.training.recipes import Recipe, modern, paper, small
 
 # Objects whose anchors are looked up to choose the anchors' sizes.
 COVERAGE_SAMPLE = 400
-# An object's side in the network input that anchors and stride 8 can still resolve well.
-COMFORTABLE_SIDE = 24
+# An object's side in the network input that anchors and stride 8 still resolve: two cells of P3.
+COMFORTABLE_SIDE = 16
 # Validations in a run, unless --validate-every-steps says otherwise.
 VALIDATIONS = 5
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
@@ -266,23 +266,33 @@ def _preprocessing(
 
 
 def _image_size(train: Dataset, device: torch.device) -> tuple[int, str]:
-    """Choose the shortest side so that nine objects of ten get a comfortable size, within the device's means."""
+    """Choose the shortest side so that the usual object of every class gets a comfortable size, within the
+    device's means. Every class counts alike, as in AP: a rare class of small objects sets the size.
+    """
     native = int(np.median(np.minimum(train.widths, train.heights)))
-    sides = _object_sides(train)
+    smallest = _smallest_class(train)
     most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
-    if not len(sides):
+    if smallest is None:
         return min(native, most), "no objects to go by"
-    wanted = native * COMFORTABLE_SIDE / float(np.quantile(sides, 0.1))
+    name, side = smallest
+    wanted = native * COMFORTABLE_SIDE / side
     size = int(np.clip(32 * round(wanted / 32), 128, min(most, 2 * native)))
     return size, (
-        f"nine of ten objects are above {np.quantile(sides, 0.1):.0f} px in images of {native}; "
-        f"{most} at most on {device.type}"
+        f"half of class {name} is below {side:.0f} px in images of {native}; {most} at most on {device.type}"
     )
 
 
-def _object_sides(train: Dataset) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    boxes = train.boxes[train.ignore == Ignore.NO]
-    return np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))  # type: ignore[no-any-return]
+def _smallest_class(train: Dataset) -> tuple[str, float] | None:
+    """Return the class whose median object has the smallest side, the square root of its area, and that side."""
+    kept = train.ignore == Ignore.NO
+    boxes, labels = train.boxes[kept], train.labels[kept]
+    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    medians = {
+        name: float(np.median(sides[labels == label]))
+        for label, name in enumerate(train.classes.names)
+        if (labels == label).any()
+    }
+    return min(medians.items(), key=lambda item: item[1]) if medians else None
 
 
 def _anchors(

@@ -38,7 +38,7 @@ class Recipe:
     batch_size: int = 16
     images_seen: int = 0
     epochs: float = 0
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     lr: float = 0.01
     weight_decay: float = 1e-4
     decay_all: bool = False
@@ -107,7 +107,7 @@ def modern(backbone: str, weights: str | None) -> Recipe:
 
 
 def small(backbone: str) -> Recipe:
-    """From scratch on few images: GroupNorm throughout, nothing frozen, AdamW, cosine, averaged weights.
+    """From scratch on few images: GroupNorm throughout, nothing frozen, Muon, cosine, averaged weights.
 
     Not measured beside other settings yet.
     """
@@ -117,10 +117,10 @@ def small(backbone: str) -> Recipe:
         head=HeadSpec(norm="group"),
         batch_size=8,
         epochs=12,
-        images_seen=4_000,
-        optimizer="adamw",
-        lr=2e-3,
-        weight_decay=0.05,
+        images_seen=3_200,
+        optimizer="muon",
+        lr=0.016,
+        weight_decay=0.02,
         warmup_steps=100,
         warmup_from=0.01,
         schedule="cosine",

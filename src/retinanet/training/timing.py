@@ -16,7 +16,7 @@ from retinanet.data.loading import training_batches
 from retinanet.devices import autocast
 from retinanet.inference import Detector
 from retinanet.model import RetinaNet
-from retinanet.training.optimizer import build_optimizer
+from retinanet.training.optimizer import build_optimizers
 from retinanet.training.planning import VALIDATIONS, Plan, cadence, warmup_of
 
 WARM_STEPS, TIMED_STEPS = 3, 8
@@ -60,7 +60,7 @@ def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, se
 def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset) -> float:
     network.to(plan.device).to(memory_format=torch.channels_last).train()
     recipe = plan.recipe
-    optimizer = build_optimizer(
+    optimizers = build_optimizers(
         network, name=recipe.optimizer, lr=0.0, weight_decay=0.0, decay_all=recipe.decay_all
     )
     count = WARM_STEPS + TIMED_STEPS
@@ -82,8 +82,9 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset) -> float:
         targets = batch.targets.to(plan.device)
         losses = plan.objective(predictions, targets, height=images.shape[2], width=images.shape[3])
         losses.total.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         now = time.monotonic()
         taken.append(now - began)
         began = now
