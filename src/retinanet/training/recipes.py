@@ -117,7 +117,7 @@ def small(backbone: str) -> Recipe:
         head=HeadSpec(norm="group"),
         batch_size=8,
         epochs=12,
-        images_seen=3_200,
+        images_seen=2_600,
         optimizer="muon",
         lr=0.016,
         weight_decay=0.02,
