@@ -16,8 +16,8 @@ slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/installed-dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -135,6 +135,22 @@ def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out)["versions"]["retinanet"] == retinanet.__version__
 
 
+def test_doctor_names_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    def without_timm(package: str) -> str:
+        if package == "timm":
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr("retinanet.cli.doctor.version", without_timm)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1
+    assert "problem: timm is missing; run: pip install -U retinanet" in out
+
+
 def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
     (tmp / "empty").mkdir(exist_ok=True)
     (tmp / "full").mkdir(exist_ok=True)
@@ -233,6 +249,17 @@ def test_options_of_a_config_file_are_defaults_that_the_command_line_wins_over(t
     command = parse(["train", "--config", str(tmp_path / "c.yaml"), "--lr", "0.25"])
     assert isinstance(command, Train)
     assert (command.data, command.batch_size, command.lr) == ("somewhere", 3, 0.25)
+
+
+@pytest.mark.parametrize("length", [["--epochs", "2"], ["--time=5m"], ["--steps", "7"]])
+def test_a_length_on_the_command_line_replaces_the_files(tmp_path: Path, length: list[str]) -> None:
+    from retinanet.cli.main import parse
+
+    (tmp_path / "c.yaml").write_text("data: somewhere\nsteps: 300\n")
+    command = parse(["train", "--config", str(tmp_path / "c.yaml"), *length])
+    given = {name: getattr(command, name) for name in ("epochs", "steps", "time")}
+    assert sum(value is not None for value in given.values()) == 1
+    assert given["steps"] in (None, 7)
 
 
 @pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "demo", "data shapes", "doctor"])

@@ -41,6 +41,34 @@ def test_parameter_count():
     assert parameters(build_retinanet(p5)) == 37_968_692 - 53_120 - (2048 - 256) * 256 * 9
 
 
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        # The body without its classifier, as torchvision counts it.
+        ("resnet18", 11_176_512),
+        ("resnet34", 21_284_672),
+        ("resnet50", 23_508_032),
+        ("resnet101", 42_500_160),
+        ("resnext101_32x8d", 86_742_336),
+    ],
+)
+def test_the_papers_backbones(name, body):
+    with torch.device("meta"):
+        model = build_retinanet(paper(COCO, backbone=name)).eval()
+        raw = model(torch.empty(1, 3, 64, 96))
+        native = build_backbone(BackboneSpec(name))
+    assert parameters(native) == body
+    assert raw.grids == ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))
+
+
+def test_towers_with_group_norm_start_as_he_et_al():
+    torch.manual_seed(0)
+    tower = build_retinanet(from_scratch(FEW)).class_head.tower
+    assert tower[0].weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
+    paper_tower = build_retinanet(SMALL).class_head.tower
+    assert paper_tower[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
+
+
 def test_the_start():
     torch.manual_seed(0)
     model = build_retinanet(SMALL).eval()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from retinanet.data import open_dataset, write_coco
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import ConfigError, DataError, TrainingError
 from retinanet.inference import Detector, validate
+from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
 from retinanet.records import Classes, GroundTruth
 from retinanet.training import recipes, timing
 from retinanet.training.configuration import TrainingOptions, read_config, write_config
+from retinanet.training.muon import Muon
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
 from retinanet.training.planning import coverage, plan_run
 from retinanet.training.run import build_network, run_training
@@ -281,7 +284,7 @@ def test_impossible_weights_are_refused(data: Path, options: dict, message: str)
 
 
 def test_recipe_paper_is_the_paper() -> None:
-    recipe = recipes.paper("resnet50", "a1_in1k")
+    recipe = recipes.paper(Classes(("a",)), "resnet50", "a1_in1k")
     assert recipe.images_seen == 90_000 * 16
     assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.schedule) == ("sgd", 0.01, 1e-4, "step")
     assert (recipe.alpha, recipe.gamma, recipe.prior) == (0.25, 2.0, 0.01)
@@ -293,7 +296,9 @@ def test_recipe_paper_is_the_paper() -> None:
     )
     assert not recipe.low_quality
     assert (recipe.augmentation.flip, recipe.augmentation.zoom) == (0.5, (1.0, 1.0))
-    assert recipe.backbone.norm == "frozen"
+    assert recipe.model.backbone.norm == "frozen"
+    assert recipe.model.pyramid.channels == 256
+    assert recipe.model.head == HeadSpec(depth=4, norm="none")
 
 
 @pytest.mark.parametrize("backbone", ["convnext_atto", "mobilenetv3_small_100"])
@@ -318,11 +323,21 @@ def test_as_many_steps_as_fit_into_the_time(data: Path, monkeypatch: pytest.Monk
     train = open_dataset(data, "train")
     plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
-    fitted = timing.fit_to_time(plan, build_network(plan), train, train.subset([0]), seconds=100)
-    # 100 s x 0.92 / 2 s = 46, less what five validations of one image take
+    val = train.subset([0])
+    fitted = timing.fit_to_time(plan, build_network(plan), train, val, time.monotonic() + 100)
+    # 100 s x 0.92 / 2 s = 46, less what the trial and five validations of one image take
     assert 30 <= fitted.steps <= 46
     assert fitted.validate_every == -(-fitted.steps // 5)
-    assert any("fit into 100 s: 2.00 s a step" in why for _, _, why in fitted.reasons)
+    assert any("s left: 2.00 s a step" in why for _, _, why in fitted.reasons)
+
+
+def test_validations_that_take_long_become_few(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = open_dataset(data, "train")
+    plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: 0.1)
+    monkeypatch.setattr(timing, "VALIDATED", 1e-9)
+    fitted = timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 10)
+    assert fitted.validate_every == fitted.steps
 
 
 def test_a_timed_run_takes_the_steps_of_its_plan_and_paths_are_taken(data: Path, tmp_path: Path) -> None:

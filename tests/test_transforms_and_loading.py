@@ -170,3 +170,28 @@ def test_an_unreadable_image_is_named_and_replaced(shapes: Path, tmp_path: Path)
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"^training needs images that can be read; none of 10 can"):
             batches(dataset, workers=workers)
+
+
+def test_scales_become_input_sizes_of_whole_cells() -> None:
+    assert Augmentation().image_sizes(150) == (150,)
+    assert Augmentation(scales=(0.8, 0.9, 1.0)).image_sizes(800) == (640, 704, 800)
+    assert Augmentation(scales=(0.1,)).image_sizes(64) == (32,)
+
+
+@pytest.mark.parametrize("scales", [(), (0.0,), (1.0, -1.0), (float("nan"),), (float("inf"),)])
+def test_impossible_scales_are_refused(scales: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"Augmentation\.scales needs numbers above 0"):
+        Augmentation(scales=scales)
+
+
+def test_every_batch_draws_a_scale(tmp_path: Path) -> None:
+    data = generate_shapes(tmp_path / "shapes", train=4, val=0, spec=ShapesSpec(image_size=96))
+    batches = training_batches(
+        open_dataset(data, "train"),
+        Preprocessing(image_size=96, max_size=96),
+        Augmentation(scales=(0.66, 1.0)),
+        batch_size=2,
+        seed=0,
+        steps=12,
+    )
+    assert {batch.images.shape[2] for batch in batches} == {64, 96}

@@ -9,6 +9,8 @@ import tyro
 from retinanet.errors import ConfigError
 from retinanet.training.configuration import TrainingOptions, read_config
 
+LENGTHS = ("--epochs", "--steps", "--time")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train(TrainingOptions):
@@ -32,5 +34,9 @@ def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
             raise ConfigError("--config needs a file")
         rest[place : place + (1 if equals else 2)] = []
         options = read_config(value if equals else arguments[place + 1])
+        if any(
+            given.partition("=")[0] in LENGTHS for given in rest
+        ):  # how long is one choice, in three units
+            options = {name: value for name, value in options.items() if f"--{name}" not in LENGTHS}
         return rest, Train(**{"data": tyro.MISSING, **options})
     return rest, None

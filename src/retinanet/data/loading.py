@@ -188,7 +188,7 @@ def training_batches(
         len(dataset),
         batch_size=batch_size,
         seed=seed,
-        image_sizes=augmentation.image_sizes or (preprocessing.image_size,),
+        image_sizes=augmentation.image_sizes(preprocessing.image_size),
         steps=steps,
         first_step=first_step,
         rank=rank,

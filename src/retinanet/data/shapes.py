@@ -370,7 +370,7 @@ def _paint(rng: np.random.Generator, canvas: Float32Array, shape: _Shape) -> Non
     beneath = canvas[:, *shape.window]
     weight = float(shape.coverage.sum())
     behind = (beneath * shape.coverage).sum(axis=(1, 2)) / weight
-    texture = _texture(rng, *shape.coverage.shape, PLAIN_KINDS)
+    texture = _texture(rng, *shape.coverage.shape, kinds=PLAIN_KINDS)
     share = float((texture * shape.coverage).sum()) / weight
     first, second = _two_colours(rng)
     while np.linalg.norm((first + share * (second - first)).ravel() - behind) < MIN_CONTRAST:
@@ -389,7 +389,7 @@ def _ink(rng: np.random.Generator) -> tuple[int, int, int]:
     return int(red), int(green), int(blue)
 
 
-def _texture(rng: np.random.Generator, height: int, width: int, kinds: int = 4) -> Float32Array:
+def _texture(rng: np.random.Generator, height: int, width: int, *, kinds: int = 4) -> Float32Array:
     """Return `[height, width]` in [0, 1]: plain, a gradient, stripes, or smooth noise (the first `kinds` of
     them), equally often."""
     kind = rng.integers(kinds)

@@ -30,14 +30,14 @@ class Augmentation:
             keeps its size.
         min_visible: an object of which a crop leaves less than this share is ignored from then on
             (`Ignore.CUT`), neither an object nor background; one of which nothing is left disappears.
-        image_sizes: shortest sides of the network input, of which each batch draws one; empty keeps the
-            model's own.
+        scales: factors on the network input's size, of which each batch draws one, rounded to multiples of 32
+            pixels.
     """
 
     flip: float = 0.5
     zoom: tuple[float, float] = (1.0, 1.0)
     min_visible: float = 0.3
-    image_sizes: tuple[int, ...] = ()
+    scales: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         for name in ("flip", "min_visible"):
@@ -45,6 +45,15 @@ class Augmentation:
                 raise ConfigError(f"Augmentation.{name} needs [0, 1]; got {getattr(self, name)}")
         if not 0 < self.zoom[0] <= self.zoom[1]:
             raise ConfigError(f"Augmentation.zoom needs 0 < least <= most; got {self.zoom}")
+        if not self.scales or not all(0 < scale < float("inf") for scale in self.scales):
+            raise ConfigError(f"Augmentation.scales needs numbers above 0; got {self.scales}")
+
+    def image_sizes(self, image_size: int) -> tuple[int, ...]:
+        """Return the shortest sides that batches draw from; a factor of 1 keeps the size as it is."""
+        return tuple(
+            image_size if scale == 1 else max(32, 32 * round(image_size * scale / 32))
+            for scale in self.scales
+        )
 
     def __call__(
         self, image: UInt8Array, truth: GroundTruth, random: np.random.Generator

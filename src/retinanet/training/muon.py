@@ -83,14 +83,14 @@ def orthogonal_factor(matrices: Tensor) -> Tensor:
     times less arithmetic than the usual form on M itself; M is multiplied once, at the end.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.transpose(1, 2)
+    x = matrices if wide else matrices.mT
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-20)[:, None, None]
     a, b, c = QUINTIC
-    gram = x @ x.transpose(1, 2)
+    gram = x @ x.mT
     product = identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
     for _ in range(ROUNDS):
         polynomial = torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial  # all of them commute, so this is the next round's Gram matrix
-    x = product @ x
-    return x if wide else x.transpose(1, 2)
+    factor: Tensor = product @ x
+    return factor if wide else factor.mT

@@ -21,9 +21,9 @@ from retinanet.data import Dataset
 from retinanet.devices import choose_device, resolve_precision
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
-from retinanet.model import ModelSpec, PostProcessing, PyramidSpec, fitting_norm
+from retinanet.model import ModelSpec, PostProcessing, fitting_norm
 from retinanet.objective import BoxLoss, Objective, focal, giou_of_boxes, smooth_l1_of_deltas
-from retinanet.records import Ignore
+from retinanet.records import Classes, Ignore
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.recipes import Recipe, modern, paper, small
 
@@ -65,7 +65,8 @@ class Plan:
             "validate_every": self.validate_every,
             "workers": self.workers,
             "weights_file": str(self.weights_file) if self.weights_file else None,
-            "recipe": dataclasses.asdict(self.recipe),
+            # The recipe's model went into the spec.
+            "recipe": {k: v for k, v in dataclasses.asdict(self.recipe).items() if k != "model"},
             "spec": self.spec.to_json(),
             "reasons": [list(reason) for reason in self.reasons],
         }
@@ -88,7 +89,7 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     reasons: list[tuple[str, str, str]] = []
     device = choose_device(options.device)
     weights, why = find_pretrained(options)
-    recipe = choose_recipe(options, weights)
+    recipe = choose_recipe(options, weights, train.classes)
     starts = f"weights of {weights}" if weights else "scratch"
     reasons.append(("backbone", f"{options.backbone}, from {starts}", why))
     reasons.append(("recipe", recipe.name, "asked for" if options.recipe != "auto" else "auto: " + why))
@@ -98,19 +99,16 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
             f"--freeze {recipe.freeze} keeps a stage as loaded and needs weights, of which there are none: "
             "give --pretrained FILE, or leave --freeze out"
         )
-    norm = fitting_norm(options.backbone, recipe.backbone.norm)
-    if norm != recipe.backbone.norm:
-        why = f"recipe {recipe.name} wants {recipe.backbone.norm}, which {options.backbone} cannot have"
+    backbone = recipe.model.backbone
+    norm = fitting_norm(backbone.name, backbone.norm)
+    if norm != backbone.norm:
+        why = f"recipe {recipe.name} wants {backbone.norm}, which {backbone.name} cannot have"
         reasons.append(("backbone norm", norm, why))
-        recipe = dataclasses.replace(recipe, backbone=dataclasses.replace(recipe.backbone, norm=norm))
-
     preprocessing = _preprocessing(recipe, options, train, device, reasons)
     anchors = _anchors(options, train, preprocessing, reasons)
-    spec = ModelSpec(
-        classes=train.classes,
-        backbone=recipe.backbone,
-        pyramid=PyramidSpec(channels=recipe.channels),
-        head=recipe.head,
+    spec = dataclasses.replace(
+        recipe.model,
+        backbone=dataclasses.replace(backbone, norm=norm),
         anchors=anchors,
         preprocessing=preprocessing,
         post_processing=PostProcessing(max_detections=options.max_detections),
@@ -189,19 +187,19 @@ def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
     return None, f"no weights of {hub_id or options.backbone} in the cache; give a file with --pretrained"
 
 
-def choose_recipe(options: TrainingOptions, weights: Path | None) -> Recipe:
+def choose_recipe(options: TrainingOptions, weights: Path | None, classes: Classes) -> Recipe:
     """Return the recipe asked for; auto is `modern` with weights and `small` without."""
     name = options.recipe
     if name == "auto":
         name = "modern" if weights else "small"
     if name == "small":
-        return small(options.backbone)
+        return small(classes, options.backbone)
     if not weights:
         raise ConfigError(
             f"--recipe {name} freezes BatchNorm and needs weights for {options.backbone}, of which there are none: "
             "give --pretrained FILE, or use --recipe small"
         )
-    return (paper if name == "paper" else modern)(options.backbone, weights.name)
+    return (paper if name == "paper" else modern)(classes, options.backbone, weights.name)
 
 
 def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[str, str, str]]) -> Recipe:
@@ -211,19 +209,26 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
     }
     asked = {
         name: getattr(options, name)
-        for name in sorted(shared - {"backbone", "epochs"})
+        for name in sorted(shared - {"epochs"})
         if getattr(options, name) is not None
     }
     if options.box_loss == "l1":
         asked |= {"beta": 0.0}
     changed = dataclasses.replace(recipe, **asked)
+    if options.channels is not None:
+        pyramid = dataclasses.replace(recipe.model.pyramid, channels=options.channels)
+        changed = dataclasses.replace(changed, model=dataclasses.replace(recipe.model, pyramid=pyramid))
     if options.beta is not None and changed.box_loss != "smooth-l1":
         raise ConfigError(
             f"--beta belongs to --box-loss smooth-l1; recipe {recipe.name} has --box-loss {changed.box_loss}"
         )
-    for name in ("optimizer", "schedule", "batch_size", "channels", "box_loss", "box_weight", "freeze"):
-        why = "asked for" if name in asked else f"recipe {recipe.name}"
-        reasons.append((name.replace("_", " "), f"{getattr(changed, name)}", why))
+    why = f"recipe {recipe.name}"
+    channels = changed.model.pyramid.channels
+    reasons.append(("channels", f"{channels}", why if options.channels is None else "asked for"))
+    reasons += [
+        (name.replace("_", " "), f"{getattr(changed, name)}", "asked for" if name in asked else why)
+        for name in ("optimizer", "schedule", "batch_size", "box_loss", "box_weight", "freeze")
+    ]
     alpha_gamma = {"alpha", "gamma", "prior"} & asked.keys()
     reasons += [
         (
@@ -240,7 +245,8 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         (
             "augmentation",
             f"flip {changed.augmentation.flip:g}, zoom {changed.augmentation.zoom[0]:g} to "
-            f"{changed.augmentation.zoom[1]:g}",
+            f"{changed.augmentation.zoom[1]:g}, size times {min(changed.augmentation.scales):g} to "
+            f"{max(changed.augmentation.scales):g}",
             f"recipe {recipe.name}",
         ),
     ]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from retinanet.data.transforms import Augmentation
-from retinanet.model import BackboneSpec, HeadSpec
+from retinanet.model import ModelSpec, presets
 from retinanet.objective import Normalizer
+from retinanet.records import Classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Recipe:
     """The settings of a run that do not depend on the data.
 
     Args:
+        model: the preset's model; the plan adds image size and anchors.
         images_seen: training images in all, repetitions counted, unless `epochs` asks for more.
         epochs: passes over the data at least.
         lr: for 16 images a step.
@@ -30,9 +32,7 @@ class Recipe:
     """
 
     name: str
-    backbone: BackboneSpec
-    head: HeadSpec
-    channels: int = 256
+    model: ModelSpec
     image_size: int | None = None
     max_size: int | None = None
     batch_size: int = 16
@@ -59,7 +59,7 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
-def paper(backbone: str, weights: str | None) -> Recipe:
+def paper(classes: Classes, backbone: str, weights: str | None) -> Recipe:
     """Section 4 and 5 to the letter: 90k steps of 16 images, SGD 0.01 with a tenth at 60k and 80k, flips only.
 
     No anchor is matched below IoU 0.5, smooth L1 turns at 1, both losses are divided by the positives of
@@ -70,8 +70,7 @@ def paper(backbone: str, weights: str | None) -> Recipe:
     """
     return Recipe(
         name="paper",
-        backbone=BackboneSpec(backbone, weights=weights, norm="frozen"),
-        head=HeadSpec(),
+        model=presets.paper(classes, backbone=backbone, weights=weights),
         image_size=800,
         max_size=1333,
         images_seen=90_000 * 16,
@@ -80,7 +79,7 @@ def paper(backbone: str, weights: str | None) -> Recipe:
     )
 
 
-def modern(backbone: str, weights: str | None) -> Recipe:
+def modern(classes: Classes, backbone: str, weights: str | None) -> Recipe:
     """What works better today from pretrained weights: GIoU, GroupNorm in the heads, AdamW, averaged weights.
 
     Published by torchvision for a recipe of this kind: 41.5 AP on COCO val2017 (26 epochs, ResNet-50).
@@ -88,8 +87,7 @@ def modern(backbone: str, weights: str | None) -> Recipe:
     """
     return Recipe(
         name="modern",
-        backbone=BackboneSpec(backbone, weights=weights, norm="frozen"),
-        head=HeadSpec(norm="group"),
+        model=presets.modern(classes, backbone=backbone, weights=weights),
         epochs=12,
         images_seen=8_000,
         optimizer="adamw",
@@ -102,22 +100,22 @@ def modern(backbone: str, weights: str | None) -> Recipe:
         box_weight=2.0,
         normalizer="all-processes",
         low_quality=True,
-        augmentation=Augmentation(zoom=(0.7, 1.5)),
+        augmentation=Augmentation(zoom=(0.7, 1.5), scales=(0.8, 0.85, 0.9, 0.95, 1.0)),
     )
 
 
-def small(backbone: str) -> Recipe:
+def small(classes: Classes, backbone: str) -> Recipe:
     """From scratch on few images: GroupNorm throughout, nothing frozen, Muon, cosine, averaged weights.
 
-    Not measured beside other settings yet.
+    On 300 synthetic images and after 4,800 training images, one seed each: AP 0.083 with AdamW and towers of
+    deviation 0.01, 0.120 with He et al.'s towers, 0.18 with Muon too (decision 0006).
     """
     return Recipe(
         name="small",
-        backbone=BackboneSpec(backbone, norm="group"),
-        head=HeadSpec(norm="group"),
+        model=presets.from_scratch(classes, backbone=backbone),
         batch_size=8,
         epochs=12,
-        images_seen=2_600,
+        images_seen=2_500,
         optimizer="muon",
         lr=0.016,
         weight_decay=0.02,

@@ -93,7 +93,7 @@ def run_training(options: TrainingOptions, console: Console | None = None) -> Ru
     folder = None if options.dry_run else RunFolder.create(options.output, options)
     seconds = options.seconds()
     if seconds is not None:
-        plan = fit_to_time(plan, network, train_set, val_set, seconds - (time.monotonic() - began))
+        plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
     plan.show(console)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
