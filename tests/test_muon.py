@@ -21,7 +21,7 @@ def test_the_factor_has_nearly_equal_singular_values_and_the_directions_of_the_m
     torch.manual_seed(0)
     rows, columns = shape
     rank = min(shape)
-    # Singular values over two orders of magnitude, as the gradient of a convolution has them.
+    # Singular values over a factor of 32, as the gradient of a convolution has them.
     u, vh = torch.linalg.qr(torch.randn(rows, rank))[0], torch.linalg.qr(torch.randn(columns, rank))[0].T
     matrix = u * torch.logspace(0, -1.5, rank) @ vh
     factor = orthogonal_factor(matrix[None])[0]
@@ -32,6 +32,29 @@ def test_the_factor_has_nearly_equal_singular_values_and_the_directions_of_the_m
     core = u.T @ factor @ vh.T
     assert (core - core.diagonal().diag()).abs().max() < 1e-3
     assert torch.nn.functional.cosine_similarity(factor.flatten(), exact(matrix).flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("shape", [(64, 576), (48, 27), (16, 16)])
+@pytest.mark.parametrize("rank", [1, 8, 16])
+def test_the_factor_equals_the_plain_iteration(shape: tuple[int, int], rank: int) -> None:
+    """In float64 and on X itself, as the method is written; gradients without full rank included."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
+    x = matrix.double() / matrix.double().norm()
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    torch.testing.assert_close(orthogonal_factor(matrix[None])[0], x.float(), atol=2e-3, rtol=2e-3)
+
+
+def test_gradients_in_half_precision_are_orthogonalised_in_float32() -> None:
+    torch.manual_seed(0)
+    matrix = (torch.randn(32, 4) @ torch.randn(4, 64)).bfloat16()
+    factor = orthogonal_factor(matrix[None])
+    assert factor.dtype == torch.bfloat16
+    torch.testing.assert_close(factor.float(), orthogonal_factor(matrix[None].float()), atol=2e-3, rtol=1e-2)
+    assert (orthogonal_factor(torch.zeros(1, 4, 8, dtype=torch.float16)) == 0).all()
 
 
 def test_the_factor_does_not_depend_on_scale_or_on_neighbours_and_zero_stays_zero() -> None:
@@ -69,7 +92,8 @@ def test_two_steps_by_the_formula(memory_format: torch.memory_format) -> None:
     torch.testing.assert_close(weight.detach(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_step_is_as_large_as_one_of_adamw() -> None:
+def test_the_size_of_a_step_is_near_that_of_adamw() -> None:
+    """The quintic takes the singular values of a Gaussian matrix, .083 to .167 of its norm, to .78 on average."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(64, 64, 3, 3))
     weight.grad = torch.randn(64, 64, 3, 3)

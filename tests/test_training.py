@@ -227,7 +227,8 @@ def test_lr_is_for_sixteen_images_and_epochs_become_steps(data: Path) -> None:
     plan = plan_run(TrainingOptions(data=str(data), device="cpu", lr=0.16, batch_size=4, epochs=10), train)
     assert plan.lr == pytest.approx(0.04)
     assert plan.steps == 15  # 10 epochs of 6 images, 4 a step
-    assert ("lr", "0.04", "0.16 for 16 images, times 4/16") in plan.reasons
+    lr = "0.16 for 16 images, times 4/16; Muon's own rate is 4 times that"
+    assert ("lr", "0.04", lr) in plan.reasons
 
 
 def test_the_seed_decides_the_weights(data: Path) -> None:
@@ -335,9 +336,57 @@ def test_validations_that_take_long_become_few(data: Path, monkeypatch: pytest.M
     train = open_dataset(data, "train")
     plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 0.1)
-    monkeypatch.setattr(timing, "VALIDATED", 1e-9)
+    monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 3.0)  # 5 % of 10 s is less
     fitted = timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 10)
     assert fitted.validate_every == fitted.steps
+
+
+@pytest.mark.parametrize("every", [None, 5])
+def test_a_time_without_room_for_a_step_and_a_validation_is_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch, every: int | None
+) -> None:
+    train = open_dataset(data, "train")
+    options = TrainingOptions(data=str(data), time="20s", validate_every_steps=every, **TINY)  # type: ignore[arg-type]
+    plan = plan_run(options, train)
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 18.0)
+    with pytest.raises(
+        ConfigError, match=r"--time 20s is too short: a step takes 2\.0 s here and a validation 18"
+    ):
+        timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 20)
+
+
+def test_the_last_validation_is_counted_when_the_cadence_is_asked_for(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = open_dataset(data, "train")
+    options = TrainingOptions(data=str(data), time="100s", validate_every_steps=1000, **TINY)  # type: ignore[arg-type]
+    plan = plan_run(options, train)
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 50.0)
+    fitted = timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 100)
+    assert 38 <= fitted.steps <= 40  # (100 x 0.92 - 50) / (1 + 50 / 1000)
+
+
+def test_the_trial_ends_on_a_slow_machine(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = open_dataset(data, "train")
+    plan = plan_run(TrainingOptions(data=str(data), time="1s", **TINY), train)
+    network = build_network(plan)
+    taken: list[int] = []
+    network.register_forward_hook(lambda *_: taken.append(1))
+    assert timing._step_seconds(plan, network, train, 1e-6) > 0
+    assert len(taken) == 2
+
+
+def test_zoom_waits_until_images_come_back(data: Path) -> None:
+    train = open_dataset(data, "train")  # 6 images, 2 a step
+    few = plan_run(TrainingOptions(data=str(data), steps=11, **TINY), train)
+    many = few.lasting(12, "asked for")
+    assert (few.augmentation.zoom, many.augmentation.zoom) == ((1.0, 1.0), (0.8, 1.4))
+    assert any(
+        setting == "augmentation" and "every image is still new" in why for setting, _, why in few.reasons
+    )
+    assert [setting for setting, *_ in few.reasons] == [setting for setting, *_ in many.reasons]
 
 
 def test_a_timed_run_takes_the_steps_of_its_plan_and_paths_are_taken(data: Path, tmp_path: Path) -> None:
@@ -413,18 +462,23 @@ def test_muon_trains_what_lies_between_pixels_and_outputs_and_adamw_the_rest() -
     assert not inside & beside
     assert id(network.class_head.tower[0].weight) in inside
     assert {id(network.class_head.last.weight), id(network.box_head.last.weight)} <= beside
-    set_rate([muon, adamw], 0.4)
+    set_rate([muon, adamw], 0.1)
     assert [group["lr"] for group in muon.param_groups] == [0.4]
     assert [group["lr"] for group in adamw.param_groups] == [0.1, 0.1]
-    # Depthwise convolutions are no matrices, the first convolution reads pixels.
-    depthwise = build_retinanet(
-        ModelSpec(
-            Classes(("a",)),
-            backbone=BackboneSpec("mobilenetv3_small_050"),
-            pyramid=PyramidSpec(channels=64),
-        )
-    )
-    assert all(min(p.shape[:2]) > 3 for p in hidden_weights(depthwise))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050", "resnext50_32x4d"])
+def test_muon_leaves_pixels_outputs_and_grouped_convolutions_alone(backbone: str) -> None:
+    spec = ModelSpec(Classes(("a",)), backbone=BackboneSpec(backbone), pyramid=PyramidSpec(channels=64))
+    with torch.device("meta"):
+        network = build_retinanet(spec)
+    inside = {id(weight) for weight in hidden_weights(network)}
+    convolutions = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+    left_out = {name for name, m in convolutions.items() if id(m.weight) not in inside}
+    grouped = {name for name, m in convolutions.items() if m.groups > 1}
+    assert (len(grouped) > 0) == (backbone != "resnet18")
+    first = "backbone.network.conv_stem" if "mobilenet" in backbone else "backbone.network.conv1"
+    assert left_out == {first, "class_head.last", "box_head.last"} | grouped
 
 
 def test_coverage_by_hand(tmp_path: Path) -> None:
@@ -547,7 +601,6 @@ def test_twenty_images_are_learned_by_heart(tmp_path: Path, classes: int, steps:
         channels=64,
         image_size=128,
         batch_size=4,
-        lr=0.004,
         steps=steps,
         validate_every_steps=steps,
         device="cpu",

@@ -12,14 +12,14 @@ from retinanet.model.spec import HeadSpec
 class Head(nn.Module):
     """One subnet (Section 4): `depth` 3x3 convolutions with ReLU, then a 3x3 convolution with A * values outputs.
 
-    The class head has K values an anchor, the box head 4; they share no weights. Convolutions start
-    Gaussian with deviation 0.01 and bias 0. `prior` (pi) is for the class head alone: the last bias
-    becomes -log((1 - pi) / pi), so that every anchor starts with p = pi for every class and the many
+    The class head has K values an anchor, the box head 4; they share no weights. Convolutions start Gaussian
+    with bias 0; without norm, as in the paper, with deviation 0.01. `prior` (pi) is for the class head alone:
+    the last bias becomes -log((1 - pi) / pi), so that every anchor starts with p = pi for every class and the many
     negatives do not drown the first steps.
 
-    With GroupNorm, which the paper does not have, the tower starts as He et al. (2015): its scale is normalised
-    away, and small weights would only make the first steps of Adam, which have a size of their own, turn
-    everything around.
+    With GroupNorm, which the paper does not have, the tower starts as He et al. (2015). The norm takes its scale
+    away, but an optimiser whose steps have a size of their own turns small weights around at once (measured in
+    docs/decisions/0006).
     """
 
     def __init__(

@@ -49,7 +49,7 @@ def train_network(
     batches = training_batches(
         train,
         plan.spec.preprocessing,
-        recipe.augmentation,
+        plan.augmentation,
         batch_size=plan.batch_size,
         seed=seed,
         steps=plan.steps,

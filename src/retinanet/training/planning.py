@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.table import Table
 from retinanet.anchors import AnchorSpec, anchors_of_image
 from retinanet.boxes import iou, pairwise
 from retinanet.data import Dataset
+from retinanet.data.transforms import Augmentation
 from retinanet.devices import choose_device, resolve_precision
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
@@ -25,14 +26,17 @@ from retinanet.model import ModelSpec, PostProcessing, fitting_norm
 from retinanet.objective import BoxLoss, Objective, focal, giou_of_boxes, smooth_l1_of_deltas
 from retinanet.records import Classes, Ignore
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.optimizer import MUON_FACTOR
 from retinanet.training.recipes import Recipe, modern, paper, small
 
 # Objects whose anchors are looked up to choose the anchors' sizes.
 COVERAGE_SAMPLE = 400
 # An object's side in the network input that anchors and stride 8 still resolve: two cells of P3.
 COMFORTABLE_SIDE = 16
-# Validations in a run, unless --validate-every-steps says otherwise.
+# Validations in a run, unless --validate-every-steps says otherwise or --time leaves no time for as many.
 VALIDATIONS = 5
+# With fewer passes over the images each is new often enough, and zooming only makes it harder.
+FEW_PASSES = 4
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
 
 
@@ -47,13 +51,45 @@ class Plan:
     weights_file: Path | None
     device: torch.device
     batch_size: int
-    steps: int
     lr: float
-    warmup_steps: int
     train_images: int
-    validate_every: int
     workers: int
     reasons: tuple[tuple[str, str, str], ...]
+    steps: int = 0
+    warmup_steps: int = 0
+    validate_every: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def lasting(self, steps: int, why: str, validations: int = VALIDATIONS) -> Plan:
+        """Return the plan with that many steps, and with everything that follows from their number.
+
+        Args:
+            validations: how many there are, unless --validate-every-steps says otherwise.
+        """
+        recipe = self.recipe
+        passes = steps * self.batch_size / self.train_images
+        augmentation, reason = recipe.augmentation, f"recipe {recipe.name}"
+        if passes < FEW_PASSES and augmentation.zoom != (1.0, 1.0):
+            augmentation = dataclasses.replace(augmentation, zoom=(1.0, 1.0))
+            reason = f"no zoom below {FEW_PASSES} passes: every image is still new"
+        of_images = f"{passes:.1f} passes over {self.train_images:,} images"
+        changed = {
+            "steps": (f"{steps:,}", f"{why}; {of_images}"),
+            "augmentation": (
+                f"flip {augmentation.flip:g}, zoom {augmentation.zoom[0]:g} to {augmentation.zoom[1]:g}, "
+                f"size times {min(augmentation.scales):g} to {max(augmentation.scales):g}",
+                reason,
+            ),
+        }
+        known = {setting: (value, reason) for setting, value, reason in self.reasons}
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            warmup_steps=min(recipe.warmup_steps, steps // 20),
+            validate_every=self.options.validate_every_steps or math.ceil(steps / validations),
+            augmentation=augmentation,
+            reasons=tuple((setting, *row) for setting, row in {**known, **changed}.items()),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return what was decided, for `plan.json`."""
@@ -65,6 +101,7 @@ class Plan:
             "validate_every": self.validate_every,
             "workers": self.workers,
             "weights_file": str(self.weights_file) if self.weights_file else None,
+            "augmentation": dataclasses.asdict(self.augmentation),
             # The recipe's model went into the spec.
             "recipe": {k: v for k, v in dataclasses.asdict(self.recipe).items() if k != "model"},
             "spec": self.spec.to_json(),
@@ -113,17 +150,19 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
         preprocessing=preprocessing,
         post_processing=PostProcessing(max_detections=options.max_detections),
     )
-    steps = _steps(recipe, options, len(train), reasons)
     # The linear rule of SGD (Goyal et al., 2017), kept for every optimiser so that there is one.
     lr = recipe.lr * recipe.batch_size / 16
-    reasons.append(("lr", f"{lr:g}", f"{recipe.lr:g} for 16 images, times {recipe.batch_size}/16"))
+    why = f"{recipe.lr:g} for 16 images, times {recipe.batch_size}/16"
+    if recipe.optimizer == "muon":
+        why += f"; Muon's own rate is {MUON_FACTOR:g} times that"
+    reasons.append(("lr", f"{lr:g}", why))
     precision = resolve_precision(device, options.precision)
     reasons.append(
         ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(8, cores - 1) if options.workers is None else options.workers
-    return Plan(
+    plan = Plan(
         options=options,
         recipe=recipe,
         spec=spec,
@@ -139,24 +178,12 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
         weights_file=weights,
         device=device,
         batch_size=recipe.batch_size,
-        steps=steps,
         lr=lr,
-        warmup_steps=warmup_of(recipe, steps),
         train_images=len(train),
-        validate_every=cadence(options, steps),
         workers=workers,
         reasons=tuple(reasons),
     )
-
-
-def warmup_of(recipe: Recipe, steps: int) -> int:
-    """Return the warm-up of a run: the recipe's, at most a twentieth of the run."""
-    return min(recipe.warmup_steps, steps // 20)
-
-
-def cadence(options: TrainingOptions, steps: int) -> int:
-    """Return the steps between validations."""
-    return options.validate_every_steps or max(1, math.ceil(steps / VALIDATIONS))
+    return plan.lasting(*_steps(recipe, options, len(train)))
 
 
 def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
@@ -241,13 +268,6 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
             f"weight decay {changed.weight_decay:g}, gradient norm {changed.clip_norm or 'free'}, "
             f"average of weights {changed.average_decay or 'none'}",
             "weight decay asked for" if "weight_decay" in asked else f"recipe {recipe.name}",
-        ),
-        (
-            "augmentation",
-            f"flip {changed.augmentation.flip:g}, zoom {changed.augmentation.zoom[0]:g} to "
-            f"{changed.augmentation.zoom[1]:g}, size times {min(changed.augmentation.scales):g} to "
-            f"{max(changed.augmentation.scales):g}",
-            f"recipe {recipe.name}",
         ),
     ]
     return changed
@@ -344,19 +364,14 @@ def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> 
     return reached / len(chosen)
 
 
-def _steps(recipe: Recipe, options: TrainingOptions, images: int, reasons: list[tuple[str, str, str]]) -> int:
-    batch = recipe.batch_size
+def _steps(recipe: Recipe, options: TrainingOptions, images: int) -> tuple[int, str]:
     if options.steps is not None:
-        steps, why = options.steps, "asked for"
-    elif options.epochs is not None:
-        steps, why = max(1, round(options.epochs * images / batch)), f"{options.epochs:g} epochs asked for"
-    else:
-        steps = max(1, round(max(recipe.images_seen, recipe.epochs * images) / batch))
-        why = f"recipe {recipe.name}"
-    reasons.append(
-        ("steps", f"{steps:,}", f"{why}; {steps * batch / images:.1f} passes over {images:,} images")
-    )
-    return steps
+        return options.steps, "asked for"
+    if options.epochs is not None:
+        steps = round(options.epochs * images / recipe.batch_size)
+        return max(1, steps), f"{options.epochs:g} epochs asked for"
+    steps = round(max(recipe.images_seen, recipe.epochs * images) / recipe.batch_size)
+    return max(1, steps), f"recipe {recipe.name}"
 
 
 def _box_loss(recipe: Recipe) -> BoxLoss:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 import time
 
 import torch
@@ -13,14 +14,16 @@ from retinanet.checkpoint import Model
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
 from retinanet.devices import autocast
+from retinanet.errors import ConfigError
 from retinanet.inference import Detector
 from retinanet.model import RetinaNet
 from retinanet.training.optimizer import build_optimizers
-from retinanet.training.planning import VALIDATIONS, Plan, warmup_of
+from retinanet.training.planning import VALIDATIONS, Plan
 
 WARM_STEPS, TIMED_STEPS = 3, 8
-# The trial goes on for this share of the time: a machine that others use too is not known after eight steps.
-TRIAL = 0.03
+# The trial goes on for this share of the time, within limits: a machine that others use too is not known after
+# eight steps, and nobody wants to wait for minutes to see a plan.
+TRIAL, LONGEST_TRIAL = 0.03, 60.0
 VALIDATION_IMAGES = 16
 # Share of the time that is planned; the rest is for what differs between a trial and a run.
 PLANNED = 0.92
@@ -32,36 +35,31 @@ def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, de
     """Return the plan with as many steps as end before `deadline` (of `time.monotonic`), validations included.
 
     A copy of the network takes a few steps and looks at a few images; the network itself is not touched.
+
+    Raises:
+        ConfigError: not even one step and a validation end in that time.
     """
     trial = copy.deepcopy(network)
-    step = _step_seconds(plan, trial, train, TRIAL * (deadline - time.monotonic()))
-    few = [val.path(i) for i in range(min(VALIDATION_IMAGES, len(val)))]
-    detector = Detector(Model(trial, plan.spec), device=str(plan.device))
-    list(detector.detect_all(few[:1]))  # what is slow once only
-    began = time.monotonic()
-    list(detector.detect_all(few, batch_size=plan.batch_size))
-    validation = (time.monotonic() - began) / len(few) * len(val)
-    every = plan.options.validate_every_steps
+    step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline - time.monotonic())))
+    validation = _validation_seconds(plan, trial, val)
     seconds = deadline - time.monotonic()
+    every = plan.options.validate_every_steps
     if every:
-        validations, per_step = 0, step + validation / every
+        validations, per_step = 1, step + validation / every
     else:
-        affordable = int(VALIDATED * seconds / validation)
-        validations, per_step = max(1, min(VALIDATIONS, affordable)), step
-    steps = max(1, math.floor((seconds * PLANNED - validations * validation) / per_step))
+        validations = max(1, min(VALIDATIONS, int(VALIDATED * seconds / max(validation, 1e-9))))
+        per_step = step
+    steps = math.floor((seconds * PLANNED - validations * validation) / per_step)
+    if steps < 1:
+        raise ConfigError(
+            f"--time {plan.options.time} is too short: a step takes {step:.1f} s here and a validation "
+            f"{validation:.0f} s, and {max(0, seconds):.0f} s are left; give more time, or a smaller --image-size, "
+            "--batch-size or backbone"
+        )
     # Three digits are enough, and make runs on one machine comparable.
-    steps = max(1, int(float(f"{steps:.3g}")))
+    steps = int(float(f"{steps:.3g}"))
     why = f"fit into the {seconds:.0f} s left: {step:.2f} s a step, {validation:.0f} s a validation"
-    return dataclasses.replace(
-        plan,
-        steps=steps,
-        warmup_steps=warmup_of(plan.recipe, steps),
-        validate_every=every or math.ceil(steps / validations),
-        reasons=tuple(
-            ("steps", f"{steps:,}", why) if setting == "steps" else (setting, value, reason)
-            for setting, value, reason in plan.reasons
-        ),
-    )
+    return plan.lasting(steps, why, validations)
 
 
 def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float) -> float:
@@ -74,11 +72,11 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
     batches = training_batches(
         train,
         plan.spec.preprocessing,
-        recipe.augmentation,
+        plan.augmentation,
         batch_size=plan.batch_size,
         seed=plan.options.seed,
-        steps=plan.steps + WARM_STEPS + TIMED_STEPS,
-        workers=0,  # the time of a worker that shares the cores is part of the step
+        steps=sys.maxsize,  # the time ends it
+        workers=plan.workers,  # they share the cores with the step
     )
     taken = []
     began = time.monotonic()
@@ -95,7 +93,23 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
         now = time.monotonic()
         taken.append(now - began)
         began = now
-        timed = taken[WARM_STEPS:]
-        if len(timed) >= TIMED_STEPS and sum(taken) >= seconds:
+        enough = len(taken) >= WARM_STEPS + TIMED_STEPS and sum(taken) >= seconds
+        # A slow machine must not lose its time to the trial: there the second step has to do.
+        if enough or (len(taken) > 1 and sum(taken) >= 2 * seconds):
             break
+    timed = taken[WARM_STEPS:] or taken[1:]
     return sum(timed) / len(timed)
+
+
+def _validation_seconds(plan: Plan, network: RetinaNet, val: Dataset) -> float:
+    """Return the time of a validation, from a few images.
+
+    Nothing that a fresh network sees scores above the threshold; here everything does, as the slowest case.
+    """
+    spec = dataclasses.replace(plan.spec, post_processing=plan.spec.post_processing.lowered(0.0))
+    detector = Detector(Model(network, spec), device=str(plan.device))
+    few = [val.path(i) for i in range(min(VALIDATION_IMAGES, len(val)))]
+    list(detector.detect_all(few[:1]))  # what is slow once only
+    began = time.monotonic()
+    list(detector.detect_all(few, batch_size=plan.batch_size))
+    return (time.monotonic() - began) / len(few) * len(val)
