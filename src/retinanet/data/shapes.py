@@ -1,7 +1,8 @@
 """Synthetic detection images: disks, squares and triangles on clutter. NumPy and Pillow only.
 
 What makes them worth training on: the classes differ by shape alone. Objects, clutter and background
-take their colours from one distribution, and the size of a box does not depend on its class.
+take their colours from one distribution, and the size of a box does not depend on its class. Stripes and
+noise occur in the background only; an object is plain or has a gradient.
 
 An image is a function of (spec, seed, split, index): one image, or all of them in any order, give the same
 pixels. A box is the exact extent of its whole shape, hidden parts included, in continuous coordinates: an

@@ -77,7 +77,7 @@ class TrainingOptions:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
-    """Processes that decode and augment; by default one a spare core, at most 8."""
+    """Processes that decode and augment; by default none on a CPU, else one a spare core, at most 8."""
     seed: int = 0
     """Order, augmentation and initial weights follow from it."""
     deterministic: bool = False

@@ -161,7 +161,9 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
         ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(8, cores - 1) if options.workers is None else options.workers
+    # On a CPU the network has every core already: a worker only takes turns with it (measured 10 % slower).
+    fitting = 0 if device.type == "cpu" else min(8, max(1, cores - 1))
+    workers = fitting if options.workers is None else options.workers
     plan = Plan(
         options=options,
         recipe=recipe,

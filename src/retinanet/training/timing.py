@@ -20,9 +20,9 @@ from retinanet.model import RetinaNet
 from retinanet.training.optimizer import build_optimizers
 from retinanet.training.planning import VALIDATIONS, Plan
 
-WARM_STEPS, TIMED_STEPS = 3, 8
+LEAST_STEPS = 10
 # The trial goes on for this share of the time, within limits: a machine that others use too is not known after
-# eight steps, and nobody wants to wait for minutes to see a plan.
+# ten steps, and nobody wants to wait for minutes to see a plan.
 TRIAL, LONGEST_TRIAL = 0.03, 60.0
 VALIDATION_IMAGES = 16
 # Share of the time that is planned; the rest is for what differs between a trial and a run.
@@ -63,7 +63,7 @@ def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, de
 
 
 def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float) -> float:
-    """Return the mean time of the steps that fit into `seconds`, at least of `TIMED_STEPS`."""
+    """Return the mean time of the later half of the steps that fit into `seconds`, of at least `LEAST_STEPS`."""
     network.to(plan.device).to(memory_format=torch.channels_last).train()
     recipe = plan.recipe
     optimizers = build_optimizers(
@@ -76,7 +76,7 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
         batch_size=plan.batch_size,
         seed=plan.options.seed,
         steps=sys.maxsize,  # the time ends it
-        workers=plan.workers,  # they share the cores with the step
+        workers=plan.workers,
     )
     taken = []
     began = time.monotonic()
@@ -93,11 +93,11 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
         now = time.monotonic()
         taken.append(now - began)
         began = now
-        enough = len(taken) >= WARM_STEPS + TIMED_STEPS and sum(taken) >= seconds
+        enough = len(taken) >= LEAST_STEPS and sum(taken) >= seconds
         # A slow machine must not lose its time to the trial: there the second step has to do.
         if enough or (len(taken) > 1 and sum(taken) >= 2 * seconds):
             break
-    timed = taken[WARM_STEPS:] or taken[1:]
+    timed = taken[len(taken) // 2 :]  # caches and clocks take a while to warm up
     return sum(timed) / len(timed)
 
 
