@@ -115,7 +115,7 @@ def main() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     def optimizer_of(model: RetinaNet) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
