@@ -161,7 +161,11 @@ def main() -> None:
     metrics = evaluate_detections(truths, found, val.classes).to_json()
     figures = {key: metrics[key] for key in ("ap", "ap50", "ap_small", "ap_medium", "ap_large")}
     settings = {**vars(options), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    print(json.dumps({**figures, "seconds": round(taken), "images_seen": steps * options.batch_size, **settings}))
+    print(
+        json.dumps(
+            {**figures, "seconds": round(taken), "images_seen": steps * options.batch_size, **settings}
+        )
+    )
 
 
 if __name__ == "__main__":
