@@ -26,7 +26,7 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .note { opacity: .75; }
 .figures div { border: 1px solid #8884; border-radius: .5rem; padding: .75rem 1rem; }
 .figures b { display: block; font-size: 1.6rem; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; } td, th { padding: .35rem .75rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr { border-bottom: 1px solid #8884; }
+td:first-child, th:first-child, .settings td { text-align: left; } tr { border-bottom: 1px solid #8884; }
 img { max-width: 100%; background: white; border-radius: .5rem; }
 """
 
@@ -74,7 +74,7 @@ threshold. Small is below 32&#178; pixels, large above 96&#178;. {metrics["image
 {metrics["ground_truths"]:,} objects, at most {metrics["max_detections"]} detections an image.</p>
 <table><tr><th>class</th><th>AP</th><th>AP50</th><th>AP75</th><th>objects</th></tr>{classes}</table>
 {shown}
-<h2>Settings</h2><table>{rows}</table>
+<h2>Settings</h2><table class="settings">{rows}</table>
 </body></html>
 """,
     )
