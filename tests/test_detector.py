@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import ConfigError, DataError, ImageError
 from retinanet.images import Preprocessing, read_size
 from retinanet.inference import Detector, validate
-from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, build_retinanet
+from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PostProcessing, PyramidSpec, build_retinanet
 from retinanet.records import Classes, Detections, OperatingPoints
 
 
@@ -191,8 +192,12 @@ def test_impossible_devices_and_batches_are_refused(detector: Detector, paths: l
 
 
 def test_a_threshold_below_the_specs_is_honoured(paths: list[Path]) -> None:
-    detector = Detector(make_model(), device="cpu", max_detections=100_000)
-    assert min(detector.predict(paths[0], threshold=0.0)[0].scores) < 0.05
+    model = make_model()
+    strict = dataclasses.replace(model.spec, post_processing=PostProcessing(score_threshold=0.9))
+    detector = Detector(Model(model.network, strict), device="cpu")
+    found, usual = (d.predict(paths[0], threshold=0.05)[0] for d in (detector, Detector(model, device="cpu")))
+    assert found.scores.min() < 0.9
+    np.testing.assert_array_equal(found.scores, usual.scores)
 
 
 def test_validation_is_the_same_for_any_batch_and_from_a_saved_file(data: Path, tmp_path: Path) -> None:
