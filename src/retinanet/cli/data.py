@@ -48,12 +48,16 @@ class Shapes:
         return 0
 
 
+# tyro makes a subcommand only of a union; the suppressed half of `command` goes when there is a second one. (A comment
+# right above a field would become its help text.)
+
+
 @dataclass(frozen=True)
 class Data:
     """Make data sets."""
 
-    # tyro makes a subcommand only of a union; the suppressed half goes when there is a second command.
     command: Annotated[Shapes, tyro.conf.subcommand("shapes")] | Annotated[None, tyro.conf.Suppress]
+    """What to make."""
 
     def run(self) -> int:
         assert self.command is not None  # tyro requires a subcommand

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,5 +58,7 @@ class Demo:
             ("the figures", "metrics.json"),
         ):
             console.print(f"  {folder / name!s:<28} {what}")
-        console.print(f"Now try: retinanet predict {folder} IMAGE --draw")
+        console.print(
+            f"Now try: {sys.argv[0]} predict {folder} {data / 'images' / 'val'} --draw", soft_wrap=True
+        )
         return 0
