@@ -1,6 +1,8 @@
-# make demo   a working detector on synthetic images, from nothing but Python 3.11
+# make demo   a working detector on synthetic images, from nothing but Python 3.11 or later
 # make test   the fast tests; make check   linters, types, import contracts
-PYTHON ?= python3.11
+FITS := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+# Both are tried by running them: a name on the path can be a wrapper around a version that is not installed.
+PYTHON ?= $(shell for python in python3.11 python3; do $$python $(FITS) 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -22,7 +24,8 @@ check: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make: needs Python 3.11 or later; PYTHON=/path/to/python names it" >&2; exit 2; }
+	@test -n "$(PYTHON)" && $(PYTHON) $(FITS) 2>/dev/null || \
+		{ echo "make: needs Python 3.11 or later; PYTHON=/path/to/python names it" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@

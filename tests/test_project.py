@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,8 +32,6 @@ def test_the_readmes_loss_runs() -> None:
 
 
 def test_the_readmes_python_runs_on_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     from retinanet.checkpoint import save_model
     from retinanet.data.shapes import ShapesSpec, generate_shapes
     from test_detector import make_model
@@ -75,3 +76,54 @@ def test_examples_in_docstrings_hold(module: str) -> None:
     code = importlib.import_module(module)
     result = doctest.testmod(code, extraglobs={"torch": torch})
     assert result.failed == 0
+
+
+def make_demo(folder: Path, pythons: dict[str, int], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `make demo` where only these Pythons exist; each says whether it is new enough by its exit status,
+    and makes no environment but its own name.
+    """
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    commands = folder / "commands"
+    commands.mkdir()
+    for name, status in pythons.items():
+        (commands / name).write_text(
+            f'#!/bin/sh\ntest "$1" = -c && exit {status}\necho made by {name}\nexit 1\n'
+        )
+        (commands / name).chmod(0o755)
+    make = shutil.which("make")
+    assert make is not None
+    return subprocess.run(
+        [make, "demo", *arguments],
+        cwd=folder,
+        env={**os.environ, "PATH": str(commands)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("pythons", "taken"),
+    [
+        ({"python3.11": 0, "python3": 0}, "python3.11"),
+        ({"python3": 0}, "python3"),
+        ({"python3.11": 127, "python3": 0}, "python3"),  # a wrapper around nothing
+    ],
+)
+def test_make_takes_a_python_that_is_new_enough(tmp_path: Path, pythons: dict[str, int], taken: str) -> None:
+    assert f"made by {taken}\n" in make_demo(tmp_path, pythons).stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("pythons", "arguments"),
+    [({}, []), ({"python3": 1}, []), ({"python3": 0, "python3.10": 1}, ["PYTHON=python3.10"])],
+)
+def test_make_without_a_python_that_is_new_enough_says_so(
+    tmp_path: Path, pythons: dict[str, int], arguments: list[str]
+) -> None:
+    done = make_demo(tmp_path, pythons, *arguments)
+    assert done.returncode == 2
+    assert "needs Python 3.11 or later; PYTHON=/path/to/python names it" in done.stderr
+    assert "made by" not in done.stdout
