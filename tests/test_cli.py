@@ -126,6 +126,35 @@ def test_data_shapes_makes_a_data_set(capsys: pytest.CaptureFixture[str], tmp_pa
     assert len(open_dataset(tmp_path / "s", "train")) == 3
 
 
+def test_the_demo_does_not_take_images_of_another_version(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    stale = generate_shapes(tmp_path / "demo-shapes-4-0", train=5, val=1, spec=ShapesSpec(image_size=96))
+    code, _, err = run(capsys, "demo", "--output", tmp_path / "demo", "--images", 4)
+    assert code == 2
+    assert f"{stale} holds others" in err
+    assert "Remove that folder, or choose another place with --output" in err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_demo_uses_its_images_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retinanet.cli.data import Shapes
+    from retinanet.errors import TrainingError
+
+    def stop(*_: object) -> None:
+        raise TrainingError("far enough")
+
+    monkeypatch.setattr("retinanet.training.run.run_training", stop)
+    Shapes(output=str(tmp_path / "demo-shapes-4-0"), train=4).run()
+    capsys.readouterr()
+    _, _, err = run(capsys, "demo", "--output", tmp_path / "demo", "--images", 4)
+    assert "Drawing" not in err
+    assert "validating on 300 unseen images" in err
+    assert "far enough" in err
+
+
 def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor")
     assert code == 0

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from retinanet.data import shapes
-from retinanet.data.shapes import CLASSES, ShapesSpec, draw_scene, generate_shapes
+from retinanet.data.shapes import CLASSES, ShapesSpec, draw_scene, generate_shapes, holds_shapes
 from retinanet.errors import ConfigError, DataError
 from retinanet.records import GroundTruth
 
@@ -252,6 +252,38 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
         assert (first / file).read_bytes() == (second / file).read_bytes()
 
 
+def test_the_data_set_says_what_it_was_drawn_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = generate_shapes(tmp_path / "shapes", train=2, val=1, seed=3, spec=SMALL)
+    arguments = {"train": 2, "val": 1, "seed": 3, "spec": SMALL}
+    assert holds_shapes(folder, **arguments)
+    for change in ({"train": 3}, {"val": 2}, {"test": 1}, {"seed": 4}, {"spec": SPEC}):
+        assert not holds_shapes(folder, **{**arguments, **change})
+    assert not holds_shapes(tmp_path / "nowhere", **arguments)
+    monkeypatch.setattr(shapes, "GENERATOR", shapes.GENERATOR + 1)
+    assert not holds_shapes(folder, **arguments)
+
+
+def test_a_data_set_that_says_nothing_is_not_taken_for_ours(tmp_path: Path) -> None:
+    folder = generate_shapes(tmp_path / "shapes", train=1, val=0, spec=SMALL)
+    page = folder / "annotations" / "instances_train.json"
+    document = json.loads(page.read_text())
+    for text in (json.dumps({**document, "info": {}}), json.dumps(document["images"]), "no JSON"):
+        page.write_text(text)
+        assert not holds_shapes(folder, train=1, val=0, spec=SMALL)
+
+
+def test_the_drawing_is_that_of_its_version() -> None:
+    # When this fails because the drawing changed on purpose, raise GENERATOR and write the new values here.
+    pixels, truth = draw_scene(ShapesSpec(), 0, "train", 0)
+    assert shapes.GENERATOR == 2
+    np.testing.assert_allclose(
+        truth.boxes,
+        [[81.85, 55.74, 97.23, 75.18], [53.18, 125.61, 66.13, 141.39], [39.1, 29.33, 57.17, 44.55]],
+        atol=0.01,
+    )
+    np.testing.assert_allclose(pixels.mean(axis=(0, 1)), [71.93, 176.26, 142.02], atol=0.1)
+
+
 def test_a_split_without_images_is_not_written(tmp_path: Path) -> None:
     folder = generate_shapes(tmp_path / "shapes", train=0, val=1, spec=SMALL)
     assert [path.name for path in (folder / "annotations").iterdir()] == ["instances_val.json"]
@@ -269,14 +301,14 @@ def test_an_interrupted_call_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"never overwrites: .* exists; choose another folder with --output"):
+    with pytest.raises(DataError, match=r"--output needs a new folder; .* exists, .* Choose another name"):
         generate_shapes(tmp_path, train=1, val=0, spec=SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_impossible_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot make a folder in .*file.*--output"):
+    with pytest.raises(DataError, match=r"--output .*: no folder can be made in .*file.*another place"):
         generate_shapes(tmp_path / "file" / "shapes", train=1, val=0, spec=SMALL)
 
 
@@ -286,11 +318,11 @@ def test_an_impossible_place_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train": -1}, r"train >= 0 images; got -1"),
-        ({"val": -2}, r"val >= 0 images; got -2"),
-        ({"train": 1, "test": -3}, r"test >= 0 images; got -3"),
+        ({"train": -1}, r"--train needs 0 or more images; got -1"),
+        ({"val": -2}, r"--val needs 0 or more images; got -2"),
+        ({"train": 1, "test": -3}, r"--test needs 0 or more images; got -3"),
         ({"train": 0, "val": 0}, r"at least one image in train, val or test"),
-        ({"train": 1, "seed": -1}, r"generate_shapes needs seed >= 0; got -1"),
+        ({"train": 1, "seed": -1}, r"a data set needs seed >= 0; got -1"),
     ],
 )
 def test_impossible_data_sets_are_refused(tmp_path: Path, arguments: dict[str, int], message: str) -> None:

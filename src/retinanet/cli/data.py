@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -30,22 +30,35 @@ class Shapes:
         from rich.console import Console
         from rich.progress import Progress
 
-        from retinanet.data.shapes import ShapesSpec, generate_shapes
+        from retinanet.data.shapes import generate_shapes
 
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("drawing", total=self.train + self.val + self.test)
             path = generate_shapes(
                 Path(self.output),
-                train=self.train,
-                val=self.val,
-                test=self.test,
-                seed=self.seed,
-                spec=ShapesSpec(image_size=self.image_size),
+                **self._arguments(),
                 progress=lambda done: progress.update(task, completed=done),
             )
         console.print(f"{self.train + self.val + self.test:,} images in {path}", highlight=False)
         return 0
+
+    def there(self) -> bool:
+        """Whether `output` holds these very images already."""
+        from retinanet.data.shapes import holds_shapes
+
+        return holds_shapes(Path(self.output), **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        from retinanet.data.shapes import ShapesSpec
+
+        return {
+            "train": self.train,
+            "val": self.val,
+            "test": self.test,
+            "seed": self.seed,
+            "spec": ShapesSpec(image_size=self.image_size),
+        }
 
 
 # tyro makes a subcommand only of a union; the suppressed half of `command` goes when there is a second one. (A comment

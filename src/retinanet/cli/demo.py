@@ -23,6 +23,7 @@ class Demo:
 
     def run(self) -> int:
         from retinanet.cli.data import Shapes
+        from retinanet.errors import DataError
         from retinanet.folders import require_new
         from retinanet.training.configuration import TrainingOptions
         from retinanet.training.progress import plain_console
@@ -33,7 +34,7 @@ class Demo:
         options = TrainingOptions(
             data=str(data),
             output=str(folder),
-            backbone="test_resnet",  # timm's smallest ResNet, 0.4 M parameters: every step counts here
+            backbone="test_resnet",  # timm's smallest ResNet, 0.37 M parameters: every step counts here
             recipe="small",
             channels=64,
             image_size=160,
@@ -42,10 +43,16 @@ class Demo:
         )
         require_new(folder)
         console = plain_console()
+        shapes = Shapes(output=str(data), train=self.images, seed=self.seed)
         if not data.exists():
             console.print("1. Drawing images of disks, squares and triangles")
-            Shapes(output=str(data), train=self.images, seed=self.seed).run()
-        console.print("2. Training from scratch, validating on 300 unseen images")
+            shapes.run()
+        elif not shapes.there():
+            raise DataError(
+                f"the demo needs the images that this version draws; {data} holds others, of an older version or "
+                "changed since. Remove that folder, or choose another place with --output"
+            )
+        console.print(f"2. Training from scratch, validating on {shapes.val} unseen images")
         began = time.monotonic()
         run = run_training(options, console)
         assert run is not None  # only a dry run has no result

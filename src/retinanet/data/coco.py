@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -94,6 +94,7 @@ def write_coco(
     files: Sequence[str],
     sizes: Sequence[tuple[int, int]],
     ground_truths: Sequence[GroundTruth],
+    info: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a COCO JSON file, whole or not at all; `read_coco` gives back equal boxes, areas and classes.
 
@@ -103,6 +104,7 @@ def write_coco(
     Args:
         files: one path an image, relative to the JSON's folder or another place where `read_coco` looks.
         sizes: (width, height) in pixels.
+        info: plain values about the data set, which COCO keeps under `info`; left out when None.
 
     Raises:
         DataError: lengths differ, a file name, size or label is impossible, or the disk refuses.
@@ -139,7 +141,9 @@ def write_coco(
                 }
             )
     categories = [{"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)]
-    document = {"images": images, "annotations": annotations, "categories": categories}
+    document: dict[str, Any] = {"images": images, "annotations": annotations, "categories": categories}
+    if info is not None:
+        document = {"info": dict(info), **document}
     _write_whole(Path(path), json.dumps(document, separators=(",", ":"), allow_nan=False))
 
 

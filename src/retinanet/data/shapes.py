@@ -10,11 +10,12 @@ edge may lie inside a pixel. Shapes are never cut by the image's border. The ann
 whole shape.
 """
 
+import json
 import math
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeAlias
@@ -28,6 +29,9 @@ from retinanet.errors import ConfigError, DataError
 from retinanet.records import Classes, Float32Array, GroundTruth
 
 Float64Array: TypeAlias = NDArray[np.float64]
+
+# The version of the drawing, which a data set carries: raise it when equal arguments begin to give other images.
+GENERATOR = 2
 
 CLASSES = Classes(names=("disk", "square", "triangle"), ids=(1, 2, 3))
 
@@ -102,7 +106,8 @@ def generate_shapes(
     """Write a COCO data set of drawn images and return its folder.
 
     `annotations/instances_SPLIT.json` and `images/SPLIT/000000.png` ... for each split with images. The
-    folder appears under its name only when it is complete. The same arguments give the same bytes.
+    folder appears under its name only when it is complete. The same arguments give the same bytes. Each JSON
+    says under `info` what its images were drawn by.
 
     Args:
         output: the folder to make; must not exist.
@@ -117,22 +122,22 @@ def generate_shapes(
     counts = {"train": train, "val": val, "test": test}
     for name, count in counts.items():
         if count < 0:
-            raise ConfigError(f"generate_shapes needs {name} >= 0 images; got {count}")
+            raise ConfigError(f"--{name} needs 0 or more images; got {count}")
     if not any(counts.values()):
-        raise ConfigError("generate_shapes needs at least one image in train, val or test; got 0 in each")
-    _check_seed("generate_shapes", seed)
+        raise ConfigError("a data set needs at least one image in train, val or test; got 0 in each")
+    _check_seed("a data set", seed)
     output = Path(output)
     if os.path.lexists(output):
         raise DataError(
-            f"generate_shapes never overwrites: {output} exists; choose another folder with --output"
+            f"--output needs a new folder; {output} exists, and nothing is ever overwritten. Choose another name"
         )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-")
     except OSError as error:
         raise DataError(
-            f"generate_shapes cannot make a folder in {output.parent} ({error.strerror}); "
-            "choose another folder with --output"
+            f"--output {output}: no folder can be made in {output.parent} ({error.strerror}); "
+            "choose another place"
         ) from None
     with staging as temporary:
         unfinished = Path(temporary) / "data"
@@ -143,6 +148,24 @@ def generate_shapes(
                 written += count
         unfinished.rename(output)
     return output
+
+
+def holds_shapes(
+    folder: Path,
+    *,
+    train: int = 2000,
+    val: int = 300,
+    test: int = 0,
+    seed: int = 0,
+    spec: ShapesSpec = ShapesSpec(),
+) -> bool:
+    """Whether a folder says of its splits that `generate_shapes` would draw the same ones today."""
+    counts = {"train": train, "val": val, "test": test}
+    return all(
+        _recorded(folder, split) == _info(split, count, seed, spec)
+        for split, count in counts.items()
+        if count
+    )
 
 
 def draw_scene(spec: ShapesSpec, seed: int, split: str, index: int) -> tuple[NDArray[np.uint8], GroundTruth]:
@@ -173,6 +196,29 @@ def _check_seed(who: str, seed: int) -> None:
         raise ConfigError(f"{who} needs seed >= 0; got {seed}")
 
 
+def _info(split: str, count: int, seed: int, spec: ShapesSpec) -> dict[str, object]:
+    return {
+        "description": "disks, squares and triangles, drawn by `retinanet data shapes`",
+        "version": str(GENERATOR),
+        "split": split,
+        "images": count,
+        "seed": seed,
+        "spec": asdict(spec),
+    }
+
+
+def _recorded(folder: Path, split: str) -> object:
+    try:
+        document = json.loads((folder / _annotations(split)).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document.get("info") if isinstance(document, dict) else None
+
+
+def _annotations(split: str) -> str:
+    return f"annotations/instances_{split}.json"
+
+
 def _write_split(
     folder: Path,
     split: str,
@@ -194,11 +240,12 @@ def _write_split(
             progress(written + index + 1)
     (folder / "annotations").mkdir(exist_ok=True)
     write_coco(
-        folder / "annotations" / f"instances_{split}.json",
+        folder / _annotations(split),
         classes=CLASSES,
         files=files,
         sizes=[(spec.image_size, spec.image_size)] * count,
         ground_truths=truths,
+        info=_info(split, count, seed, spec),
     )
 
 
