@@ -196,18 +196,38 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         ([*train, "--backbone", "resnet19"], "got 'resnet19'. Did you mean 'resnet18'?"),
         ([*train, "--backbone", "vit_tiny_patch16_224"], "feature maps at strides 8, 16 and 32"),
         ([*train, "--freeze", "stem"], "--freeze stem keeps a stage as loaded"),
-        ([*train, "--batch-sise", "4"], "--batch-size"),
-        ([*train, "--lr", "fast"], "--lr"),
+        ([*train, "--batch-sise", "4"], "train has no option --batch-sise. Did you mean '--batch-size'?"),
+        ([*train, "--frobnicate"], "train has no option --frobnicate. See `retinanet train --help`"),
+        ([*train, "--lr", "fast"], "--lr needs a number; got 'fast'"),
+        ([*train, "--steps=1.5"], "--steps needs a whole number; got '1.5'"),
+        ([*train, "--optimizer", "sgdd"], "one of sgd, adamw, muon; got 'sgdd'. Did you mean 'sgd'?"),
+        ([*train, "--lr"], "--lr needs a number; nothing was given"),
+        ([*train, "--lr", "--seed", "3"], "--lr needs a number; nothing was given"),
+        ([*train, "--dry-run=yes"], "--dry-run takes no value; got 'yes'"),
+        ([*train, tmp / "more"], f"train takes no more than DATA; got '{tmp / 'more'}' as well"),
+        (["train", "--lr", "1"], "train needs DATA; none was given. See `retinanet train --help`"),
         ([*train, "--device", "toaster"], "--device needs auto, cpu, cuda"),
         ([*train, "--config", tmp / "bad.yaml"], "Did you mean 'batch_size'?"),
         ([*train, "--config"], "--config needs a file"),
+        (
+            [*train, "--config", tmp / "no.yaml"],
+            f"--config needs a YAML file; {tmp / 'no.yaml'} does not exist",
+        ),
+        ([*train, "--config", tmp / "full"], f"--config {tmp / 'full'} cannot be read: Is a directory"),
         (
             ["train", data, "--pretrained", "none", "--backbone", "resnet18", "--output", tmp / "full"],
             "is not empty",
         ),
         (["evaluate", tmp / "bad.pth", data], "cannot be read as one"),
         (["evaluate", tmp / "empty", data], "has none of them"),
-        (["evaluate", model], "evaluate MODEL DATA is required; got 1"),
+        (["evaluate"], "evaluate MODEL DATA is required; MODEL and DATA are missing"),
+        (["evaluate", model], f"evaluate MODEL DATA is required; DATA is missing, {model} is the MODEL"),
+        (["evaluate", data], f"evaluate MODEL DATA is required; MODEL is missing, {data} is the DATA"),
+        (["evaluate", model, data, "more"], f"is required; got 3 paths: {model}, {data}, more"),
+        (
+            ["evaluate", "--detections", tmp / "results.json"],
+            "--detections FILE DATA is required; DATA is missing",
+        ),
         (["evaluate", model, data, "--split", "vla"], "vla"),
         (["evaluate", model, data, "--max-detections", "0"], "--max-detections needs 1 or more"),
         (["evaluate", model, data, "--output", tmp / "full"], "is not empty"),
@@ -217,31 +237,51 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
             ["evaluate", "--detections", tmp / "none.json", data, "--batch-size", "2"],
             "--detections runs none",
         ),
+        (["predict"], "predict needs MODEL; none was given. See `retinanet predict --help`"),
         (["predict", model, tmp / "nowhere.jpg"], "nowhere.jpg does not exist"),
         (["predict", model, tmp / "empty"], "holds none"),
         (["predict", model, tmp, "--threshold", "2"], "--threshold needs a number in [0, 1]; got 2.0"),
         (["predict", tmp / "nomodel", data / "images" / "val"], "does not exist"),
-        (["data", "shapes", "--output", tmp / "full"], "--output"),
-        (["data", "shapes", "--output", tmp / "s", "--train", "-1"], "-1"),
+        (["data"], "a command is required: shapes; none was given. See `retinanet data --help`"),
+        (["data", "circles"], "a command is required: shapes; got 'circles'"),
+        (
+            ["data", "shapes"],
+            "data shapes needs --output; none was given. See `retinanet data shapes --help`",
+        ),
+        (["data", "shapes", "--output", tmp / "full"], "--output needs a new folder"),
+        (
+            ["data", "shapes", "--output", tmp / "s", "--train", "-1"],
+            "--train needs 0 or more images; got -1",
+        ),
         (["demo", "--output", tmp / "full"], "--output needs a new folder"),
-        (["tran", data], "tran"),
+        (["doctor", "me"], "doctor takes options only; got 'me' as well"),
+        (["tran", data], "demo, train, evaluate, predict, data, doctor; got 'tran'. Did you mean 'train'?"),
+        (["--foo"], "a command is required: demo, train, evaluate, predict, data, doctor; got '--foo'"),
     ]
 
 
-@pytest.mark.parametrize("number", range(30))
+WRONG = 50
+
+
+@pytest.mark.parametrize("number", range(WRONG))
 def test_a_wrong_request_gets_one_message_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     cases = wrong(data, model, tmp_path)
-    assert len(cases) == 30
+    assert len(cases) == WRONG
     arguments, message = cases[number]
     code, out, err = run(capsys, *arguments)
     said = " ".join((out + err).split())
     assert code == 2, said
     assert message in said
-    assert "Traceback" not in said
+    # Before it there may be a summary of the data; after it there is nothing.
+    assert [line.startswith("retinanet: ") for line in err.splitlines()].index(True) == len(
+        err.splitlines()
+    ) - 1
+    assert out == ""
+    assert "Errno" not in said
     assert not (tmp_path / "never").exists()
     assert not (tmp_path / "runs").exists()
 
@@ -289,6 +329,56 @@ def test_a_length_on_the_command_line_replaces_the_files(tmp_path: Path, length:
     given = {name: getattr(command, name) for name in ("epochs", "steps", "time")}
     assert sum(value is not None for value in given.values()) == 1
     assert given["steps"] in (None, 7)
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"retinanet {retinanet.__version__}\n", "")
+
+
+def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from retinanet.cli.evaluate import Evaluate
+    from retinanet.cli.main import parse
+    from retinanet.cli.predict import Predict
+
+    judged = parse(["evaluate", "m", "--split=test", "d", "--json"])
+    assert isinstance(judged, Evaluate)
+    assert (judged.inputs, judged.split, judged.json) == (("m", "d"), "test", True)
+    found = parse(["predict", "--draw", "m", "a.jpg", "--batch_size", "2", "b.jpg", "--", "--draw"])
+    assert isinstance(found, Predict)
+    assert (found.model, found.paths, found.batch_size) == ("m", ("a.jpg", "b.jpg", "--draw"), 2)
+
+
+def test_a_value_may_begin_with_a_hyphen() -> None:
+    from retinanet.cli.main import parse
+    from retinanet.cli.train import Train
+
+    command = parse(["train", "d", "--output", "-x", "--freeze=--y"])
+    assert isinstance(command, Train)
+    assert (command.output, command.freeze) == ("-x", "--y")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo", "data shapes", "doctor"])
+def test_help_shows_no_default_that_says_nothing(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    _, out, _ = run(capsys, *command.split(), "--help")
+    said = " ".join(out.replace("│", " ").split())
+    for noise in ("None", "(default: )", "(default: False)"):
+        assert noise not in said
+
+
+def test_help_of_train_names_every_option_and_its_default(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _, out, _ = run(capsys, "train", "--help")
+    said = " ".join(out.replace("│", " ").split())
+    assert "--config FILE" in said
+    assert "--debug" in said
+    assert (
+        "--lr FLOAT Learning rate for 16 images a step; scaled to the batch size. (default: the recipe's)"
+        in said
+    )
+    (tmp_path / "c.yaml").write_text("lr: 0.5\n")
+    _, out, _ = run(capsys, "train", "--config", tmp_path / "c.yaml", "--help")
+    assert "(default: 0.5)" in " ".join(out.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "demo", "data shapes", "doctor"])

@@ -23,7 +23,7 @@ def new_folder(output: str | None, stem: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output {path} cannot be made: {error}") from None
+        raise ConfigError(f"--output {path} cannot be made: {error.strerror}") from None
     return path
 
 
@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from None
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         beside.unlink(missing_ok=True)
 

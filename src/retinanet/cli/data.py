@@ -13,7 +13,7 @@ import tyro
 class Shapes:
     """Make the synthetic data set: disks, squares and triangles, told apart by shape alone."""
 
-    output: str
+    output: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
     """New folder; COCO JSON and PNG images go there."""
     train: int = 2000
     """Images of the train split."""
@@ -59,6 +59,9 @@ class Shapes:
             "seed": self.seed,
             "spec": ShapesSpec(image_size=self.image_size),
         }
+
+
+DATA_SETS: dict[str, type] = {"shapes": Shapes}
 
 
 # tyro makes a subcommand only of a union; the suppressed half of `command` goes when there is a second one. (A comment

@@ -6,15 +6,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
     """Make synthetic images, train a small RetinaNet from scratch, evaluate it, draw what it finds."""
 
-    output: str = "runs/demo"
+    output: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "runs/demo"
     """New run folder; the images go into one beside it, and are used again."""
-    time: str = "5m"
+    time: Annotated[str, tyro.conf.arg(metavar="TIME")] = "5m"
     """Training ends in that time: 90s, 5m, 1h."""
     images: int = 4000
     """Training images."""

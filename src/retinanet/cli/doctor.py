@@ -8,6 +8,8 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from retinanet.training.configuration import Flag
+
 REQUIRED = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "faster-coco-eval", "tyro")
 EXTRAS = {"supervision": "supervision"}
 # Below these, files from strangers can harm: CVE-2025-32434 and CVE-2026-24747.
@@ -18,7 +20,7 @@ LEAST_TORCH = (2, 10)
 class Doctor:
     """Print versions, devices, missing extras and known-bad versions. Exit 1 if something should be mended."""
 
-    json: bool = False
+    json: Flag = False
     """Print JSON."""
 
     def run(self) -> int:

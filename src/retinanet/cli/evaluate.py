@@ -9,31 +9,36 @@ from typing import Annotated, Literal
 
 import tyro
 
-from retinanet.errors import ConfigError
+from retinanet.errors import ConfigError, DataError
 from retinanet.folders import new_folder, write_json
+from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag, shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Judge a model on a split of DATA by COCO's figures; or any detector, by its COCO results file."""
 
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL] DATA")]
+    inputs: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="[MODEL] DATA", help_behavior_hint="(required)"),
+    ]
     """MODEL is a run, model directory or file; with --detections only DATA is given."""
-    detections: str | None = None
+    detections: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=shown)] = None
     """COCO results file to judge instead of a model; needs no image files."""
-    split: str = "val"
+    split: Annotated[str, tyro.conf.arg(metavar="NAME")] = "val"
     """Split of DATA."""
-    output: str | None = None
+    output: Annotated[str | None, OPTIONAL_FOLDER] = None
     """New folder for metrics.json and, of a model, detections.json; runs/evaluate-N by default."""
-    max_detections: int | None = None
+    max_detections: Annotated[int | None, OPTIONAL] = None
     """Detections kept an image, and COCO's maxDets; the model's own cap by default, 100 for --detections."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, OPTIONAL] = None
     """Images that meet the network together."""
-    device: str = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """auto: bf16 where the device computes it natively."""
-    json: bool = False
+    json: Flag = False
     """Print metrics.json instead of the table."""
 
     def run(self) -> int:
@@ -41,15 +46,28 @@ class Evaluate:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} needs 1 or more; got {value}")
-        wanted = 1 if self.detections else 2
-        if len(self.inputs) != wanted:
-            form = "evaluate --detections FILE DATA" if self.detections else "evaluate MODEL DATA"
-            raise ConfigError(f"retinanet {form} is required; got {len(self.inputs)} positional arguments")
+        self._check_inputs()
         if self.detections and (
             self.batch_size is not None or (self.device, self.precision) != ("auto", "fp32")
         ):
             raise ConfigError("--batch-size, --device and --precision are a model's; --detections runs none")
         return self._judge_file(self.detections) if self.detections else self._judge_model()
+
+    def _check_inputs(self) -> None:
+        form = "evaluate --detections FILE DATA" if self.detections else "evaluate MODEL DATA"
+        if len(self.inputs) == (1 if self.detections else 2):
+            return
+        if not self.inputs:
+            problem = "DATA is missing" if self.detections else "MODEL and DATA are missing"
+        elif len(self.inputs) == 1:
+            only = self.inputs[0]
+            is_data = _is_data_set(only)
+            problem = (
+                f"{'MODEL' if is_data else 'DATA'} is missing, {only} is the {'DATA' if is_data else 'MODEL'}"
+            )
+        else:
+            problem = f"got {len(self.inputs)} paths: {', '.join(self.inputs)}"
+        raise ConfigError(f"retinanet {form} is required; {problem}")
 
     def _judge_model(self) -> int:
         from rich.console import Console
@@ -117,3 +135,13 @@ class Evaluate:
 
     def _show(self, metrics: dict[str, object], table: str) -> None:
         print(json.dumps(metrics, indent=2) if self.json else table)
+
+
+def _is_data_set(path: str) -> bool:
+    from retinanet.data import available_splits
+
+    try:
+        available_splits(path)
+    except DataError:
+        return False
+    return True

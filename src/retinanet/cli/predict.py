@@ -12,6 +12,7 @@ import tyro
 
 from retinanet.errors import ConfigError, ImageError
 from retinanet.folders import new_folder
+from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag
 
 if TYPE_CHECKING:
     from retinanet.records import Detections
@@ -25,19 +26,21 @@ class Predict:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Run, model directory or file."""
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS")]
+    paths: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS", help_behavior_hint="(required)")
+    ]
     """Image files, and folders of them."""
-    output: str | None = None
+    output: Annotated[str | None, OPTIONAL_FOLDER] = None
     """New folder; runs/predict-N by default."""
-    draw: bool = False
+    draw: Flag = False
     """Also write each image with its boxes."""
-    threshold: float | None = None
+    threshold: Annotated[float | None, OPTIONAL] = None
     """Least score kept; by default each class's best-F1 threshold of validation, else 0.3."""
-    max_detections: int | None = None
+    max_detections: Annotated[int | None, OPTIONAL] = None
     """Detections kept an image; the model's own cap by default."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, OPTIONAL] = None
     """Images that meet the network together."""
-    device: str = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """auto: bf16 where the device computes it natively."""

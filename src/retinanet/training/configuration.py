@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 import yaml
@@ -18,73 +18,89 @@ from retinanet.folders import write_text
 from retinanet.plain import from_plain
 
 
+def shown(default: str) -> str:
+    """Return what `--help` says of a default: nothing where it says nothing."""
+    return "" if default in ("", "None", "False") else f"(default: {default})"
+
+
+def shown_or_recipe(default: str) -> str:
+    """Return the same of an option that the recipe decides when it is left out."""
+    return shown(default) or "(default: the recipe's)"
+
+
+Flag: TypeAlias = Annotated[bool, tyro.conf.arg(help_behavior_hint=shown)]
+OPTIONAL = tyro.conf.arg(help_behavior_hint=shown)
+OPTIONAL_FOLDER = tyro.conf.arg(metavar="FOLDER", help_behavior_hint=shown)
+BY_RECIPE = tyro.conf.arg(help_behavior_hint=shown_or_recipe)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """Train on the `train` split of DATA, validate on its `val` split."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Data set: a Pascal VOC folder or a COCO folder."""
-    output: str | None = None
-    """Run directory, made new; runs/NAME-N by default."""
+    output: Annotated[str | None, OPTIONAL_FOLDER] = None
+    """Run directory, made new; runs/train-N by default."""
     recipe: Literal["auto", "paper", "modern", "small"] = "auto"
     """Set of defaults. auto: modern with pretrained weights for the backbone, else small."""
-    backbone: str = "resnet50"
+    backbone: Annotated[str, tyro.conf.arg(metavar="NAME")] = "resnet50"
     """timm model with features at strides 8, 16 and 32."""
-    pretrained: str = "auto"
+    pretrained: Annotated[str, tyro.conf.arg(metavar="FILE")] = "auto"
     """ImageNet weights of the backbone: auto (those in timm's cache), none, or a file."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, OPTIONAL] = None
     """Shortest side of the network input, pixels."""
-    max_size: int | None = None
+    max_size: Annotated[int | None, OPTIONAL] = None
     """Longest side of the network input, pixels."""
-    anchors: str | None = None
+    anchors: Annotated[str | None, tyro.conf.arg(metavar="SIZES", help_behavior_hint=shown)] = None
     """Base sizes of the anchors on P3 to P7, pixels: five numbers with commas."""
-    channels: int | None = None
+    channels: Annotated[int | None, BY_RECIPE] = None
     """Width of pyramid and heads: 64, 96, 128 ..."""
-    epochs: float | None = None
+    epochs: Annotated[float | None, OPTIONAL] = None
     """Passes over the training images; not together with --steps."""
-    steps: int | None = None
+    steps: Annotated[int | None, OPTIONAL] = None
     """Optimiser steps; not together with --epochs."""
-    time: str | None = None
+    time: Annotated[str | None, tyro.conf.arg(metavar="TIME", help_behavior_hint=shown)] = None
     """As many steps as end in that time, such as 90s, 20m or 2h; measured on this machine before step 1."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, BY_RECIPE] = None
     """Images a step."""
-    lr: float | None = None
+    lr: Annotated[float | None, BY_RECIPE] = None
     """Learning rate for 16 images a step; scaled to the batch size."""
-    optimizer: Literal["sgd", "adamw", "muon"] | None = None
+    optimizer: Annotated[Literal["sgd", "adamw", "muon"] | None, BY_RECIPE] = None
     """Optimiser; muon is Muon for the convolutions inside and AdamW for the rest."""
-    schedule: Literal["step", "cosine"] | None = None
+    schedule: Annotated[Literal["step", "cosine"] | None, BY_RECIPE] = None
     """step: a tenth at 2/3 and at 8/9 of the run; cosine: down to nothing."""
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, BY_RECIPE] = None
     """Weight decay of convolutions; norms and biases have none, except in recipe paper."""
-    freeze: str | None = None
+    freeze: Annotated[str | None, tyro.conf.arg(metavar="STAGE", help_behavior_hint=shown_or_recipe)] = None
     """Backbone stages that stay as loaded: none, stem, stage1 .. stage4, backbone."""
-    alpha: float | None = None
+    alpha: Annotated[float | None, BY_RECIPE] = None
     """Focal loss: weight of objects, in [0, 1]."""
-    gamma: float | None = None
+    gamma: Annotated[float | None, BY_RECIPE] = None
     """Focal loss: how fast easy examples lose weight, 0 or more."""
-    prior: float | None = None
+    prior: Annotated[float | None, BY_RECIPE] = None
     """Probability that every class score starts at."""
-    box_loss: Literal["smooth-l1", "l1", "giou"] | None = None
+    box_loss: Annotated[Literal["smooth-l1", "l1", "giou"] | None, BY_RECIPE] = None
     """Box loss."""
-    beta: float | None = None
+    beta: Annotated[float | None, BY_RECIPE] = None
     """Where smooth L1 turns from square to linear: the paper's 1, Detectron's 1/9."""
-    box_weight: float | None = None
+    box_weight: Annotated[float | None, BY_RECIPE] = None
     """Weight of the box loss: L = box_weight L_loc + L_cls."""
     max_detections: int = 100
     """Detections kept an image."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the device computes it natively."""
-    device: str = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """auto, cpu, cuda or cuda:N."""
-    workers: int | None = None
+    workers: Annotated[int | None, OPTIONAL] = None
     """Processes that decode and augment; by default none on a CPU, else one a spare core, at most 8."""
     seed: int = 0
     """Order, augmentation and initial weights follow from it."""
-    deterministic: bool = False
+    deterministic: Flag = False
     """Refuse operations whose result depends on timing."""
-    validate_every_steps: int | None = None
+    validate_every_steps: Annotated[int | None, OPTIONAL] = None
     """Steps between validations; the last step always has one."""
-    dry_run: bool = False
+    dry_run: Flag = False
     """Print what would be done, and stop."""
 
     def __post_init__(self) -> None:
@@ -177,8 +193,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if path.stat().st_size > 1_000_000:
             raise ConfigError(f"--config needs a file below 1 MB; {path} is larger")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config needs a YAML file; {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigError(f"--config {path} cannot be read: {reason}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
