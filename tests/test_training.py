@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,6 +24,7 @@ import retinanet
 from retinanet.checkpoint import load_model
 from retinanet.data import open_dataset, write_coco
 from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.data.transforms import Augmentation
 from retinanet.errors import ConfigError, DataError, TrainingError
 from retinanet.inference import Detector, validate
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
@@ -107,10 +110,11 @@ def test_config_yaml_repeats_the_run(run: object) -> None:
     assert yaml.safe_load((run.path / "config.yaml").read_text())["backbone"] == "resnet18"  # type: ignore[attr-defined]
 
 
-def test_a_dry_run_writes_nothing(data: Path, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = TrainingOptions(data=str(data), output=str(tmp_path / "dry"), dry_run=True, **TINY)
     assert run_training(options) is None
     assert not (tmp_path / "dry").exists()
+    assert capsys.readouterr().err.splitlines()[-1] == "dry run: nothing was written"
 
 
 def test_an_existing_run_is_not_overwritten(run: object, data: Path) -> None:
@@ -181,7 +185,7 @@ def test_a_wrong_config_file_is_refused(tmp_path: Path, text: str, message: str)
 
 
 def test_a_missing_config_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--config needs a YAML file; .*none.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"--config needs a YAML file; .*none.yaml does not exist"):
         read_config(tmp_path / "none.yaml")
 
 
@@ -387,6 +391,40 @@ def test_zoom_waits_until_images_come_back(data: Path) -> None:
         setting == "augmentation" and "every image is still new" in why for setting, _, why in few.reasons
     )
     assert [setting for setting, *_ in few.reasons] == [setting for setting, *_ in many.reasons]
+
+
+def test_the_plan_says_no_more_than_there_is_to_say(data: Path) -> None:
+    train = open_dataset(data, "train")  # 6 images, 2 a step
+    plan = plan_run(TrainingOptions(data=str(data), **TINY), train)
+    for steps, passes in ((1, "0.33 passes"), (3, "1 pass"), (12, "4 passes"), (310, "103 passes")):
+        said = {setting: (value, why) for setting, value, why in plan.lasting(steps, "asked for").reasons}
+        assert said["steps"] == (f"{steps}", f"asked for; {passes} over 6 images")
+        assert said["augmentation"][0] == ("flip 0.5" if steps < 12 else "flip 0.5, zoom 0.8 to 1.4")
+    assert said["box weight"][0] == "2"
+    assert said["held in check by"][0] == "weight decay 0.02, gradient norm 10, average of weights 0.998"
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "words"),
+    [
+        (Augmentation(flip=0), "none"),
+        (Augmentation(flip=0, zoom=(0.5, 2)), "zoom 0.5 to 2"),
+        (Augmentation(scales=(0.8, 1.0)), "flip 0.5, size times 0.8 to 1"),
+    ],
+)
+def test_an_augmentation_is_named_by_what_it_does(data: Path, augmentation: Augmentation, words: str) -> None:
+    plan = plan_run(TrainingOptions(data=str(data), **TINY), open_dataset(data, "train"))
+    recipe = dataclasses.replace(plan.recipe, augmentation=augmentation)
+    long = dataclasses.replace(plan, recipe=recipe).lasting(30, "asked for")
+    assert ("augmentation", words, "recipe small") in long.reasons
+
+
+def test_a_reason_that_repeats_is_a_ditto_mark(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_run(TrainingOptions(data=str(data), **TINY), open_dataset(data, "train"))
+    plan.show(Console(width=200))
+    rows = {line.split("  ")[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()}
+    assert (rows["optimizer"], rows["schedule"]) == ("small", '"')
+    assert [why for *_, why in plan.reasons].count("recipe small") > 5  # the record repeats it
 
 
 def test_a_timed_run_takes_the_steps_of_its_plan_and_paths_are_taken(data: Path, tmp_path: Path) -> None:

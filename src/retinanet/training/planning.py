@@ -72,14 +72,11 @@ class Plan:
         if passes < FEW_PASSES and augmentation.zoom != (1.0, 1.0):
             augmentation = dataclasses.replace(augmentation, zoom=(1.0, 1.0))
             reason = f"no zoom below {FEW_PASSES} passes: every image is still new"
-        of_images = f"{passes:.1f} passes over {self.train_images:,} images"
+        many = f"{passes:.2g}" if passes < 10 else f"{passes:,.0f}"
+        of_images = f"{many} {'pass' if many == '1' else 'passes'} over {self.train_images:,} images"
         changed = {
             "steps": (f"{steps:,}", f"{why}; {of_images}"),
-            "augmentation": (
-                f"flip {augmentation.flip:g}, zoom {augmentation.zoom[0]:g} to {augmentation.zoom[1]:g}, "
-                f"size times {min(augmentation.scales):g} to {max(augmentation.scales):g}",
-                reason,
-            ),
+            "augmentation": (_augmentation_in_words(augmentation), reason),
         }
         known = {setting: (value, reason) for setting, value, reason in self.reasons}
         return dataclasses.replace(
@@ -109,12 +106,14 @@ class Plan:
         }
 
     def table(self) -> Table:
-        """Return the reasons for a terminal."""
+        """Return the reasons for a terminal; a ditto mark stands for the reason above."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for heading in ("setting", "value", "why"):
             table.add_column(heading, overflow="fold")
-        for row in self.reasons:
-            table.add_row(*row)
+        above = ""
+        for setting, value, why in self.reasons:
+            table.add_row(setting, value, '"' if why == above else why)
+            above = why
         return table
 
     def show(self, console: Console) -> None:
@@ -129,7 +128,8 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     recipe = choose_recipe(options, weights, train.classes)
     starts = f"weights of {weights}" if weights else "scratch"
     reasons.append(("backbone", f"{options.backbone}, from {starts}", why))
-    reasons.append(("recipe", recipe.name, "asked for" if options.recipe != "auto" else "auto: " + why))
+    auto = f"auto: {'weights' if weights else 'no weights'} for the backbone"
+    reasons.append(("recipe", recipe.name, auto if options.recipe == "auto" else "asked for"))
     recipe = _with_options(recipe, options, reasons)
     if recipe.freeze != "none" and not weights:
         raise ConfigError(
@@ -161,7 +161,7 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
         ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # On a CPU the network has every core already: a worker only takes turns with it (measured 10 % slower).
+    # On a CPU the network has every core already: a worker only takes turns with it.
     fitting = 0 if device.type == "cpu" else min(8, max(1, cores - 1))
     workers = fitting if options.workers is None else options.workers
     plan = Plan(
@@ -255,7 +255,7 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
     channels = changed.model.pyramid.channels
     reasons.append(("channels", f"{channels}", why if options.channels is None else "asked for"))
     reasons += [
-        (name.replace("_", " "), f"{getattr(changed, name)}", "asked for" if name in asked else why)
+        (name.replace("_", " "), _in_words(getattr(changed, name)), "asked for" if name in asked else why)
         for name in ("optimizer", "schedule", "batch_size", "box_loss", "box_weight", "freeze")
     ]
     alpha_gamma = {"alpha", "gamma", "prior"} & asked.keys()
@@ -267,12 +267,28 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         ),
         (
             "held in check by",
-            f"weight decay {changed.weight_decay:g}, gradient norm {changed.clip_norm or 'free'}, "
+            f"weight decay {changed.weight_decay:g}, gradient norm {_in_words(changed.clip_norm or 'free')}, "
             f"average of weights {changed.average_decay or 'none'}",
             "weight decay asked for" if "weight_decay" in asked else f"recipe {recipe.name}",
         ),
     ]
     return changed
+
+
+def _in_words(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _augmentation_in_words(augmentation: Augmentation) -> str:
+    """Return what the augmentation changes; what it leaves alone is not named."""
+    parts = [f"flip {augmentation.flip:g}"] if augmentation.flip else []
+    for name, (least, most) in (
+        ("zoom", augmentation.zoom),
+        ("size times", (min(augmentation.scales), max(augmentation.scales))),
+    ):
+        if (least, most) != (1.0, 1.0):
+            parts.append(f"{name} {least:g} to {most:g}")
+    return ", ".join(parts) or "none"
 
 
 def _preprocessing(

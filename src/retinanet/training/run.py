@@ -97,8 +97,10 @@ def run_training(options: TrainingOptions, console: Console | None = None) -> Ru
     plan.show(console)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
-    console.print(f"{whole:,} parameters, {trained:,} of them trained", highlight=False)
+    of_them = "all" if trained == whole else f"{trained:,}"
+    console.print(f"{whole:,} parameters, {of_them} of them trained", highlight=False)
     if folder is None:
+        console.print("dry run: nothing was written", highlight=False)
         return None
     write_json(folder.path / "plan.json", plan.to_json())
     console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
