@@ -409,6 +409,7 @@ def test_table() -> None:
     assert lines[5] == "(at most 100)"
     assert lines[6] == "1 images, 1 ground-truth boxes, 1 detections"
     assert lines[8].split() == ["cat", "0.100", "1.000", "0.000", "1", "1"]
+    assert lines[-1] == "(found: every detection, right or wrong, however low its score)"
     other = evaluate_detections([truth(BOX)], [found((BOX, 1), classes=Classes(("fish",)))], CAT)
     assert "1 detections of classes that the data set does not have" in other.table()
 

@@ -132,6 +132,7 @@ class Metrics:
         for name, of in self.per_class.items():
             shown = "  ".join(_shown(value) for value in (of["ap"], of["ap50"], of["ap75"]))
             lines.append(f"{name:<{width}}  {shown}  {of['ground_truths']:>7}  {of['detections']:>7}")
+        lines.append("(found: every detection, right or wrong, however low its score)")
         return "\n".join(lines)
 
 
