@@ -108,7 +108,7 @@ def run_training(options: TrainingOptions, console: Console | None = None) -> Ru
     with deterministic_algorithms(options.deterministic), torch.random.fork_rng(devices=[]):
         best = train_network(plan, network, train_set, val_set, folder, console)
     _report(plan, best, val_set, folder)
-    console.print(best.metrics.table(), highlight=False)
+    console.print(best.metrics.table(), highlight=False, soft_wrap=True)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
     return Run(folder.path, load(folder.best, device=options.device), best)
 
