@@ -1,4 +1,4 @@
-"""Boxes: conversions, the IoU family, delta coding, NMS. Plain references; fast paths are tested against them.
+"""Boxes: conversions, the IoU family, delta coding, NMS.
 
 A box is `xyxy` in continuous absolute pixels: width = x2 - x1. Every function takes empty input.
 """
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from retinanet import kernels
 from retinanet.errors import ConfigError
 
 Overlap = Callable[[Tensor, "Tensor"], Tensor]
@@ -192,16 +193,24 @@ def nms(
     In order of score descending, then index ascending, a box is kept unless a kept box of its class has
     IoU > threshold with it. With `max_kept` the work stops once that many are kept; since boxes are met in
     order of score, the result is the head of the full one.
-
-    The loop runs in NumPy: it is sequential, and small vectors are cheaper there than in torch.
     """
     if not 0 <= threshold <= 1:
         raise ConfigError(f"nms needs a threshold in [0, 1]; got {threshold}")
     if max_kept is not None and max_kept < 1:
         raise ConfigError(f"nms needs max_kept of at least 1 or None; got {max_kept}")
-    order = np.argsort(-scores.detach().float().cpu().numpy(), kind="stable")
-    x1, y1, x2, y2 = boxes.detach().float().cpu().numpy()[order].T
-    classes = labels.cpu().numpy()[order]
+    # From CUDA the boxes come here: greedy is sequential, and a thousand of them take a tenth of a millisecond.
+    boxes_here, scores_here = boxes.detach().float().cpu(), scores.detach().float().cpu()
+    run = kernels.nms if kernels.available("cpu") else plain_nms
+    return run(boxes_here, scores_here, labels.cpu(), threshold, max_kept).to(boxes.device)
+
+
+def plain_nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_kept: int | None = None
+) -> Tensor:
+    """Do as `nms` on the CPU, readably. The loop is sequential, and NumPy is quicker than torch at small vectors."""
+    order = np.argsort(-scores.numpy(), kind="stable")
+    x1, y1, x2, y2 = boxes.numpy()[order].T
+    classes = labels.numpy()[order]
     areas = (x2 - x1) * (y2 - y1)
     alive = np.ones(len(order), dtype=bool)
     kept: list[int] = []
@@ -218,4 +227,4 @@ def nms(
         # The quotient itself is compared (not shared > threshold * union): another rounding would be another NMS.
         overlap = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
         alive[i + 1 :] &= (overlap <= threshold) | (classes[i + 1 :] != classes[i])
-    return torch.from_numpy(order[np.array(kept, dtype=np.int64)]).to(boxes.device)
+    return torch.from_numpy(order[np.array(kept, dtype=np.int64)])

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from retinanet import kernels
 from retinanet.batches import MatchState
 from retinanet.boxes import area, intersection, iou, pairwise
 from retinanet.errors import ConfigError
@@ -18,24 +19,24 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Matches:
-    """`state` `[R]` int64 values of `MatchState`; `index` `[R]` the box with the highest IoU (0 if there is none)."""
+    """Values of `MatchState`, and the number of the box with the highest IoU (0 where there is none)."""
 
-    state: Int64[Tensor, "R"]
-    index: Int64[Tensor, "R"]
+    state: Int64[Tensor, "*B R"]
+    index: Int64[Tensor, "*B R"]
 
 
 @torch.no_grad()
 def match_anchors(
     anchors: Float[Tensor, "R 4"],
-    boxes: Float[Tensor, "G 4"],
-    ignored: Bool[Tensor, "G"] | None = None,
+    boxes: Float[Tensor, "*B G 4"],
+    ignored: Bool[Tensor, "*B G"] | None = None,
     *,
     positive_iou: float = 0.5,
     negative_iou: float = 0.4,
     low_quality: bool = False,
     ignored_overlap: float = 0.5,
 ) -> Matches:
-    """Match anchors to ground-truth boxes by IoU (Section 4 of the paper).
+    """Match anchors to the ground-truth boxes of an image, or of a batch of them, by IoU (Section 4 of the paper).
 
     An anchor is positive, for the box of its highest IoU (the first of equals), when that IoU >= positive_iou;
     negative when it is < negative_iou; ignored between. An empty box (a padding row) matches nothing.
@@ -47,13 +48,38 @@ def match_anchors(
             low, but above 0: a box that overlaps no anchor must not turn every anchor positive, as it does
             in detectron2, torchvision and MMDetection. The anchor keeps the box of its own highest IoU.
 
-    Memory is O(anchors), not anchors x boxes.
+    Memory is O(anchors + boxes) of the batch, not anchors x boxes.
     """
     if not 0 <= negative_iou <= positive_iou <= 1:
         raise ConfigError(
             "match_anchors needs 0 <= negative_iou <= positive_iou <= 1; "
             f"got negative_iou {negative_iou} and positive_iou {positive_iou}"
         )
+    images = boxes if boxes.ndim == 3 else boxes[None]
+    regions = None if ignored is None else ignored.reshape(images.shape[:2])
+    options = (positive_iou, negative_iou, low_quality, ignored_overlap)
+    if kernels.usable(anchors, images) and images.dtype == torch.float32:
+        state, index = kernels.match(anchors, images, regions, *options)
+    else:
+        state = torch.zeros((len(images), len(anchors)), dtype=torch.int64, device=anchors.device)
+        index = torch.zeros_like(state)
+        for i, image in enumerate(images):
+            one = plain_match_anchors(anchors, image, None if regions is None else regions[i], *options)
+            state[i], index[i] = one.state, one.index
+    shape = (*boxes.shape[:-2], len(anchors))
+    return Matches(state.reshape(shape), index.reshape(shape))
+
+
+def plain_match_anchors(
+    anchors: Tensor,
+    boxes: Tensor,
+    ignored: Tensor | None = None,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+    low_quality: bool = False,
+    ignored_overlap: float = 0.5,
+) -> Matches:
+    """Do as `match_anchors` for one image, readably; what the fast paths are tested against."""
     best = anchors.new_zeros(len(anchors))
     index = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
     # An ignored region is no object: as an empty box it can win no anchor, and indices stay those of `boxes`.

@@ -7,7 +7,6 @@ ignored, L_loc sums the box loss over the positive anchors, and both are divided
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -73,11 +72,11 @@ class Losses:
 
 
 class Assignment(NamedTuple):
-    """What matching says of a batch's anchors: state and class index (-1: no object) `[B, R]`, box `[B, R, 4]`."""
+    """What matching says of a batch's anchors: state, class index (-1: no object) and number of the box, `[B, R]`."""
 
     state: Tensor
     classes: Tensor
-    boxes: Tensor
+    box: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ class Objective:
         """Return the losses for images of the padded size height x width, in float32."""
         levels = anchors_of_image(self.anchors, height, width, targets.boxes.device)
         anchors = torch.cat(levels)
-        state, classes, boxes = self.assign(anchors, targets)
+        state, classes, box = self.assign(anchors, targets)
         positive = state == MatchState.POSITIVE
         share = self._share(positive.sum(dim=1))
         weight = torch.where(state == MatchState.IGNORED, 0, share[:, None])
@@ -123,31 +122,51 @@ class Objective:
         parts = zip(predictions.logits, classes.split(sizes, 1), weight.split(sizes, 1), strict=True)
         class_loss = torch.stack([self.class_loss(*part) for part in parts]).sum()
 
-        image, anchor = torch.nonzero(positive, as_tuple=True)
-        deltas = torch.cat(predictions.deltas, dim=1)[image, anchor].float()
-        per_box = self.box_loss(deltas, anchors[anchor], boxes[image, anchor], self.coding)
-        # A batch without positives gives an empty sum: 0, with the same graph on every process.
-        box_loss = (per_box * share[image]).sum()
+        deltas = torch.cat(predictions.deltas, dim=1).float()
+        # How many are positive only the device knows, and a host that asked would wait for it.
+        sum_boxes = self._boxes_of_all if deltas.is_cuda else self._boxes_of_positives
+        box_loss = sum_boxes(deltas, anchors, targets.boxes, positive, box, share)
         return Losses(class_loss + self.box_weight * box_loss, class_loss, box_loss, positive.sum())
 
     @torch.no_grad()
     def assign(self, anchors: Tensor, targets: Targets) -> Assignment:
         """Match every image of the batch."""
-        match = partial(
-            match_anchors,
+        matches = match_anchors(
             anchors,
+            targets.boxes,
+            targets.ignored,
             positive_iou=self.positive_iou,
             negative_iou=self.negative_iou,
             low_quality=self.low_quality,
         )
-        pairs = zip(targets.boxes, targets.ignored, strict=True)
-        matches = [match(boxes, ignored) for boxes, ignored in pairs]
-        state = torch.stack([m.state for m in matches])
-        index = torch.stack([m.index for m in matches])
         if targets.boxes.shape[1] == 0:
-            return Assignment(state, torch.full_like(state, -1), anchors.expand(len(state), -1, -1))
-        classes = torch.where(state == MatchState.POSITIVE, targets.classes.gather(1, index), -1)
-        return Assignment(state, classes, targets.boxes.gather(1, index[..., None].expand(-1, -1, 4)))
+            return Assignment(matches.state, torch.full_like(matches.state, -1), matches.index)
+        classes = targets.classes.gather(1, matches.index)
+        return Assignment(
+            matches.state, torch.where(matches.state == MatchState.POSITIVE, classes, -1), matches.index
+        )
+
+    def _boxes_of_positives(
+        self, deltas: Tensor, anchors: Tensor, boxes: Tensor, positive: Tensor, box: Tensor, share: Tensor
+    ) -> Tensor:
+        """Return the box loss, from the rows of positive anchors alone."""
+        image, anchor = torch.nonzero(positive, as_tuple=True)
+        matched = boxes[image, box[image, anchor]]
+        per_box = self.box_loss(deltas[image, anchor], anchors[anchor], matched, self.coding)
+        # A batch without positives gives an empty sum: 0, with the same graph on every process.
+        return (per_box * share[image]).sum()
+
+    def _boxes_of_all(
+        self, deltas: Tensor, anchors: Tensor, boxes: Tensor, positive: Tensor, box: Tensor, share: Tensor
+    ) -> Tensor:
+        """Return the same from all rows, those that are not positive weighed 0: no shape depends on a value."""
+        own = anchors.expand(len(deltas), -1, -1)
+        matched = own  # any box with a size will do
+        if boxes.shape[1]:
+            matched = torch.where(positive[..., None], boxes.gather(1, box[..., None].expand(-1, -1, 4)), own)
+        rows = [part.reshape(-1, 4) for part in (deltas, own, matched)]
+        per_box = self.box_loss(rows[0], rows[1], rows[2], self.coding).view_as(positive)
+        return torch.where(positive, per_box * share[:, None], 0).sum()
 
     def _share(self, positives: Tensor) -> Tensor:
         """Return what each image's sums are multiplied by, `[B]`."""

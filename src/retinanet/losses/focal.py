@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from retinanet import kernels
 from retinanet.errors import ConfigError
 
 Reduction = Literal["none", "mean", "sum"]
@@ -39,6 +40,13 @@ def sigmoid_focal_loss(
         reduction: "none" returns the shape of `inputs`; "sum", "mean" a scalar ("mean" over all elements).
         weight: multiplies the loss, shape `inputs.shape[:-1]`; 0 ignores a row (its gradient is 0).
 
+    Raises:
+        ConfigError: a number out of its range, shapes that do not fit, a class index of K or more (on CUDA,
+            where asking would wait for the device, such a row counts as no object or stops the device).
+
+    From class indices, "sum" and "mean" are one pass over the logits that writes the gradient beside the sum
+    (`retinanet.kernels`); it has no second derivative, and "none" has.
+
     Value and gradient are finite for every finite logit and every gamma: with x_t = x or -x the loss is
     -alpha_t exp(gamma log sigmoid(-x_t)) log sigmoid(x_t), and log sigmoid never overflows.
 
@@ -56,26 +64,61 @@ def sigmoid_focal_loss(
         raise ConfigError(f"sigmoid_focal_loss needs gamma >= 0; got {gamma}")
     if reduction not in ("none", "mean", "sum"):
         raise ConfigError(f"sigmoid_focal_loss needs reduction 'none', 'mean' or 'sum'; got {reduction!r}")
-    logits = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-    if targets.shape == inputs.shape and targets.is_floating_point():
-        loss = _dense(logits, targets.to(logits.dtype), alpha, gamma)
-    elif targets.shape == inputs.shape[:-1] and targets.dtype == torch.int64:
-        loss = _from_indices(logits, targets, alpha, gamma)
-    else:
+    by_index = targets.shape == inputs.shape[:-1] and targets.dtype == torch.int64
+    if not by_index and not (targets.shape == inputs.shape and targets.is_floating_point()):
         raise ConfigError(
             f"sigmoid_focal_loss needs floating targets of shape {list(inputs.shape)} or int64 class indices "
             f"of shape {list(inputs.shape[:-1])}; got {targets.dtype} of shape {list(targets.shape)}"
         )
+    if (
+        weight is not None and weight.shape != inputs.shape[:-1]
+    ):  # it could broadcast to something else in silence
+        raise ConfigError(
+            f"sigmoid_focal_loss needs a weight of shape {list(inputs.shape[:-1])}, one a row of inputs; "
+            f"got {list(weight.shape)}"
+        )
+    if by_index:
+        _require_classes(targets, inputs.shape[-1])
+        if reduction != "none" and _has_fast_path(inputs, targets, weight):
+            total = _fast_sum(inputs, targets, alpha, gamma, weight)
+            return total if reduction == "sum" else total / inputs.numel()
+    logits = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    loss = (
+        _from_indices(logits, targets, alpha, gamma)
+        if by_index
+        else _dense(logits, targets.to(logits.dtype), alpha, gamma)
+    )
     if weight is not None:
-        if weight.shape != inputs.shape[:-1]:  # it could broadcast to something else in silence
-            raise ConfigError(
-                f"sigmoid_focal_loss needs a weight of shape {list(inputs.shape[:-1])}, one a row of inputs; "
-                f"got {list(weight.shape)}"
-            )
         loss = loss * weight[..., None]
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()
+
+
+def _require_classes(targets: Tensor, classes: int) -> None:
+    # On a device the question would wait for it; there an index beyond the last counts as no object.
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel():
+        highest = int(targets.max())
+        if highest >= classes:
+            raise ConfigError(
+                f"sigmoid_focal_loss needs class indices below {classes}, the size of the last dimension of inputs; "
+                f"got {highest}"
+            )
+
+
+def _has_fast_path(inputs: Tensor, targets: Tensor, weight: Tensor | None) -> bool:
+    tensors = (inputs, targets) if weight is None else (inputs, targets, weight)
+    learned = weight is not None and weight.requires_grad
+    return kernels.usable(*tensors, dtypes=(torch.float32, torch.bfloat16)) and not learned
+
+
+def _fast_sum(
+    inputs: Tensor, targets: Tensor, alpha: float | None, gamma: float, weight: Tensor | None
+) -> Tensor:
+    of_positive, of_negative = _balance(alpha)
+    weights = None if weight is None else weight.reshape(-1).float()
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return kernels.focal_sum(rows, targets.reshape(-1), weights, of_positive, of_negative, gamma)
 
 
 def _balance(alpha: float | None) -> tuple[float, float]:

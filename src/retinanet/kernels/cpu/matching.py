@@ -1,0 +1,251 @@
+"""IoU and matching of anchors to boxes without an anchors x boxes matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from retinanet.batches import MatchState
+from retinanet.kernels.cpu.compiled import compiled
+from retinanet.kernels.cpu.memory import recycled
+from retinanet.kernels.cpu.threads import in_parallel
+
+# Anchors looked at together. Neighbours in memory are neighbours in the image, so that most boxes lie outside the
+# rectangle around a block and cost one comparison for all of it.
+BLOCK = 128
+# Blocks that are worth a second thread.
+LEAST_BLOCKS = 64
+# The bound on an IoU is computed with rounding of its own; this keeps it a bound.
+SLACK = np.float32(1.0001)
+
+f32 = np.float32
+NEGATIVE, POSITIVE, IGNORED = int(MatchState.NEGATIVE), int(MatchState.POSITIVE), int(MatchState.IGNORED)
+
+
+def match(
+    anchors: Tensor,
+    boxes: Tensor,
+    ignored: Tensor | None,
+    positive_iou: float,
+    negative_iou: float,
+    low_quality: bool,
+    ignored_overlap: float,
+) -> tuple[Tensor, Tensor]:
+    """Return state and index, int64 `[B, R]`, for anchors `[R, 4]`, boxes `[B, G, 4]`, ignored `[B, G]`.
+
+    Equal to `plain_match_anchors` for each image, to the bit: the same float32 operations in the same order.
+    """
+    images, count = len(boxes), len(anchors)
+    state = recycled(torch.Size((images, count)), torch.int64)
+    index = recycled(torch.Size((images, count)), torch.int64)
+    a, b = anchors.contiguous().numpy(), boxes.contiguous().numpy()
+    s, i = state.numpy(), index.numpy()
+    if ignored is None:
+        objects, regions = b, b[:, :0]
+    else:
+        of_region = ignored.numpy()[..., None]
+        # As an empty box a region wins no anchor, and indices stay those of `boxes`.
+        objects, regions = np.where(of_region, f32(0), b), np.where(of_region, b, f32(0))
+        regions = regions if of_region.any() else b[:, :0]
+    blocks = -(-count // BLOCK)
+    # As in torch, a tensor of float32 meets a Python number rounded to float32.
+    positive, negative, share = f32(positive_iou), f32(negative_iou), f32(ignored_overlap)
+
+    objects, regions = (np.ascontiguousarray(of.transpose(0, 2, 1)) for of in (objects, regions))
+    bounds = np.empty((blocks, 6), np.float32)
+
+    def first(_: int, start: int, stop: int) -> NDArray[np.float32]:
+        best_of_box = np.zeros((images, objects.shape[2]), np.float32)
+        _match(a, objects, regions, start, stop, positive, negative, share, s, i, bounds, best_of_box)
+        return best_of_box
+
+    parts = in_parallel(first, blocks, least=LEAST_BLOCKS)
+    if low_quality and objects.shape[2]:
+        best_of_box = np.maximum.reduce(parts)
+        in_parallel(
+            lambda _, start, stop: _low_quality(a, objects, start, stop, bounds, best_of_box, s),
+            blocks,
+            least=LEAST_BLOCKS * 4,  # most of them are only compared
+        )
+    return state, index
+
+
+@compiled()
+def _match(
+    anchors, objects, regions, start, stop, positive, negative, share, state, index, bounds, best_of_box
+):
+    columns = np.empty((7, BLOCK), np.float32)
+    which_of_anchor, inside = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.bool_)
+    most = max(objects.shape[2], regions.shape[2])
+    meets, listed = np.empty(most, np.bool_), np.empty(most + 1, np.int32)
+    for block in range(start, stop):
+        first = block * BLOCK
+        n = min(BLOCK, len(anchors) - first)
+        x1, y1, x2, y2, area = columns[0, :n], columns[1, :n], columns[2, :n], columns[3, :n], columns[4, :n]
+        _unpack(anchors[first : first + n], x1, y1, x2, y2, area)
+        bound = bounds[block]
+        bound[0], bound[1], bound[2], bound[3] = _smallest(x1), _smallest(y1), _largest(x2), _largest(y2)
+        bound[4], bound[5] = _smallest(area), _largest(area)
+        overlap, best, which = columns[5, :n], columns[6, :n], which_of_anchor[:n]
+        for image in range(len(objects)):
+            best[:] = 0
+            which[:] = 0
+            boxes = objects[image]
+            for at in range(_near(boxes, bound, meets, listed)):
+                g = listed[at]
+                _meet(x1, y1, x2, y2, area, boxes[0, g], boxes[1, g], boxes[2, g], boxes[3, g], overlap)
+                _improve(overlap, best, which, g)
+                best_of_box[image, g] = max(best_of_box[image, g], _highest(overlap))
+            s, i = state[image, first : first + n], index[image, first : first + n]
+            _decide(best, which, positive, negative, s, i)
+            boxes = regions[image]
+            for at in range(_near(boxes, bound, meets, listed)):
+                g = listed[at]
+                a, b, c, d = boxes[0, g], boxes[1, g], boxes[2, g], boxes[3, g]
+                _lies_in(x1, y1, x2, y2, area, a, b, c, d, share, inside[:n])
+                for k in range(n):
+                    if inside[k] and s[k] != POSITIVE:
+                        s[k] = IGNORED
+
+
+@compiled()
+def _low_quality(anchors, objects, start, stop, bounds, best_of_box, state):
+    """Make positive the anchors that reach a box's best IoU."""
+    columns = np.empty((6, BLOCK), np.float32)
+    meets, listed = np.empty(objects.shape[2], np.bool_), np.empty(objects.shape[2] + 1, np.int32)
+    for block in range(start, stop):
+        first = block * BLOCK
+        n = min(BLOCK, len(anchors) - first)
+        bound = bounds[block]
+        unpacked = False
+        for image in range(len(objects)):
+            boxes = objects[image]
+            for at in range(_near(boxes, bound, meets, listed)):
+                g = listed[at]
+                best = best_of_box[image, g]
+                a, b, c, d = boxes[0, g], boxes[1, g], boxes[2, g], boxes[3, g]
+                own = (c - a) * (d - b)
+                # IoU <= smaller area / larger area, so that sizes alone tell that most blocks cannot reach it.
+                limit = own / bound[4] if own < bound[4] else (bound[5] / own if own > bound[5] else f32(1))
+                if best > 0 and limit * SLACK >= best:
+                    x1, y1, x2, y2 = columns[0, :n], columns[1, :n], columns[2, :n], columns[3, :n]
+                    area, overlap = columns[4, :n], columns[5, :n]
+                    if not unpacked:
+                        _unpack(anchors[first : first + n], x1, y1, x2, y2, area)
+                        unpacked = True
+                    _meet(x1, y1, x2, y2, area, a, b, c, d, overlap)
+                    _reach(overlap, best, state[image, first : first + n])
+
+
+@compiled()
+def _reach(overlap, best, state):
+    for k in range(len(overlap)):
+        state[k] = POSITIVE if overlap[k] == best else state[k]
+
+
+@compiled()
+def _near(boxes, bound, meets, listed):
+    """List the boxes `[4, G]` that meet the rectangle around a block; return how many. Without branches to predict."""
+    _meets(boxes[0], boxes[1], boxes[2], boxes[3], bound[0], bound[1], bound[2], bound[3], meets)
+    count = 0
+    for g in range(boxes.shape[1]):
+        listed[count] = g
+        count += meets[g]
+    return count
+
+
+@compiled()
+def _meets(x1, y1, x2, y2, left, top, right, bottom, meets):
+    for g in range(len(x1)):
+        meets[g] = (x1[g] < right) & (x2[g] > left) & (y1[g] < bottom) & (y2[g] > top)
+
+
+@compiled()
+def _unpack(anchors, x1, y1, x2, y2, area):
+    # One loop for each: with more arrays than these the compiler no longer proves them apart.
+    _column(anchors, 0, x1)
+    _column(anchors, 1, y1)
+    _column(anchors, 2, x2)
+    _column(anchors, 3, y2)
+    for k in range(len(area)):
+        area[k] = (x2[k] - x1[k]) * (y2[k] - y1[k])
+
+
+@compiled(inline=True)
+def _column(rows, number, out):
+    for k in range(len(out)):
+        out[k] = rows[k, number]
+
+
+@compiled(inline=True)
+def _shared(x1, y1, x2, y2, a, b, c, d):
+    width = (x2 if x2 < c else c) - (x1 if x1 > a else a)
+    height = (y2 if y2 < d else d) - (y1 if y1 > b else b)
+    return (width if width > 0 else f32(0)) * (height if height > 0 else f32(0))
+
+
+@compiled(inline=True)
+def _iou(x1, y1, x2, y2, area, a, b, c, d, own):
+    shared = _shared(x1, y1, x2, y2, a, b, c, d)
+    union = area + own - shared
+    return shared / union if union > 0 else f32(0)
+
+
+@compiled()
+def _meet(x1, y1, x2, y2, area, a, b, c, d, overlap):
+    own = (c - a) * (d - b)
+    for k in range(len(overlap)):
+        overlap[k] = _iou(x1[k], y1[k], x2[k], y2[k], area[k], a, b, c, d, own)
+
+
+@compiled()
+def _improve(overlap, best, which, number):
+    box = np.int32(number)
+    for k in range(len(overlap)):
+        better = overlap[k] > best[k]
+        best[k] = overlap[k] if better else best[k]
+        which[k] = box if better else which[k]
+
+
+@compiled()
+def _highest(overlap):
+    """Return the largest of values >= 0, as integers: a maximum of floats is not made vector code."""
+    bits = overlap.view(np.int32)
+    highest = np.int32(0)
+    for k in range(len(bits)):
+        highest = bits[k] if bits[k] > highest else highest
+    return np.int32(highest).view(np.float32)
+
+
+@compiled()
+def _decide(best, which, positive, negative, state, index):
+    for k in range(len(best)):
+        matched = best[k] >= positive and best[k] > 0  # without any box an anchor is no object even at 0
+        apart = best[k] < negative or (positive == 0 and best[k] == 0)
+        state[k] = POSITIVE if matched else (NEGATIVE if apart else IGNORED)
+        index[k] = which[k]
+
+
+@compiled()
+def _lies_in(x1, y1, x2, y2, area, a, b, c, d, share, inside):
+    for k in range(len(inside)):
+        shared = _shared(x1[k], y1[k], x2[k], y2[k], a, b, c, d)
+        inside[k] = shared > 0 and shared >= share * area[k]
+
+
+@compiled()
+def _smallest(values):
+    least = values[0]
+    for k in range(len(values)):
+        least = values[k] if values[k] < least else least
+    return least
+
+
+@compiled()
+def _largest(values):
+    most = values[0]
+    for k in range(len(values)):
+        most = values[k] if values[k] > most else most
+    return most

@@ -1,0 +1,52 @@
+"""Memory for gradients, used again from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from threading import Lock
+from weakref import ref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass
+class _Kept:
+    memory: NDArray[np.uint8]
+    # The view of it that the last tensor was made from: it lives as long as a tensor shares its storage.
+    lease: ref[NDArray[np.uint8]]
+
+
+_lock = Lock()
+_kept: list[_Kept] = []
+
+
+def recycled(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor, in memory of an earlier one that nobody holds any more if it fits.
+
+    The system zeroes the pages that it hands out; for ten million logits that takes longer than their loss.
+    What is kept between steps is one step's gradients: where nothing fits, all that is unused is let go.
+    """
+    size = shape.numel() * dtype.itemsize
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
+    with _lock:
+        unused = [kept for kept in _kept if kept.lease() is None]
+        fitting = [kept for kept in unused if size <= len(kept.memory) <= 2 * size]
+        if fitting:
+            memory = min(fitting, key=lambda kept: len(kept.memory)).memory
+        else:
+            memory = np.empty(size, np.uint8)  # NumPy asks for huge pages, torch does not
+            _kept[:] = [kept for kept in _kept if kept.lease() is not None]
+        _kept[:] = [kept for kept in _kept if kept.memory is not memory]
+        lease = memory[:size]
+        _kept.append(_Kept(memory, ref(lease)))
+        return torch.from_numpy(lease).view(dtype).view(shape)
+
+
+def kept_bytes() -> int:
+    """Return how much memory is held, in use or not."""
+    with _lock:
+        return sum(len(kept.memory) for kept in _kept)
