@@ -255,8 +255,14 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         ),
         (["demo", "--output", tmp / "full"], "--output needs a new folder"),
         (["doctor", "me"], "doctor takes options only; got 'me' as well"),
-        (["tran", data], "demo, train, evaluate, predict, data, doctor; got 'tran'. Did you mean 'train'?"),
-        (["--foo"], "a command is required: demo, train, evaluate, predict, data, doctor; got '--foo'"),
+        (
+            ["tran", data],
+            "demo, train, evaluate, predict, data, bench, doctor; got 'tran'. Did you mean 'train'?",
+        ),
+        (
+            ["--foo"],
+            "a command is required: demo, train, evaluate, predict, data, bench, doctor; got '--foo'",
+        ),
     ]
 
 

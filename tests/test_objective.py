@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from retinanet.anchors import AnchorSpec
+from retinanet.anchors import AnchorSpec, anchors_of_image
 from retinanet.batches import RawPredictions, Targets
 from retinanet.boxes import BoxCoding
 from retinanet.errors import ConfigError
@@ -233,3 +234,43 @@ def test_losses_are_float32_from_bfloat16_predictions():
 def test_box_weight_error():
     with pytest.raises(ConfigError, match="--box-weight needs 0 or more; got -1"):
         dataclasses.replace(OBJECTIVE, box_weight=-1.0)
+
+
+@pytest.mark.parametrize("box_loss", [smooth_l1_of_deltas(), giou_of_boxes()])
+@pytest.mark.parametrize("boxes", [BOXES, [[], []]])
+def test_boxes_of_all_rows_give_what_the_positive_ones_give(box_loss, boxes):
+    """The form for CUDA, where no shape may depend on a value."""
+    objective = dataclasses.replace(OBJECTIVE, box_loss=box_loss)
+    wanted = targets(boxes, CLASSES if boxes is BOXES else [[], []])
+    anchors = torch.cat([torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16], [8, 8, 16, 16]]),
+                         torch.tensor([[0.0, 0, 16, 16]])])  # fmt: skip
+    state, _, box = objective.assign(anchors, wanted)
+    share = torch.tensor([0.5, 0.25])
+    results = []
+    for form in (objective._boxes_of_positives, objective._boxes_of_all):
+        deltas = torch.tensor(DELTAS).requires_grad_()
+        total = form(deltas, anchors, wanted.boxes, state == 1, box, share)
+        total.backward()
+        results.append((total.detach(), deltas.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_on_cuda_the_host_waits_for_nothing(monkeypatch):
+    """Tensors without values refuse whatever needs a value on the host, just where a device would be waited for."""
+    monkeypatch.setattr("retinanet.kernels.usable", lambda *_, **__: False)  # Triton needs a device
+    with FakeTensorMode():
+        made = RawPredictions(
+            logits=tuple(torch.empty(2, n, 3, device="cuda", requires_grad=True) for n in (4, 1)),
+            deltas=tuple(torch.empty(2, n, 4, device="cuda", requires_grad=True) for n in (4, 1)),
+            grids=((2, 2), (1, 1)),
+        )
+        wanted = Targets(
+            torch.empty(2, 5, 4, device="cuda"),
+            torch.empty(2, 5, dtype=torch.int64, device="cuda"),
+            torch.empty(2, 5, dtype=torch.bool, device="cuda"),
+        )
+        objective = dataclasses.replace(OBJECTIVE, class_loss=lambda logits, classes, weight: logits.sum())
+        anchors_of_image.cache_clear()
+        found = losses(objective, made, wanted)
+    anchors_of_image.cache_clear()
+    assert found.total.device.type == "cuda"

@@ -7,8 +7,9 @@ from torchvision.models.detection import retinanet_resnet50_fpn, retinanet_resne
 from torchvision.models.detection.image_list import ImageList
 
 from retinanet.anchors import AnchorSpec, anchors_of_image
+from retinanet.bench.torchvision_model import copied
 from retinanet.inference.post_processing import post_process
-from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PostProcessing, PyramidSpec, build_retinanet
+from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PostProcessing, PyramidSpec
 from retinanet.records import Classes
 
 CLASSES = Classes(tuple(f"class {i}" for i in range(7)))
@@ -43,40 +44,6 @@ def randomise(model: nn.Module) -> None:
             tensor.copy_((0.3 if ".bn3." in name else 1.0) * (1 + 0.1 * noise))
         else:
             tensor.copy_(0.1 * noise)
-
-
-def our_name(name: str) -> str:
-    """Translate a torchvision tensor name into ours."""
-    if name.startswith("backbone.body."):
-        return "backbone.network." + name.removeprefix("backbone.body.")
-    part, rest = name.removeprefix("backbone.").removeprefix("head.").split(".", 1)
-    if part == "fpn":
-        kind, index, *tail = rest.split(".")
-        if kind == "extra_blocks":
-            return f"pyramid.{index}.{tail[0]}"
-        return f"pyramid.{'lateral' if kind == 'inner_blocks' else 'output'}.{index}.{tail[-1]}"
-    head = {"classification_head": "class_head", "regression_head": "box_head"}[part]
-    if not rest.startswith("conv."):
-        return f"{head}.last.{rest.split('.')[1]}"
-    _, layer, inner, what = rest.split(".")
-    return f"{head}.tower.{layer}/{inner}.{what}"
-
-
-def copied(theirs: nn.Module, spec: ModelSpec) -> nn.Module:
-    """Build our model of the spec with their weights; every tensor must find its place."""
-    layers = 3 if spec.head.norm == "group" else 2  # convolution, norm, ReLU
-    state = {}
-    for name, tensor in theirs.state_dict().items():
-        target = our_name(name)
-        if "/" in target:
-            before, after = target.split("/")
-            head, layer = before.rsplit(".", 1)
-            inner, what = after.split(".")
-            target = f"{head}.{int(layer) * layers + int(inner)}.{what}"
-        state[target] = tensor
-    ours = build_retinanet(spec)
-    ours.load_state_dict(state)
-    return ours.eval()
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])

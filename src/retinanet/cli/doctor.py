@@ -10,7 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 from retinanet.training.configuration import Flag
 
-REQUIRED = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "faster-coco-eval", "tyro")
+REQUIRED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "numba",
+    "pillow",
+    "safetensors",
+    "faster-coco-eval",
+    "tyro",
+)
 EXTRAS = {"supervision": "supervision"}
 # Below these, files from strangers can harm: CVE-2025-32434 and CVE-2026-24747.
 LEAST_TORCH = (2, 10)

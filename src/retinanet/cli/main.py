@@ -10,6 +10,7 @@ from typing import Annotated, Protocol, cast
 import tyro
 
 from retinanet.cli.arguments import command_of, in_order
+from retinanet.cli.bench import Bench
 from retinanet.cli.data import DATA_SETS, Data
 from retinanet.cli.demo import Demo
 from retinanet.cli.doctor import Doctor
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "data": Data,
+    "bench": Bench,
     "doctor": Doctor,
 }
 DONE, WRONG, INTERRUPTED = 0, 2, 130
@@ -85,6 +87,7 @@ def parse(given: list[str]) -> Command:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     style = (

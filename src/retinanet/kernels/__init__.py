@@ -1,18 +1,18 @@
-"""Fast paths of the four operations that are not convolutions: numba on a CPU, Triton on CUDA.
+"""Fast paths: numba on a CPU, Triton on CUDA.
 
 Each does what a plain function above does, is tested equal to it, and is called by it where `usable` says so:
 
 - `focal_sum`: the focal loss of class indices and its gradient (`losses.sigmoid_focal_loss`);
 - `match`: anchors to boxes (`matching.match_anchors`);
 - `select`: threshold and top-k on logits (`inference.post_process`);
-- `nms`: per-class NMS (`boxes.nms`).
+- `nms`: per-class NMS (`boxes.nms`);
+- `convolve3x3`: the convolution of heads, pyramid and residual blocks on a CPU (`model.convolution`).
 
 Nothing is compiled at import: numba's first call of a kernel compiles it and keeps the result on disk.
 """
 
 # No `from __future__ import annotations`: torch reads the annotations of its operators.
 
-import functools
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -26,16 +26,18 @@ MISSING = (
 )
 
 
+_available: dict[str, bool] = {}
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def available(device_type: str) -> bool:
     """Return whether there are fast paths for a type of device ("cpu", "cuda"); say so once where they are missing."""
-    if device_type == "cuda":
-        return find_spec("triton") is not None
-    if device_type == "cpu" and find_spec("numba") is None:
-        logging.getLogger("retinanet").warning(MISSING)
-        return False
-    return device_type == "cpu"
+    if device_type not in _available:
+        needed = {"cpu": "numba", "cuda": "triton"}.get(device_type)
+        _available[device_type] = needed is not None and find_spec(needed) is not None
+        if needed == "numba" and not _available[device_type]:
+            logging.getLogger("retinanet").warning(MISSING)
+    return _available[device_type]
 
 
 def usable(*tensors: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,), cuda: bool = True) -> bool:
@@ -104,10 +106,13 @@ def _(
 def _keep_gradient(ctx, inputs, output) -> None:
     _, gradient = output
     ctx.mark_non_differentiable(gradient)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros for it, as large as the logits
     ctx.save_for_backward(gradient)
 
 
-def _scaled_gradient(ctx, of_total: Tensor, _of_gradient: Tensor | None):
+def _scaled_gradient(ctx, of_total: Tensor | None, _of_gradient: Tensor | None):
+    if of_total is None:
+        return (None,) * 7
     (gradient,) = ctx.saved_tensors
     # A compiler that traces this hands in tensors without values, which are subclasses.
     traced = type(of_total) is not Tensor
@@ -115,10 +120,76 @@ def _scaled_gradient(ctx, of_total: Tensor, _of_gradient: Tensor | None):
         raise RuntimeError("the fused focal loss has no second derivative; use reduction='none' and sum it")
     # In training the factor is 1. Looking costs nothing on a CPU; elsewhere it would wait for the device.
     one = not traced and of_total.device.type == "cpu" and of_total.item() == 1
-    return gradient if one else gradient * of_total.to(gradient.dtype), None, None, None, None, None, None
+    if one and torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = gradient.clone()  # asked for again later, and whoever gets it now may add to it
+    if not one:
+        gradient = (gradient * of_total.float()).to(gradient.dtype)
+    return gradient, None, None, None, None, None, None
 
 
 _focal_sum.register_autograd(_scaled_gradient, setup_context=_keep_gradient)
+
+
+def convolve3x3(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the 3x3 convolution with stride 1 and padding 1 by Winograd's F(2x2, 3x3), with its gradients.
+
+    Args:
+        images: `[B, Ci, H, W]` float32 on the CPU, channels_last.
+        weight: `[Co, Ci, 3, 3]`.
+        bias: `[Co]` or None.
+    """
+    out = _convolve3x3(images, weight)
+    return out if bias is None else out + bias[:, None, None]
+
+
+@torch.library.custom_op("retinanet::convolve3x3", mutates_args=())
+def _convolve3x3(images: Tensor, weight: Tensor) -> Tensor:
+    from retinanet.kernels.cpu.winograd import convolve
+
+    return convolve(images, weight)
+
+
+@torch.library.custom_op("retinanet::convolve3x3_gradients", mutates_args=())
+def _convolve3x3_gradients(
+    gradient: Tensor, images: Tensor, weight: Tensor, of_images: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    from retinanet.kernels.cpu.winograd import image_gradient, weight_gradient
+
+    return (
+        image_gradient(gradient, weight) if of_images else images.new_empty(0),
+        weight_gradient(images, gradient) if of_weight else images.new_empty(0),
+    )
+
+
+@_convolve3x3.register_fake
+def _(images: Tensor, weight: Tensor) -> Tensor:
+    batch, _, height, width = images.shape
+    return images.new_empty((batch, height, width, len(weight))).permute(0, 3, 1, 2)
+
+
+@_convolve3x3_gradients.register_fake
+def _(
+    gradient: Tensor, images: Tensor, weight: Tensor, of_images: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    last = torch.channels_last
+    return (
+        torch.empty_like(images, memory_format=last) if of_images else images.new_empty(0),
+        torch.empty_like(weight, memory_format=last) if of_weight else images.new_empty(0),
+    )
+
+
+def _keep_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients_of_convolution(ctx, gradient: Tensor):
+    images, weight = ctx.saved_tensors
+    of_images, of_weight = ctx.needs_input_grad
+    dx, dw = _convolve3x3_gradients(gradient, images, weight, of_images, of_weight)
+    return dx if of_images else None, dw if of_weight else None
+
+
+_convolve3x3.register_autograd(_gradients_of_convolution, setup_context=_keep_inputs)
 
 
 @torch.compiler.disable

@@ -79,9 +79,10 @@ def sigmoid_focal_loss(
         )
     if by_index:
         _require_classes(targets, inputs.shape[-1])
-        if reduction != "none" and _has_fast_path(inputs, targets, weight):
-            total = _fast_sum(inputs, targets, alpha, gamma, weight)
-            return total if reduction == "sum" else total / inputs.numel()
+        if reduction != "none" and inputs.numel() and _has_fast_path(inputs, targets, weight):
+            return _fast_sum(
+                inputs, targets, alpha, gamma, weight, 1 / inputs.numel() if reduction == "mean" else 1
+            )
     logits = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     loss = (
         _from_indices(logits, targets, alpha, gamma)
@@ -113,11 +114,14 @@ def _has_fast_path(inputs: Tensor, targets: Tensor, weight: Tensor | None) -> bo
 
 
 def _fast_sum(
-    inputs: Tensor, targets: Tensor, alpha: float | None, gamma: float, weight: Tensor | None
+    inputs: Tensor, targets: Tensor, alpha: float | None, gamma: float, weight: Tensor | None, factor: float
 ) -> Tensor:
     of_positive, of_negative = _balance(alpha)
     weights = None if weight is None else weight.reshape(-1).float()
-    rows = inputs.reshape(-1, inputs.shape[-1])
+    if factor != 1:  # within the sum, so that a bfloat16 gradient is rounded once
+        ones = inputs.new_ones(targets.numel(), dtype=torch.float32)
+        weights = (ones if weights is None else weights) * factor
+    rows = inputs.reshape(targets.numel(), inputs.shape[-1])
     return kernels.focal_sum(rows, targets.reshape(-1), weights, of_positive, of_negative, gamma)
 
 

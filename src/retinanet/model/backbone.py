@@ -15,6 +15,7 @@ from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from retinanet.errors import CheckpointError, ConfigError, did_you_mean
+from retinanet.model.convolution import with_fast_convolutions
 from retinanet.model.spec import BackboneSpec
 
 STRIDES = (8, 16, 32)
@@ -97,7 +98,7 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
         for module in network.modules():
             if hasattr(module, "eps"):
                 module.eps = spec.norm_eps
-    return Backbone(network=network, channels=channels, stages=stages)
+    return Backbone(network=with_fast_convolutions(network), channels=channels, stages=stages)
 
 
 def fitting_norm(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from retinanet.model.convolution import Convolution3x3
 from retinanet.model.spec import PyramidSpec
 
 
@@ -18,7 +19,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         width = spec.channels
         self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in in_channels)
+        self.output = nn.ModuleList(Convolution3x3(width, width, 3, padding=1) for _ in in_channels)
         self.p6_from_c5 = spec.p6_from == "c5"
         self.p6 = nn.Conv2d(in_channels[-1] if self.p6_from_c5 else width, width, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(width, width, 3, stride=2, padding=1)

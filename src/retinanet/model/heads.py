@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor, nn
 
+from retinanet.model.convolution import Convolution3x3
 from retinanet.model.spec import HeadSpec
 
 
@@ -29,12 +30,12 @@ class Head(nn.Module):
         self.values = values
         layers: list[nn.Module] = []
         for _ in range(spec.depth):
-            layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=spec.norm == "none"))
+            layers.append(Convolution3x3(channels, channels, 3, padding=1, bias=spec.norm == "none"))
             if spec.norm == "group":
                 layers.append(nn.GroupNorm(32, channels))
             layers.append(nn.ReLU())
         self.tower = nn.Sequential(*layers)
-        self.last = nn.Conv2d(channels, anchors * values, 3, padding=1)
+        self.last = Convolution3x3(channels, anchors * values, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 if spec.norm == "group" and module is not self.last:

@@ -90,6 +90,8 @@ class TrainingOptions:
     """Detections kept an image."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the device computes it natively."""
+    compile: Flag = False
+    """Run the network through torch.compile: minutes of compilation first; sizes in steps of 128 pixels."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: Annotated[int | None, OPTIONAL] = None

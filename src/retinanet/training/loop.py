@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from retinanet.checkpoint import Model, save_model
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
-from retinanet.devices import autocast
 from retinanet.errors import Stopped, TrainingError
 from retinanet.folders import write_json
 from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
 from retinanet.training.folder import RunFolder
-from retinanet.training.optimizer import WeightAverage, build_optimizers, rate, set_rate
+from retinanet.training.optimizer import rate
 from retinanet.training.planning import Plan
 from retinanet.training.progress import TrainingProgress
 from retinanet.training.signals import noted_signals
+from retinanet.training.step import TrainingStep
 
 # Steps between two lines of metrics.jsonl.
 LOG_EVERY = 10
@@ -36,26 +35,18 @@ def train_network(
 
     `best/` in the folder is the model of that validation, `last/` the newest.
     """
-    device, recipe, seed = plan.device, plan.recipe, plan.options.seed
-    network.to(device).to(memory_format=torch.channels_last)
-    average = WeightAverage(copy.deepcopy(network), recipe.average_decay) if recipe.average_decay else None
-    optimizers = build_optimizers(
-        network,
-        name=recipe.optimizer,
-        lr=plan.lr,
-        weight_decay=recipe.weight_decay,
-        decay_all=recipe.decay_all,
-    )
+    recipe, seed = plan.recipe, plan.options.seed
+    train_on = TrainingStep.of(plan, network)
     batches = training_batches(
         train,
-        plan.spec.preprocessing,
+        plan.preprocessing,
         plan.augmentation,
         batch_size=plan.batch_size,
         seed=seed,
         steps=plan.steps,
         workers=plan.workers,
     )
-    judge = Judge(plan, average.model if average else network, val, folder)
+    judge = Judge(plan, train_on.shipped, val, folder)
     meter = Meter()
     unreadable: set[str] = set()
 
@@ -63,16 +54,6 @@ def train_network(
         for step, batch in enumerate(batches, start=1):
             # Whatever is random in a step (stochastic depth) follows from the step, not from what ran before.
             torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
-            network.train()
-            images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
-            with autocast(device, plan.options.precision):
-                predictions = network(images)
-            losses = plan.objective(
-                predictions, batch.targets.to(device), height=images.shape[2], width=images.shape[3]
-            )
-            losses.total.backward()
-            if recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm, foreach=True)
             lr = plan.lr * rate(
                 step - 1,
                 plan.steps,
@@ -80,12 +61,7 @@ def train_network(
                 warmup_steps=plan.warmup_steps,
                 warmup_from=recipe.warmup_from,
             )
-            set_rate(optimizers, lr)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if average:
-                average.update(network)
+            losses = train_on(batch, lr)
 
             meter.add(losses.total, losses.classes, losses.boxes, len(batch.indices))
             for failure in set(batch.failed) - unreadable:

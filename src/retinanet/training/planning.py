@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ FEW_PASSES = 4
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
 
 
+# Padded sides of training images are multiples of this with --compile.
+COMPILED_DIVISOR = 128
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run, decided. `reasons` explains it line by line: (setting, value, why)."""
@@ -59,6 +64,12 @@ class Plan:
     warmup_steps: int = 0
     validate_every: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How training batches are prepared: compiled networks get few sizes, each of which is compiled once."""
+        usual = self.spec.preprocessing
+        return dataclasses.replace(usual, divisor=COMPILED_DIVISOR) if self.options.compile else usual
 
     def lasting(self, steps: int, why: str, validations: int = VALIDATIONS) -> Plan:
         """Return the plan with that many steps, and with everything that follows from their number.
@@ -124,6 +135,14 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     """Decide every setting: the user's option first, then the recipe, then a rule of the data and device."""
     reasons: list[tuple[str, str, str]] = []
     device = choose_device(options.device)
+    if (
+        options.compile
+        and device.type == "cpu"
+        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++")))
+    ):
+        raise ConfigError(
+            "--compile needs a C++ compiler on a CPU; found no g++. Install one or leave out --compile"
+        )
     weights, why = find_pretrained(options)
     recipe = choose_recipe(options, weights, train.classes)
     starts = f"weights of {weights}" if weights else "scratch"

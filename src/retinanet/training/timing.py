@@ -8,17 +8,14 @@ import math
 import sys
 import time
 
-import torch
-
 from retinanet.checkpoint import Model
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
-from retinanet.devices import autocast
 from retinanet.errors import ConfigError
 from retinanet.inference import Detector
 from retinanet.model import RetinaNet
-from retinanet.training.optimizer import build_optimizers
 from retinanet.training.planning import VALIDATIONS, Plan
+from retinanet.training.step import TrainingStep
 
 LEAST_STEPS = 10
 # The trial goes on for this share of the time, within limits: a machine that others use too is not known after
@@ -64,38 +61,27 @@ def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, de
 
 def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float) -> float:
     """Return the mean time of the later half of the steps that fit into `seconds`, of at least `LEAST_STEPS`."""
-    network.to(plan.device).to(memory_format=torch.channels_last).train()
-    recipe = plan.recipe
-    optimizers = build_optimizers(
-        network, name=recipe.optimizer, lr=0.0, weight_decay=0.0, decay_all=recipe.decay_all
-    )
+    train_on = TrainingStep.of(plan, network)
     batches = training_batches(
         train,
-        plan.spec.preprocessing,
+        plan.preprocessing,
         plan.augmentation,
         batch_size=plan.batch_size,
         seed=plan.options.seed,
         steps=sys.maxsize,  # the time ends it
         workers=plan.workers,
     )
-    taken = []
-    began = time.monotonic()
+    taken: list[float] = []
+    began = None
     for batch in batches:
-        images = batch.images.to(plan.device, memory_format=torch.channels_last)
-        with autocast(plan.device, plan.options.precision):
-            predictions = network(images)
-        targets = batch.targets.to(plan.device)
-        losses = plan.objective(predictions, targets, height=images.shape[2], width=images.shape[3])
-        losses.total.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        train_on(batch, lr=0.0)
         now = time.monotonic()
-        taken.append(now - began)
+        if began is not None:  # the first step, which may compile kernels, is not counted
+            taken.append(now - began)
         began = now
         enough = len(taken) >= LEAST_STEPS and sum(taken) >= seconds
         # A slow machine must not lose its time to the trial: there the second step has to do.
-        if enough or (len(taken) > 1 and sum(taken) >= 2 * seconds):
+        if enough or (taken and sum(taken) >= 2 * seconds):
             break
     timed = taken[len(taken) // 2 :]  # caches and clocks take a while to warm up
     return sum(timed) / len(timed)

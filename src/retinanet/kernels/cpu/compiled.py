@@ -58,7 +58,7 @@ class _Cache(FunctionCache):
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(OSError):  # a full disk: the function is compiled all the same
+        with suppress(Exception):  # a full disk, an index cut short: the function is compiled all the same
             super().save_overload(sig, data)
 
 

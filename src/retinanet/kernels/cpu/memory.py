@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from threading import Lock
 from weakref import ref
@@ -50,3 +51,13 @@ def kept_bytes() -> int:
     """Return how much memory is held, in use or not."""
     with _lock:
         return sum(len(kept.memory) for kept in _kept)
+
+
+def _renew_lock() -> None:
+    """A forked child has not the thread that may have held it."""
+    global _lock
+    _lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)

@@ -28,7 +28,7 @@ def select(levels: Sequence[Tensor], thresholds: Sequence[float], top_k: int) ->
     """
     flat = [flat_array(level) for level in levels]
     limits = [f32(threshold) for threshold in thresholds]
-    total = sum(len(values) for values in flat)
+    total = max(1, sum(len(values) for values in flat))
 
     def work(part: int, start: int, stop: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         # Every thread takes the same share of every level.

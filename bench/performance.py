@@ -1,0 +1,242 @@
+"""Measure everything that `retinanet bench` can and write docs/performance.md and its picture.
+
+    python bench/performance.py            # all of it: half an hour on two cores, which must be idle
+    python bench/performance.py --items loss nms --keep rows.jsonl
+
+With `--keep` rows go to a file as they come, and items that are in it already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+from retinanet.bench import loss, matching, nms, postprocess
+from retinanet.bench.items import Settings, run
+from retinanet.bench.measuring import Contest, machine, shown
+from retinanet.bench.step import cases
+
+ITEMS = ("loss", "matching", "nms", "postprocess", "import", "step")
+DOCS = Path(__file__).parent.parent / "docs"
+# What each item is to reach at least (project goals), by a part of its case and its peer.
+GOALS = {
+    ("loss", "", "torchvision"): 80.0,
+    ("loss", "", "torchvision compiled"): 3.0,
+    ("matching", " 8 boxes", "torchvision"): 30.0,
+    ("matching", " 50 boxes", "torchvision"): 45.0,
+    ("matching", " 200 boxes", "torchvision"): 60.0,
+    ("matching", " 1,000 boxes", "torchvision"): 60.0,
+    ("nms", "1,000 boxes, 80", "torchvision"): 8.0,
+    ("nms", "5,000 boxes, 80", "torchvision"): 5.0,
+    ("postprocess", "trained-like", "torchvision"): 10.0,
+    ("postprocess", "early training", "torchvision"): 3.0,
+    ("step", "fp32, peak memory", "torchvision"): 1 / 0.7,
+    ("step", "fp32", "torchvision"): 1.3,
+    ("import", "", "torchvision"): 1.0,
+}
+TITLES = {
+    "loss": "Class loss, forward and backward, from matches and labels to the gradient of the logits",
+    "matching": "IoU and matching with low-quality matches",
+    "nms": "Per-class NMS at 0.5",
+    "postprocess": "Logits and deltas to detections",
+    "import": "A fresh process from its start to the first boxes, caches warm",
+    "step": "A training step: forward, losses, backward, SGD; and its peak memory",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--items", nargs="+", choices=ITEMS, default=ITEMS)
+    parser.add_argument("--keep", type=Path, default=Path("performance.jsonl"))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 8], help="of the training step")
+    given = parser.parse_args()
+    known = [json.loads(line) for line in given.keep.read_text().splitlines()] if given.keep.exists() else []
+    facts = next((line for line in known if "processor" in line), None) or {
+        **machine(),
+        "first_calls_s": first_calls(),
+    }
+    if not known:
+        given.keep.write_text(json.dumps(facts) + "\n")
+    rows = [line for line in known if "item" in line]
+    steps = tuple(case for case in cases() if case.batch_size in given.batch_sizes)
+    settings = Settings(given.repeats, given.seconds, steps=steps)
+    with given.keep.open("a") as file:
+        for item in given.items:
+            if any(row["item"] == item for row in rows):
+                continue
+            print(item, flush=True)
+            for row in run([item], settings):
+                rows.append(row.to_json())
+                print(json.dumps(rows[-1]), file=file, flush=True)
+    draw_scaling(DOCS / "images" / "scaling.png")
+    (DOCS / "performance.md").write_text(page(rows, facts))
+
+
+FIRST_CALLS = """
+import time, torch
+from retinanet.bench import loss, matching, nms, postprocess
+from retinanet.model.convolution import Convolution3x3
+began = time.perf_counter()
+for item in (loss.contests(64, 3, 2, compiled=False), matching.contests(64, (2,)), nms.contests(64, (9,)),
+             postprocess.contests(64, 3)):
+    next(item)
+convolution = Convolution3x3(96, 96, 3, padding=1)
+convolution(torch.zeros(1, 96, 16, 16).to(memory_format=torch.channels_last).requires_grad_()).sum().backward()
+print(time.perf_counter() - began)
+"""
+
+
+def first_calls() -> tuple[float, float]:
+    """Return the seconds of the first call of every kernel without and with its machine code on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        cold, warm = (
+            float(
+                subprocess.run(
+                    [sys.executable, "-c", FIRST_CALLS],
+                    env=environment,
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                ).stdout
+            )
+            for _ in range(2)
+        )
+    return cold, warm
+
+
+def goal_of(row: dict[str, Any]) -> float | None:
+    """Return the least ratio that the project asks for."""
+    for (item, part, peer), least in GOALS.items():
+        if item == row["item"] and part in row["case"] and peer == row["peer"]:
+            return least
+    return None
+
+
+def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """Return the page of all rows."""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    lines = [
+        "# Performance",
+        "",
+        "Made by `python bench/performance.py`; the same rows by `retinanet bench` (`--json`). Ours and the peer run",
+        "in one process, in turns, on the same inputs, after their outputs were compared. Times are medians; ratio is",
+        "peer / ours, so that above 1 we are ahead; *goal* is what the project asks for at least. Quote ratios, not",
+        "times.",
+        "",
+        f"Machine: {facts['processor']} ({facts['instructions']}), {facts['threads']} threads, "
+        f"load before {facts['load']}.",
+        f"Versions: {versions}.",
+        "",
+    ]
+    cold, warm = facts["first_calls_s"]
+    behind = []
+    for item in ITEMS:
+        of_item = [row for row in rows if row["item"] == item]
+        if not of_item:
+            continue
+        lines += [f"## {TITLES[item]}", "", f"`retinanet bench {item}`", ""]
+        lines += ["| case | against | ours | theirs | ratio | goal | outputs equal |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        for row in of_item:
+            unit = "MiB" if "ours_mib" in row else "ms"
+            ours, theirs = row[f"ours_{unit.lower()}"], row[f"peer_{unit.lower()}"]
+            goal = goal_of(row)
+            ratio = f"{row['ratio']:.2f}" if row["ratio"] < 10 else f"{row['ratio']:.0f}"
+            equal = {True: "yes", False: "**no**", None: "-"}[row["equal"]]
+            missed = goal is not None and row["ratio"] < goal
+            if missed:
+                behind.append(f"{item}, {row['case']}: {ratio}, goal {goal:.2g}")
+            lines.append(
+                f"| {row['case']} | {row['peer']} | {shown(ours, unit)} | {shown(theirs, unit)} | "
+                f"{'**' + ratio + '**' if missed else ratio} | {'-' if goal is None else f'{goal:.2g}'} | {equal} |"
+            )
+        lines.append("")
+    lines += [
+        "## Where the goals are missed",
+        "",
+        *(f"- {line}" for line in behind or ["nowhere on this machine"]),
+        "",
+        "## Time against size",
+        "",
+        "![Time against the number of anchors, boxes and classes](images/scaling.png)",
+        "",
+        "Nothing grows faster than its work, which is the dotted line through the last point.",
+        "",
+        "## Not in these figures",
+        "",
+        f"- The first call of each kernel compiles it: {cold:.0f} s for all of them here, once on a machine. Later",
+        f"  processes read the machine code from disk; their first calls take {warm:.1f} s.",
+        "- bfloat16 on a CPU, and CUDA: no machine with either was at hand. The Triton kernels are tested in Triton's",
+        "  interpreter and their compiled code is inspected; their speed was never measured.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw_scaling(path: Path) -> None:
+    """Draw the time of our operations against the size of their inputs, in doubly logarithmic scale."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sides, counts, classes = (128, 256, 512, 1024), (10, 30, 100, 300, 1000, 3000), (1, 5, 20, 80, 320)
+    lines: list[tuple[int, str, list[float], list[float]]] = [
+        (0, "class loss", *timed(sides, lambda side: next(loss.contests(side=side, compiled=False)))),
+        (0, "matching, 50 boxes", *timed(sides, lambda side: next(matching.contests(side, (50,))))),
+        (0, "logits to detections", *timed(sides, lambda side: next(postprocess.contests(side)))),
+        (1, "matching, 800 px", *timed(counts, lambda count: next(matching.contests(counts=(count,))))),
+        (1, "NMS, 80 classes", *timed(counts, lambda count: next(nms.contests(counts=(count,))))),
+        (2, "class loss, 512 px", *timed(classes, lambda k: next(loss.contests(512, k, compiled=False)))),
+        (2, "logits to detections, 512 px", *timed(classes, lambda k: next(postprocess.contests(512, k)))),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
+    for panel, name, sizes, milliseconds in lines:
+        (line,) = axes[panel].loglog(sizes, milliseconds, "o-", label=name, markersize=4)
+        # An image's work goes with its area.
+        power = 2 if panel == 0 else 1
+        ideal = [milliseconds[-1] * (size / sizes[-1]) ** power for size in sizes]
+        axes[panel].loglog(sizes, ideal, ":", color=line.get_color(), alpha=0.7)
+    for axis, label in zip(axes, ("side of the image, pixels", "boxes", "classes"), strict=True):
+        axis.set_xlabel(label)
+        axis.legend(fontsize=8, frameon=False)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("milliseconds")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def timed(sizes: tuple[int, ...], contest: Callable[[int], Contest]) -> tuple[list[float], list[float]]:
+    """Return the sizes and the median time of ours at each."""
+    medians = []
+    for size in sizes:
+        ours = contest(size).ours
+        ours()
+        taken = []
+        for _ in range(15):
+            began = time.perf_counter()
+            ours()
+            taken.append((time.perf_counter() - began) * 1e3)
+        medians.append(statistics.median(taken))
+    return [float(size) for size in sizes], medians
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

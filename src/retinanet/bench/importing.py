@@ -1,0 +1,67 @@
+"""`bench import`: a fresh process from its start to the first boxes of an image, with all caches warm."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from retinanet.bench.inputs import CLASSES
+from retinanet.bench.measuring import Contest
+from retinanet.bench.torchvision_model import twins
+from retinanet.checkpoint import Model, save_model
+
+BACKBONE, SIDE = "resnet18", 256
+OURS = """
+import sys, retinanet
+found = retinanet.load(sys.argv[1]).predict(sys.argv[2], threshold=0.05)
+print(len(found[0].boxes))
+"""
+THEIRS = """
+import sys, torch
+from torchvision.io import decode_image
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.retinanet import _default_anchorgen
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+body = resnet_fpn_backbone(backbone_name=sys.argv[3], weights=None, returned_layers=[2, 3, 4],
+                           extra_blocks=LastLevelP6P7(256, 256))
+model = RetinaNet(body, int(sys.argv[4]), anchor_generator=_default_anchorgen(), min_size=256, max_size=256)
+model.load_state_dict(torch.load(sys.argv[1], weights_only=True))
+with torch.no_grad():
+    found = model.eval()([decode_image(sys.argv[2]).float() / 255])
+print(len(found[0]["boxes"]))
+"""
+
+
+def contests() -> Iterator[Contest]:
+    """Ours and torchvision: import, build, load the same weights, decode a PNG, detect."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        ours, theirs, spec = twins(BACKBONE, CLASSES, SIDE)
+        save_model(place / "ours", Model(ours, spec))
+        # Its constructor builds BatchNorm that is not frozen, which has a counter besides.
+        state = dict(theirs.state_dict())
+        for name in [name for name in state if name.endswith("running_mean")]:
+            state[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
+        torch.save(state, place / "theirs.pth")
+        pixels = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)
+        Image.fromarray(pixels).save(place / "image.png")
+
+        def call(code: str, *arguments: object) -> Callable[[], object]:
+            command = [sys.executable, "-c", code, *map(str, arguments)]
+            return lambda: subprocess.run(command, check=True, capture_output=True).stdout
+
+        yield Contest(
+            "import",
+            f"import to first boxes, {BACKBONE}, {SIDE} px",
+            call(OURS, place / "ours", place / "image.png"),
+            {"torchvision": call(THEIRS, place / "theirs.pth", place / "image.png", BACKBONE, CLASSES)},
+            {},
+        )

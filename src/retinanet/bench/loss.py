@@ -1,0 +1,66 @@
+"""`bench loss`: the class loss, forward and backward, as a head needs it: from matches and labels to a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead
+
+from retinanet.batches import MatchState
+from retinanet.bench.inputs import CLASSES, SIDE, boxes, labels, levels_of, logits
+from retinanet.bench.measuring import Contest
+from retinanet.losses import sigmoid_focal_loss
+from retinanet.matching import match_anchors
+
+
+def contests(
+    side: int = SIDE, classes: int = CLASSES, count: int = 10, compiled: bool = True
+) -> Iterator[Contest]:
+    """Ours and torchvision's `RetinaNetClassificationHead.compute_loss`, eager and compiled, for one image."""
+    anchors = torch.cat(levels_of(side))
+    matches = match_anchors(anchors, boxes(count, side), low_quality=True)
+    classes_of_boxes = labels(count, classes)
+    # A head's output is no leaf but a view of a convolution's, in channels_last.
+    grid = logits(len(anchors), classes, -4.6, 1.0).flatten().requires_grad_()
+    head = RetinaNetClassificationHead(8, 1, classes)
+    matched = torch.where(matches.state == MatchState.POSITIVE, matches.index, -1)
+    matched = torch.where(matches.state == MatchState.IGNORED, head.BETWEEN_THRESHOLDS, matched)
+
+    def ours() -> Tensor:
+        x = grid.view(1, -1, classes)
+        positive = matches.state == MatchState.POSITIVE
+        wanted = torch.where(positive, classes_of_boxes[matches.index], -1)
+        share = 1 / positive.sum().clamp(min=1)
+        weight = torch.where(matches.state == MatchState.IGNORED, 0, share)
+        return sigmoid_focal_loss(x, wanted[None], reduction="sum", weight=weight[None])
+
+    def theirs() -> Tensor:
+        x = grid.view(1, -1, classes)
+        loss: Tensor = head.compute_loss([{"labels": classes_of_boxes}], {"cls_logits": x}, [matched])
+        return loss
+
+    peers = {"torchvision": theirs}
+    if compiled:
+        peers["torchvision compiled"] = torch.compile(theirs)
+    expected = _step(ours, grid)
+    yield Contest(
+        "loss",
+        f"{len(anchors):,} anchors, {classes} classes, {count} boxes",
+        lambda: _step(ours, grid),
+        {name: lambda call=call: _step(call, grid) for name, call in peers.items()},  # type: ignore[misc]
+        {name: _agree(expected, _step(call, grid)) for name, call in peers.items()},
+    )
+
+
+def _step(loss: Callable[[], Tensor], grid: Tensor) -> tuple[Tensor, Tensor]:
+    grid.grad = None
+    value = loss()
+    value.backward()
+    assert grid.grad is not None
+    return value.detach(), grid.grad
+
+
+def _agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,45 @@
+"""`bench matching`: IoU and matching of all anchors of an image, low-quality matches included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
+
+from retinanet.batches import MatchState
+from retinanet.bench.inputs import SIDE, boxes, levels_of
+from retinanet.bench.measuring import Contest
+from retinanet.matching import Matches, match_anchors
+
+COUNTS = (8, 50, 200, 1000)
+
+
+def contests(side: int = SIDE, counts: tuple[int, ...] = COUNTS) -> Iterator[Contest]:
+    """Ours and torchvision's `box_iou` with its `Matcher`, for one image."""
+    anchors = torch.cat(levels_of(side))
+    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
+    for count in counts:
+        given = boxes(count, side)
+
+        def ours(given: Tensor = given) -> Matches:
+            return match_anchors(anchors, given, low_quality=True)
+
+        def theirs(given: Tensor = given) -> Tensor:
+            found: Tensor = matcher(box_iou(given, anchors))
+            return found
+
+        yield Contest(
+            "matching",
+            f"{len(anchors):,} anchors, {count:,} boxes",
+            ours,
+            {"torchvision": theirs},
+            {"torchvision": _agree(ours(), theirs())},
+        )
+
+
+def _agree(ours: Matches, theirs: Tensor) -> bool:
+    said = torch.where(ours.state == MatchState.POSITIVE, ours.index, -1)
+    return torch.equal(torch.where(ours.state == MatchState.IGNORED, -2, said), theirs)

@@ -1,0 +1,169 @@
+"""Timing several contestants fairly, and what a measured row says."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import torch
+
+PACKAGES = ("retinanet", "torch", "torchvision", "numba", "triton", "numpy")
+OURS = "retinanet"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: medians (and minima) of ours and a peer's, in `unit`.
+
+    `equal` says whether outputs agreed before the timing; None where there is nothing to compare.
+    """
+
+    item: str
+    case: str
+    peer: str
+    ours: float
+    theirs: float
+    equal: bool | None
+    our_least: float | None = None
+    their_least: float | None = None
+    unit: Literal["ms", "MiB"] = "ms"
+
+    @property
+    def ratio(self) -> float:
+        """Peer / ours: above 1 we are ahead."""
+        return self.theirs / self.ours
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row of `--json`: the keys end in `_ms`, or in `_mib` where memory is compared."""
+        unit = self.unit.lower()
+        return {
+            "item": self.item,
+            "case": self.case,
+            "peer": self.peer,
+            f"ours_{unit}": round(self.ours, 4),
+            f"peer_{unit}": round(self.theirs, 4),
+            "ratio": round(self.ratio, 3),
+            "equal": self.equal,
+            f"ours_min_{unit}": self.our_least,
+            f"peer_min_{unit}": self.their_least,
+        }
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A case: what to time, and whether each peer's output equals ours.
+
+    Args:
+        ours, peers: calls without arguments. Each does all of the work anew.
+        equal: by peer; missing or None where there is nothing to compare.
+    """
+
+    item: str
+    case: str
+    ours: Callable[[], object]
+    peers: Mapping[str, Callable[[], object]]
+    equal: Mapping[str, bool | None]
+
+
+def measure(contest: Contest, *, repeats: int, seconds: float) -> list[Row]:
+    """Time ours and the peers in turns, `repeats` times each, but no longer than `seconds` after three turns.
+
+    Every contestant runs once before, which is when things are compiled. The order changes from turn to turn, so
+    that nobody always runs on the heels of the same one.
+    """
+    contestants = {OURS: contest.ours, **contest.peers}
+    for call in contestants.values():
+        call()
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    began = time.monotonic()
+    for turn in range(repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            contestants[name]()
+            _wait()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+        if turn >= 2 and time.monotonic() - began > seconds:
+            break
+    return [
+        Row(
+            contest.item,
+            contest.case,
+            peer,
+            statistics.median(taken[OURS]),
+            statistics.median(taken[peer]),
+            contest.equal.get(peer),
+            min(taken[OURS]),
+            min(taken[peer]),
+        )
+        for peer in contest.peers
+    ]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, Any]:
+    """Return what a figure depends on: processor, threads, versions, and how busy the machine was."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    capabilities = torch.cpu.get_capabilities()
+    wide = ("amx_bf16", "avx512_bf16", "avx512_f", "avx512f", "avx2")
+    return {
+        "processor": _processor(),
+        "instructions": next((name for name in wide if capabilities.get(name)), "unknown"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return the rows as text: item, case, peer, ours, peer's, ratio, equal."""
+    words = {True: "yes", False: "NO", None: ""}
+    return [
+        (
+            row.item,
+            row.case,
+            row.peer,
+            shown(row.ours, row.unit),
+            shown(row.theirs, row.unit),
+            f"{row.ratio:.2f}x" if row.ratio < 10 else f"{row.ratio:.0f}x",
+            words[row.equal],
+        )
+        for row in rows
+    ]
+
+
+def shown(value: float, unit: str) -> str:
+    """Return a time or a size with three digits.
+
+    >>> shown(0.07132, "ms"), shown(592.3, "ms"), shown(2850.0, "ms"), shown(1234.5, "MiB")
+    ('0.0713 ms', '592 ms', '2.85 s', '1.21 GiB')
+    """
+    if unit == "ms" and value >= 1000:
+        value, unit = value / 1000, "s"
+    if unit == "MiB" and value >= 1000:
+        value, unit = value / 1024, "GiB"
+    return f"{float(f'{value:.3g}'):g} {unit}"
