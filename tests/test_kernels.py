@@ -331,14 +331,14 @@ def test_a_class_beyond_the_last_is_an_error(reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
 def test_any_number_of_threads_gives_the_same_bits(gamma, dtype):
-    # Many cases: a sum in another order often rounds to the same float32.
-    for rows in range(80, 260, 6):
-        logits, indices = focal_case(rows, 80, seed=rows)
-        weight = weightings(rows)["with zeros"]
+    # Many cases, and nothing but background, which is added up in long runs: a sum in another order often rounds
+    # to the same float32.
+    for rows in range(80, 200, 6):
+        logits, _ = focal_case(rows, 80, seed=rows)
         found = []
         for number in (1, 2, 3):
             with torch_threads(number):
-                found.append(fused(logits.to(dtype), indices, weight, gamma=gamma))
+                found.append(fused(logits.to(dtype), torch.full((rows,), -1), gamma=gamma))
         for loss, gradient in found[1:]:
             assert torch.equal(loss, found[0][0])
             assert torch.equal(gradient, found[0][1])
