@@ -273,7 +273,7 @@ def check_match(
         low_quality,
         ignored_overlap,
     )
-    assert state.dtype == index.dtype == torch.int64
+    assert (state.dtype, index.dtype) == (torch.int8, torch.int64)
     assert state.shape == index.shape == (len(boxes), len(anchors))
     for i in range(len(boxes)):
         expected = plain_match_anchors(

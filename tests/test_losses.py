@@ -185,6 +185,13 @@ def test_extreme_logits(gamma, dtype, kind):
         assert leaf.grad[wrong, 0].item() == pytest.approx(-1 if dense[0, 0] else 1, abs=1e-2)
 
 
+@pytest.mark.parametrize("label", [-1, 0])
+def test_a_small_weight_keeps_huge_losses_in_range(label):
+    x = torch.full((2, 1), 3e38 if label < 0 else -3e38)
+    total = sigmoid_focal_loss(x, torch.tensor([label, label]), None, 2, "sum", weight=torch.full((2,), 0.1))
+    torch.testing.assert_close(total, torch.tensor(6e37))
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("kind", ["indices", "dense", "soft"])
 def test_gradcheck(gamma, kind):

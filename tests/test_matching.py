@@ -1,5 +1,7 @@
 """Matching: a matrix by hand, the rules at their edges, torchvision's matcher, bounded memory."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,7 +12,7 @@ from retinanet.anchors import AnchorSpec, anchors_of_image
 from retinanet.batches import MatchState
 from retinanet.boxes import intersection, iou, pairwise
 from retinanet.errors import ConfigError
-from retinanet.matching import BLOCK, match_anchors
+from retinanet.matching import BLOCK, match_anchors, plain_match_anchors
 
 NEGATIVE, POSITIVE, IGNORED = MatchState.NEGATIVE, MatchState.POSITIVE, MatchState.IGNORED
 
@@ -161,6 +163,23 @@ def test_without_boxes_everything_is_background(ignored):
     found = match_anchors(bars(1, 2), torch.zeros(0, 4), ignored, low_quality=True)
     assert found.state.tolist() == [NEGATIVE, NEGATIVE]
     assert found.index.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("column", range(4))
+def test_a_coordinate_that_is_no_number_concerns_its_own_anchor_alone(wrong, column):
+    anchors = torch.cat(anchors_of_image(AnchorSpec(), 96, 96))
+    boxes = torch.tensor([[10.0, 10, 70, 60], [30, 20, 60, 90]])
+    region = torch.tensor([False, True])
+    whole = match_anchors(anchors, boxes, region, low_quality=True)
+    ill = whole.state[: len(anchors) // 2].argmax()  # a positive one
+    anchors[ill, column] = wrong
+    found = match_anchors(anchors, boxes, region, low_quality=True)
+    expected = plain_match_anchors(anchors, boxes, region, low_quality=True)
+    assert torch.equal(found.state, expected.state)
+    assert torch.equal(found.index, expected.index)
+    others = torch.arange(len(anchors)) != ill
+    assert torch.equal(found.state[others], whole.state[others])
 
 
 def test_positive_iou_0_does_not_make_objects_of_nothing():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor
 
 from retinanet import kernels
@@ -21,7 +21,7 @@ BLOCK = 16
 class Matches:
     """Values of `MatchState`, and the number of the box with the highest IoU (0 where there is none)."""
 
-    state: Int64[Tensor, "*B R"]
+    state: Int8[Tensor, "*B R"]
     index: Int64[Tensor, "*B R"]
 
 
@@ -61,8 +61,8 @@ def match_anchors(
     if kernels.usable(anchors, images) and images.dtype == torch.float32:
         state, index = kernels.match(anchors, images, regions, *options)
     else:
-        state = torch.zeros((len(images), len(anchors)), dtype=torch.int64, device=anchors.device)
-        index = torch.zeros_like(state)
+        state = torch.zeros((len(images), len(anchors)), dtype=torch.int8, device=anchors.device)
+        index = torch.zeros_like(state, dtype=torch.int64)
         for i, image in enumerate(images):
             one = plain_match_anchors(anchors, image, None if regions is None else regions[i], *options)
             state[i], index[i] = one.state, one.index
@@ -93,7 +93,7 @@ def plain_match_anchors(
         index = torch.where(better, which + start, index)
         best_of_box.append(overlaps.amax(dim=0))
 
-    state = torch.full_like(index, MatchState.IGNORED)
+    state = torch.full_like(index, MatchState.IGNORED, dtype=torch.int8)
     state[best < negative_iou] = MatchState.NEGATIVE
     state[best >= positive_iou] = MatchState.POSITIVE
     if positive_iou == 0:  # even then an anchor without any box is no object

@@ -115,7 +115,7 @@ class Objective:
         state, classes, box = self.assign(anchors, targets)
         positive = state == MatchState.POSITIVE
         share = self._share(positive.sum(dim=1))
-        weight = torch.where(state == MatchState.IGNORED, 0, share[:, None])
+        weight = (state != MatchState.IGNORED) * share[:, None]
 
         # Level by level, so that the logits are used where they lie and never concatenated.
         sizes = [len(level) for level in levels]
@@ -139,12 +139,14 @@ class Objective:
             negative_iou=self.negative_iou,
             low_quality=self.low_quality,
         )
-        if targets.boxes.shape[1] == 0:
-            return Assignment(matches.state, torch.full_like(matches.state, -1), matches.index)
-        classes = targets.classes.gather(1, matches.index)
-        return Assignment(
-            matches.state, torch.where(matches.state == MatchState.POSITIVE, classes, -1), matches.index
-        )
+        positive = matches.state == MatchState.POSITIVE
+        classes = torch.full_like(matches.index, -1)
+        if not positive.is_cuda:
+            image, anchor = torch.nonzero(positive, as_tuple=True)
+            classes[image, anchor] = targets.classes[image, matches.index[image, anchor]]
+        elif targets.boxes.shape[1]:
+            classes = torch.where(positive, targets.classes.gather(1, matches.index), classes)
+        return Assignment(matches.state, classes, matches.index)
 
     def _boxes_of_positives(
         self, deltas: Tensor, anchors: Tensor, boxes: Tensor, positive: Tensor, box: Tensor, share: Tensor

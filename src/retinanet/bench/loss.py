@@ -31,9 +31,9 @@ def contests(
     def ours() -> Tensor:
         x = grid.view(1, -1, classes)
         positive = matches.state == MatchState.POSITIVE
-        wanted = torch.where(positive, classes_of_boxes[matches.index], -1)
-        share = 1 / positive.sum().clamp(min=1)
-        weight = torch.where(matches.state == MatchState.IGNORED, 0, share)
+        wanted = torch.full_like(matches.index, -1)
+        wanted[positive] = classes_of_boxes[matches.index[positive]]
+        weight = (matches.state != MatchState.IGNORED) / positive.sum().clamp(min=1)
         return sigmoid_focal_loss(x, wanted[None], reduction="sum", weight=weight[None])
 
     def theirs() -> Tensor:

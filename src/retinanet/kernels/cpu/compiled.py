@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, NullCache
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,8 +35,10 @@ def compiled(
         dispatcher: Any = numba.njit(
             function, nogil=True, error_model="numpy", fastmath=set(fast), forceinline=inline
         )
-        with suppress(RuntimeError):  # neither the package's folder nor the user's cache can be written
+        try:
             dispatcher._cache = _Cache(function)
+        except RuntimeError:  # neither the package's folder nor the user's cache can be written
+            dispatcher._cache = _NoCache()
         return cast(Callable[P, T], dispatcher)
 
     return compile_later
@@ -51,15 +55,30 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception:  # a file cut short or of another kind raises whatever its bytes suggest
             with suppress(OSError):
                 self.flush()
-            return None
+            found = None
+        if found is None:
+            _say_once(f"once; it is kept in {self.cache_path}")
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with suppress(Exception):  # a full disk, an index cut short: the function is compiled all the same
             super().save_overload(sig, data)
+
+
+class _NoCache(NullCache):
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        _say_once("in every process: nothing can be kept. NUMBA_CACHE_DIR names a folder that can be written")
+
+
+@functools.cache  # one line a process, however many kernels there are
+def _say_once(how_often: str) -> None:
+    logging.getLogger("retinanet").warning(
+        f"compiling the fast paths for this machine, up to half a minute, {how_often}"
+    )
 
 
 def _digest_of_sources() -> str:

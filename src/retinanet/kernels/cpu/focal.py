@@ -37,6 +37,9 @@ L0, L1, L2, L3, L4 = (
     f32(0.1910600811),
 )
 L5, L6, L7, L8 = f32(-0.1366324574), f32(0.07822594792), f32(-0.02950522862), f32(0.005232690834)
+# A float32 of this size has no fraction, so that adding a number rounds it; the last bits of the sum, moved into the
+# exponent's place, are 2^k of the rounded k: 127 is what exponents are counted from.
+ROUNDING = f32(1.5 * 2**23 + 127)
 # exp(-a) is taken as 0 from here on; float32 has no normal number for it.
 FAR = f32(87.0)
 
@@ -100,23 +103,25 @@ def _rows(x, g, classes, weight, values, rows_of_block, start, stop, positive, n
                 while row < last and classes[row] < 0 and (not weighted or weight[row] == w):
                     row += 1
                 b = (row - first) * values
-                run = _background(logits[a:b], gradient[a:b], w * negative, gamma)
-                total += np.float64(w) * np.float64(negative) * run
+                total += _background(logits[a:b], gradient[a:b], w * negative, gamma)
             else:
                 at, b = a + label, a + values
-                others = _background(logits[a:at], gradient[a:at], w * negative, gamma)
-                others += _background(logits[at + 1 : b], gradient[at + 1 : b], w * negative, gamma)
+                total += _background(logits[a:at], gradient[a:at], w * negative, gamma)
+                total += _background(logits[at + 1 : b], gradient[at + 1 : b], w * negative, gamma)
                 # -x, because the loss of y = 1 at x is that of y = 0 at -x.
                 loss, slope = _term(-logits[at], gamma)
                 gradient[at] = -w * positive * slope
-                total += np.float64(w) * (np.float64(negative) * others + np.float64(positive) * loss)
+                total += np.float64(w * positive) * np.float64(loss)
         sums[block] = total
         store(gradient, g[lo:hi])
 
 
 @compiled()
 def _background(logits, gradient, scale, gamma):
-    """Return the float64 sum of p^gamma softplus(x), and write `scale` times its derivative."""
+    """Return the float64 sum of `scale` p^gamma softplus(x), and write its derivative.
+
+    Scaled before it is added up in float32, whose range the sum of raw losses can exceed.
+    """
     if gamma == 2:
         return np.float64(_background_2(logits, gradient, scale))
     if gamma == 0:
@@ -132,7 +137,7 @@ def _background_2(logits, gradient, scale):
     total = f32(0)
     for i in range(len(logits)):
         loss, slope = _term_2(logits[i])
-        total += loss
+        total += scale * loss
         gradient[i] = scale * slope
     return total
 
@@ -142,7 +147,7 @@ def _background_0(logits, gradient, scale):
     total = f32(0)
     for i in range(len(logits)):
         loss, slope = _term_0(logits[i])
-        total += loss
+        total += scale * loss
         gradient[i] = scale * slope
     return total
 
@@ -152,7 +157,7 @@ def _background_any(logits, gradient, scale, gamma):
     total = f32(0)
     for i in range(len(logits)):
         loss, slope = _term_any(logits[i], gamma)
-        total += loss
+        total += scale * loss
         gradient[i] = scale * slope
     return total
 
@@ -196,7 +201,11 @@ def _sigmoid_and_softplus(x):
     e = _exp_minus(abs(x))
     larger = f32(1) / (f32(1) + e)
     smaller = e * larger
-    log1p = e * (L0 + e * (L1 + e * (L2 + e * (L3 + e * (L4 + e * (L5 + e * (L6 + e * (L7 + e * L8))))))))
+    # In pairs (Estrin), which wait less for one another than a chain (Horner).
+    e2 = e * e
+    e4 = e2 * e2
+    low, high = (L0 + e * L1) + e2 * (L2 + e * L3), (L4 + e * L5) + e2 * (L6 + e * L7)
+    log1p = e * (low + e4 * (high + e4 * L8))
     below = x < 0  # a NaN is not, and so it reaches the sum
     return (
         smaller if below else larger,
@@ -209,9 +218,9 @@ def _sigmoid_and_softplus(x):
 @compiled(CONTRACT, inline=True)
 def _exp_minus(a):
     """Return exp(-a) for a >= 0."""
-    k = f32(np.int32(f32(-0.5) - a * LOG2_E))
+    shifted = ROUNDING - a * LOG2_E
+    k = shifted - ROUNDING
     x = (-a - k * LN2_HIGH) - k * LN2_LOW
     y = f32(1) + x * (f32(1) + x * (E2 + x * (E3 + x * (E4 + x * (E5 + x * E6)))))
-    # The bits of 2^k. Integers would be 64 bits wide here, and halve the speed.
-    two_to_k = np.int32((k + f32(127)) * f32(1 << 23)).view(np.float32)
+    two_to_k = np.int32(f32(shifted).view(np.int32) << np.int32(23)).view(np.float32)
     return f32(0) if a >= FAR else y * two_to_k

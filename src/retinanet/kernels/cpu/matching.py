@@ -21,7 +21,8 @@ LEAST_BLOCKS = 64
 SLACK = np.float32(1.0001)
 
 f32 = np.float32
-NEGATIVE, POSITIVE, IGNORED = int(MatchState.NEGATIVE), int(MatchState.POSITIVE), int(MatchState.IGNORED)
+MOST, LEAST = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+NEGATIVE, POSITIVE, IGNORED = (np.int8(state) for state in MatchState)
 
 
 def match(
@@ -33,12 +34,12 @@ def match(
     low_quality: bool,
     ignored_overlap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return state and index, int64 `[B, R]`, for anchors `[R, 4]`, boxes `[B, G, 4]`, ignored `[B, G]`.
+    """Return state int8 and index int64 `[B, R]` for anchors `[R, 4]`, boxes `[B, G, 4]`, ignored `[B, G]`.
 
     Equal to `plain_match_anchors` for each image, to the bit: the same float32 operations in the same order.
     """
     images, count = len(boxes), len(anchors)
-    state = recycled(torch.Size((images, count)), torch.int64)
+    state = recycled(torch.Size((images, count)), torch.int8)
     index = recycled(torch.Size((images, count)), torch.int64)
     a, b = anchors.contiguous().numpy(), boxes.contiguous().numpy()
     s, i = state.numpy(), index.numpy()
@@ -76,32 +77,47 @@ def match(
 def _match(
     anchors, objects, regions, start, stop, positive, negative, share, state, index, bounds, best_of_box
 ):
+    bits = anchors.view(np.int32)
     columns = np.empty((7, BLOCK), np.float32)
     which_of_anchor, inside = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.bool_)
     most = max(objects.shape[2], regions.shape[2])
     meets, listed = np.empty(most, np.bool_), np.empty(most + 1, np.int32)
+    # Without any box an anchor is no object, whatever the thresholds.
+    of_none = NEGATIVE if negative > 0 or positive == 0 else IGNORED
     for block in range(start, stop):
         first = block * BLOCK
         n = min(BLOCK, len(anchors) - first)
         x1, y1, x2, y2, area = columns[0, :n], columns[1, :n], columns[2, :n], columns[3, :n], columns[4, :n]
-        _unpack(anchors[first : first + n], x1, y1, x2, y2, area)
-        bound = bounds[block]
-        bound[0], bound[1], bound[2], bound[3] = _smallest(x1), _smallest(y1), _largest(x2), _largest(y2)
-        bound[4], bound[5] = _smallest(area), _largest(area)
         overlap, best, which = columns[5, :n], columns[6, :n], which_of_anchor[:n]
+        bound = bounds[block]
+        _bound(bits, first, first + n, bound)
+        unpacked = False
         for image in range(len(objects)):
-            best[:] = 0
-            which[:] = 0
-            boxes = objects[image]
-            for at in range(_near(boxes, bound, meets, listed)):
-                g = listed[at]
-                _meet(x1, y1, x2, y2, area, boxes[0, g], boxes[1, g], boxes[2, g], boxes[3, g], overlap)
-                _improve(overlap, best, which, g)
-                best_of_box[image, g] = max(best_of_box[image, g], _highest(overlap))
             s, i = state[image, first : first + n], index[image, first : first + n]
-            _decide(best, which, positive, negative, s, i)
+            near = _near(objects[image], bound, meets, listed)
+            if near == 0:
+                s[:] = of_none
+                i[:] = 0
+            else:
+                if not unpacked:
+                    _unpack(anchors[first : first + n], x1, y1, x2, y2, area)
+                    _bound_areas(area, bound)
+                    unpacked = True
+                best[:] = 0
+                which[:] = 0
+                boxes = objects[image]
+                for at in range(near):
+                    g = listed[at]
+                    _meet(x1, y1, x2, y2, area, boxes[0, g], boxes[1, g], boxes[2, g], boxes[3, g], overlap)
+                    _improve(overlap, best, which, g)
+                    best_of_box[image, g] = max(best_of_box[image, g], _highest(overlap))
+                _decide(best, which, positive, negative, s, i)
             boxes = regions[image]
             for at in range(_near(boxes, bound, meets, listed)):
+                if not unpacked:
+                    _unpack(anchors[first : first + n], x1, y1, x2, y2, area)
+                    _bound_areas(area, bound)
+                    unpacked = True
                 g = listed[at]
                 a, b, c, d = boxes[0, g], boxes[1, g], boxes[2, g], boxes[3, g]
                 _lies_in(x1, y1, x2, y2, area, a, b, c, d, share, inside[:n])
@@ -140,6 +156,54 @@ def _low_quality(anchors, objects, start, stop, bounds, best_of_box, state):
 
 
 @compiled()
+def _bound(bits, start, stop, bound):
+    """Write the rectangle around the anchors start..stop; it may be too large, never too small.
+
+    On the bits of the coordinates, because the compiler makes no vector code of a minimum of floats: `_ordered`
+    keeps the order of floats. A NaN is beyond the infinities there, and counts as the one next to it.
+    """
+    left = top = MOST
+    right = bottom = LEAST
+    for k in range(start, stop):
+        x1, y1 = _ordered(bits[k, 0]), _ordered(bits[k, 1])
+        x2, y2 = _ordered(bits[k, 2]), _ordered(bits[k, 3])
+        left = x1 if x1 < left else left
+        top = y1 if y1 < top else top
+        right = x2 if x2 > right else right
+        bottom = y2 if y2 > bottom else bottom
+    bound[0], bound[1], bound[2], bound[3] = _least(left), _least(top), _most(right), _most(bottom)
+
+
+@compiled()
+def _bound_areas(area, bound):
+    bits = area.view(np.int32)
+    least, most = MOST, LEAST
+    for k in range(len(bits)):
+        value = _ordered(bits[k])
+        least = value if value < least else least
+        most = value if value > most else most
+    bound[4], bound[5] = _least(least), _most(most)
+
+
+@compiled(inline=True)
+def _ordered(bits):
+    """Map the bits of floats to integers of the same order, and back."""
+    return np.int32(bits ^ (np.int32(bits >> np.int32(31)) & MOST))
+
+
+@compiled(inline=True)
+def _least(least):
+    value = np.int32(_ordered(least)).view(np.float32)
+    return value if value == value else f32(-np.inf)
+
+
+@compiled(inline=True)
+def _most(most):
+    value = np.int32(_ordered(most)).view(np.float32)
+    return value if value == value else f32(np.inf)
+
+
+@compiled()
 def _reach(overlap, best, state):
     for k in range(len(overlap)):
         state[k] = POSITIVE if overlap[k] == best else state[k]
@@ -148,6 +212,8 @@ def _reach(overlap, best, state):
 @compiled()
 def _near(boxes, bound, meets, listed):
     """List the boxes `[4, G]` that meet the rectangle around a block; return how many. Without branches to predict."""
+    if boxes.shape[1] == 0:
+        return 0
     _meets(boxes[0], boxes[1], boxes[2], boxes[3], bound[0], bound[1], bound[2], bound[3], meets)
     count = 0
     for g in range(boxes.shape[1]):
@@ -233,19 +299,3 @@ def _lies_in(x1, y1, x2, y2, area, a, b, c, d, share, inside):
     for k in range(len(inside)):
         shared = _shared(x1[k], y1[k], x2[k], y2[k], a, b, c, d)
         inside[k] = shared > 0 and shared >= share * area[k]
-
-
-@compiled()
-def _smallest(values):
-    least = values[0]
-    for k in range(len(values)):
-        least = values[k] if values[k] < least else least
-    return least
-
-
-@compiled()
-def _largest(values):
-    most = values[0]
-    for k in range(len(values)):
-        most = values[k] if values[k] > most else most
-    return most

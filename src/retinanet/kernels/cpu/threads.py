@@ -51,7 +51,7 @@ def in_parallel(work: Callable[[int, int, int], T], count: int, *, least: int) -
 
     runtime = None if _in_forked_child else _openmp()
     if runtime is not None:
-        _on_team(runtime, run, parts)
+        failures += _on_team(runtime, run, parts)
     else:
         others = [_threads(parts - 1).submit(run, part) for part in range(parts - 1)]
         run(parts - 1)
@@ -76,13 +76,20 @@ def _openmp() -> Any:
     return runtime
 
 
-def _on_team(runtime: Any, run: Callable[[int], None], parts: int) -> None:
+def _on_team(runtime: Any, run: Callable[[int], None], parts: int) -> list[BaseException]:
+    """Run the parts; return what was raised between them, an interrupt say, which ctypes would drop with a print."""
+    failures: list[BaseException] = []
+
     def of_thread(_: int | None) -> None:
-        # The team may be smaller than asked for.
-        for part in range(runtime.omp_get_thread_num(), parts, runtime.omp_get_num_threads()):
-            run(part)
+        try:
+            # The team may be smaller than asked for.
+            for part in range(runtime.omp_get_thread_num(), parts, runtime.omp_get_num_threads()):
+                run(part)
+        except BaseException as failure:
+            failures.append(failure)
 
     runtime.GOMP_parallel(_Callback(of_thread), None, parts, 0)
+    return failures
 
 
 def _threads(size: int) -> ThreadPoolExecutor:

@@ -49,7 +49,7 @@ def match(
         ignored_overlap: the share of its own area that an anchor needs in a region to be ignored.
 
     Returns:
-        `[B, R]` int64 values of `MatchState`, and `[B, R]` int64 the box with the highest IoU (0 if there is none).
+        `[B, R]` int8 values of `MatchState`, and `[B, R]` int64 the box with the highest IoU (0 if there is none).
 
     Memory is O(B (R + G)); the host never waits.
 
@@ -68,8 +68,8 @@ def match(
             f"got {ignored.dtype} of {list(ignored.shape)}"
         )
     images, count, _ = boxes.shape
-    state = torch.empty(images, len(anchors), dtype=torch.int64, device=anchors.device)
-    index = torch.empty_like(state)
+    state = torch.empty(images, len(anchors), dtype=torch.int8, device=anchors.device)
+    index = torch.empty_like(state, dtype=torch.int64)
     if state.numel() == 0:
         return state, index
     anchors, boxes = anchors.contiguous(), boxes.contiguous()
@@ -171,7 +171,7 @@ def _match_kernel(
         found = tl.where(best == 0, NEGATIVE, found)
     if ignored is not None:
         found = tl.where(in_region & (found != POSITIVE), IGNORED, found)
-    tl.store(state + image * rows + row, found.to(tl.int64), mask=inside)
+    tl.store(state + image * rows + row, found.to(tl.int8), mask=inside)
     tl.store(index + image * rows + row, best_box.to(tl.int64), mask=inside)
 
 
@@ -207,7 +207,7 @@ def _low_quality_kernel(
         shared = _intersection(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
         iou = _iou(shared, own, (bx2 - bx1) * (by2 - by1))
         reaches = reaches | ((iou == highest) & (iou > 0))
-    tl.store(state + image * rows + row, tl.full((BLOCK,), POSITIVE, tl.int64), mask=inside & reaches)
+    tl.store(state + image * rows + row, tl.full((BLOCK,), POSITIVE, tl.int8), mask=inside & reaches)
 
 
 @triton.jit
