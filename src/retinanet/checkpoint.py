@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from retinanet.errors import CheckpointError, ConfigError, DataError
 from retinanet.model import ModelSpec, RetinaNet, build_retinanet
@@ -105,17 +106,25 @@ def load_model(path: str | Path) -> Model:
         training = json.loads(metadata.get("training", "{}"))
     except (ConfigError, DataError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the metadata of {file} is damaged: {error}") from None
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # building draws initial weights; loading must not move the caller's generator
+    return Model(_network_of(spec, state, file), spec, points, training)
+
+
+def _network_of(spec: ModelSpec, state: dict[str, Tensor], file: Path) -> RetinaNet:
+    with torch.device("meta"):  # initial weights would be drawn for nothing, and take longer than reading these
         network = build_retinanet(spec)
-    _check_state(network, state, file)
-    network.load_state_dict(state)
-    return Model(network, spec, points, training)
-
-
-def _check_state(network: RetinaNet, state: dict[str, torch.Tensor], file: Path) -> None:
     wanted = network.state_dict()
+    _check_state(wanted, state, file)
+    if any(name not in wanted for name, _ in network.named_buffers()):
+        # Some networks compute buffers that no file holds, the kernel of a blur for instance.
+        with torch.random.fork_rng(devices=[]):
+            network = build_retinanet(spec)
+    # Copied, because what was read may be a map of the file, which others can cut short.
+    copied = {name: state[name].to(like.dtype, copy=True) for name, like in wanted.items()}
+    network.load_state_dict(copied, assign=True)
+    return network
+
+
+def _check_state(wanted: dict[str, Tensor], state: dict[str, Tensor], file: Path) -> None:
     for name in (*(wanted.keys() - state.keys()), *(state.keys() - wanted.keys())):
         what = "lacks" if name in wanted else "holds an unknown tensor"
         raise CheckpointError(f"the model's spec and weights do not fit: {file} {what} {name!r}")

@@ -13,6 +13,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from retinanet.bench.inputs import TORCHVISION_ANCHORS
+from retinanet.images import Preprocessing
 from retinanet.model import (
     BackboneSpec,
     HeadSpec,
@@ -25,21 +26,22 @@ from retinanet.model import (
 from retinanet.records import Classes
 
 
-def spec_like_torchvision(backbone: str, classes: int) -> ModelSpec:
-    """Return the spec of `retinanet_resnet50_fpn` (its first version, BatchNorm frozen) on a ResNet."""
+def spec_like_torchvision(backbone: str, classes: int, side: int) -> ModelSpec:
+    """Return the spec of `retinanet_resnet50_fpn` (its first version, BatchNorm frozen) on a ResNet, for square images."""
     return ModelSpec(
         Classes(tuple(f"class {i}" for i in range(classes))),
         backbone=BackboneSpec(backbone, norm="frozen", norm_eps=1e-5),
         pyramid=PyramidSpec(p6_from="p5"),
         head=HeadSpec(norm="none"),
         anchors=TORCHVISION_ANCHORS,
+        preprocessing=Preprocessing(side, side, size_rounding="floor", resize="linear"),
         post_processing=PostProcessing(max_detections=300, drop_empty=False),
     )
 
 
 def twins(backbone: str, classes: int, side: int) -> tuple[RetinaNet, TorchvisionRetinaNet, ModelSpec]:
     """Return our network and torchvision's with the same random weights, stem and first stage frozen in both."""
-    spec = spec_like_torchvision(backbone, classes)
+    spec = spec_like_torchvision(backbone, classes, side)
     torch.manual_seed(0)
     body = resnet_fpn_backbone(
         backbone_name=backbone,

@@ -26,18 +26,18 @@ MISSING = (
 )
 
 
-_available: dict[str, bool] = {}
+_available = {"cpu": find_spec("numba") is not None, "cuda": find_spec("triton") is not None}
+_said = False
 
 
-@torch.compiler.assume_constant_result
 def available(device_type: str) -> bool:
     """Return whether there are fast paths for a type of device ("cpu", "cuda"); say so once where they are missing."""
-    if device_type not in _available:
-        needed = {"cpu": "numba", "cuda": "triton"}.get(device_type)
-        _available[device_type] = needed is not None and find_spec(needed) is not None
-        if needed == "numba" and not _available[device_type]:
-            logging.getLogger("retinanet").warning(MISSING)
-    return _available[device_type]
+    global _said
+    found = _available.get(device_type, False)
+    if not found and not _said and device_type == "cpu" and not torch.compiler.is_compiling():
+        _said = True
+        logging.getLogger("retinanet").warning(MISSING)
+    return found
 
 
 def usable(*tensors: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,), cuda: bool = True) -> bool:
@@ -192,7 +192,6 @@ def _gradients_of_convolution(ctx, gradient: Tensor):
 _convolve3x3.register_autograd(_gradients_of_convolution, setup_context=_keep_inputs)
 
 
-@torch.compiler.disable
 def match(
     anchors: Tensor,
     boxes: Tensor,
@@ -210,7 +209,6 @@ def match(
     return on_device(anchors, boxes, ignored, positive_iou, negative_iou, low_quality, ignored_overlap)
 
 
-@torch.compiler.disable
 def select(levels: Sequence[Tensor], thresholds: Sequence[float], top_k: int) -> list[Tensor]:
     """Return for each level of logits `[N, K]` on the CPU the flat indices, ascending, of the `top_k` largest above
     its threshold; of equal ones the first."""
@@ -219,7 +217,6 @@ def select(levels: Sequence[Tensor], thresholds: Sequence[float], top_k: int) ->
     return on_device(levels, thresholds, top_k)
 
 
-@torch.compiler.disable
 def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_kept: int | None) -> Tensor:
     """Return the indices that per-class NMS keeps, best first; boxes float32 `[N, 4]` on the CPU."""
     from retinanet.kernels.cpu.nms import nms as on_device

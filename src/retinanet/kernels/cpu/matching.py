@@ -25,6 +25,7 @@ MOST, LEAST = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
 NEGATIVE, POSITIVE, IGNORED = (np.int8(state) for state in MatchState)
 
 
+@torch.compiler.disable
 def match(
     anchors: Tensor,
     boxes: Tensor,

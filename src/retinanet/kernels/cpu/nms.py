@@ -15,6 +15,7 @@ BLOCK = 64
 f32 = np.float32
 
 
+@torch.compiler.disable
 def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_kept: int | None) -> Tensor:
     """Return what `plain_nms` returns. boxes float32 `[N, 4]`, scores float32 `[N]`, labels int64 `[N]`."""
     b, s, classes = boxes.contiguous().numpy(), scores.numpy(), labels.numpy()

@@ -21,6 +21,7 @@ LEAST = 1 << 18
 f32 = np.float32
 
 
+@torch.compiler.disable
 def select(levels: Sequence[Tensor], thresholds: Sequence[float], top_k: int) -> list[Tensor]:
     """Return for each level `[N, K]` of logits the flat indices, int64 ascending, of what is kept.
 

@@ -26,6 +26,7 @@ POSITIVE = tl.constexpr(int(MatchState.POSITIVE))
 IGNORED = tl.constexpr(int(MatchState.IGNORED))
 
 
+@torch.compiler.disable
 def match(
     anchors: Tensor,
     boxes: Tensor,
