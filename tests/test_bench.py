@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from retinanet.bench import loss, matching, memory, nms, postprocess, step
+from retinanet.anchors import CPU, anchors_of_image
+from retinanet.bench import inputs, loss, matching, memory, nms, postprocess, step
 from retinanet.bench.items import Settings, run
 from retinanet.bench.measuring import Contest, Row, machine, measure, table
 from retinanet.cli import main
@@ -19,22 +21,64 @@ def result_of(*arguments: str) -> int | str | None:
     return end.value.code
 
 
-@pytest.mark.parametrize(
-    "contests",
-    [
-        lambda: loss.contests(side=128, classes=5, count=4, compiled=False),
-        lambda: matching.contests(side=128, counts=(3, 20)),
-        lambda: nms.contests(side=400, counts=(300,)),
-        lambda: postprocess.contests(side=128, classes=5),
-        lambda: step.contests([TINY]),
-    ],
+SMALL = {
+    "loss": lambda device: loss.contests(side=128, classes=5, count=4, compiled=False, device=device),
+    "matching": lambda device: matching.contests(side=128, counts=(3, 20), device=device),
+    "nms": lambda device: nms.contests(side=400, counts=(300,), device=device),
+    "postprocess": lambda device: postprocess.contests(side=128, classes=5, device=device),
+    "step": lambda device: step.contests([TINY], device=device),
+}
+CUDA = torch.device("cuda")
+on_cuda = pytest.param(
+    CUDA, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 )
-def test_outputs_agree(contests):
-    found = list(contests())
+
+
+@pytest.mark.parametrize("device", [CPU, on_cuda], ids=str)
+@pytest.mark.parametrize("item", SMALL)
+def test_outputs_agree(item, device):
+    found = list(SMALL[item](device))
     assert found
     for contest in found:
         assert contest.equal == {"torchvision": True}
         assert contest.ours() is not None
+
+
+@pytest.mark.parametrize("item", ["loss", "matching", "nms", "postprocess"])
+def test_every_input_is_asked_for_on_the_device(item, monkeypatch):
+    """Whoever draws an input has to say where; here it is said, and the input drawn on the CPU all the same."""
+    module = {"loss": loss, "matching": matching, "nms": nms, "postprocess": postprocess}[item]
+    asked = []
+    for name in ("levels_of", "boxes", "labels", "logits", "distinct_scores"):
+        draw = getattr(inputs, name)
+
+        def on_cpu(*sizes, device, draw=draw, **options):
+            asked.append(device)
+            return draw(*sizes, device=CPU, **options)
+
+        monkeypatch.setattr(module, name, on_cpu, raising=False)
+    assert list(SMALL[item](CUDA))
+    assert set(asked) == {CUDA}
+
+
+INPUTS = {
+    "levels_of": lambda device: inputs.levels_of(64, device=device)[0],
+    "boxes": lambda device: inputs.boxes(3, 64, device=device),
+    "labels": lambda device: inputs.labels(3, 5, device=device),
+    "logits": lambda device: inputs.logits(3, 5, 0.0, 1.0, device=device),
+    "distinct_scores": lambda device: inputs.distinct_scores(3, device=device),
+    "step's images": lambda device: step.batch_of(TINY, device).images,
+    "step's boxes": lambda device: step.batch_of(TINY, device).targets.boxes,
+    "step's classes": lambda device: step.batch_of(TINY, device).targets.classes,
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_are_on_the_device(name):
+    anchors_of_image.cache_clear()
+    with FakeTensorMode():  # tensors without values need no device
+        assert INPUTS[name](CUDA).device.type == "cuda"
+    anchors_of_image.cache_clear()
 
 
 def test_postprocess_has_work_to_do():
@@ -54,6 +98,14 @@ def test_contestants_run_in_turns():
     rows = measure(contest, repeats=3, seconds=60)
     assert order[3:] == ["ours", "a", "b", "a", "b", "ours", "b", "ours", "a"]  # after a first run of each
     assert [(row.peer, row.equal) for row in rows] == [("a", True), ("b", None)]
+
+
+def test_a_time_on_cuda_starts_and_ends_with_an_idle_device(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(str(device)))
+    contest = Contest("i", "c", lambda: seen.append("ours"), {"p": lambda: seen.append("p")}, {})
+    measure(contest, repeats=1, seconds=60, device=torch.device("cuda:1"))
+    assert seen == ["ours", "p", *("cuda:1", "ours", "cuda:1"), *("cuda:1", "p", "cuda:1")]
 
 
 def test_a_slow_case_ends_after_three_turns():
@@ -109,11 +161,34 @@ def test_the_command_prints_a_table(capsys):
         (["bench", "nms", "--repeats", "0"], "--repeats needs at least 1; got 0"),
         (["bench", "step", "--backbone", "vgg"], "resnet18 and resnet50"),
         (["bench", "step", "--batch-size", "3"], "batches of 2 and 8"),
+        (["bench", "nms", "--device", "tpu"], "--device needs auto, cpu, cuda or cuda:N; got 'tpu'"),
     ],
 )
 def test_wrong_requests(arguments, message, capsys):
     assert result_of(*arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_cuda_without_a_device(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert result_of("bench", "nms", "--device", "cuda") == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        "retinanet: --device cuda needs a CUDA device; torch sees none. Use --device cpu"
+    ]
+    assert said.out == ""
+
+
+def test_the_command_hands_its_device_on(monkeypatch, capsys):
+    seen = []
+    for module in (loss, matching, nms, postprocess):
+        monkeypatch.setattr(module, "contests", lambda *, device: seen.append(device) or iter(()))
+    monkeypatch.setattr(step, "contests", lambda _, *, device: seen.append(device) or iter(()))
+    list(run(["loss", "matching", "nms", "postprocess", "step"], Settings(device=CUDA)))
+    assert seen == [CUDA] * 5
+    monkeypatch.setattr("retinanet.bench.items.run", lambda _, settings: seen.append(settings.device) or ())
+    assert result_of("bench", "nms", "--device", "cpu") == 0
+    assert seen[-1] == CPU
 
 
 def test_profile_names_the_convolutions():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
+from retinanet.anchors import CPU
 from retinanet.batches import MatchState
 from retinanet.bench.inputs import CLASSES, SIDE, boxes, labels, levels_of, logits
 from retinanet.bench.measuring import Contest
@@ -16,14 +17,19 @@ from retinanet.matching import match_anchors
 
 
 def contests(
-    side: int = SIDE, classes: int = CLASSES, count: int = 10, compiled: bool = True
+    side: int = SIDE,
+    classes: int = CLASSES,
+    count: int = 10,
+    *,
+    compiled: bool = True,
+    device: torch.device = CPU,
 ) -> Iterator[Contest]:
     """Ours and torchvision's `RetinaNetClassificationHead.compute_loss`, eager and compiled, for one image."""
-    anchors = torch.cat(levels_of(side))
-    matches = match_anchors(anchors, boxes(count, side), low_quality=True)
-    classes_of_boxes = labels(count, classes)
+    anchors = torch.cat(levels_of(side, device=device))
+    matches = match_anchors(anchors, boxes(count, side, device=device), low_quality=True)
+    classes_of_boxes = labels(count, classes, device=device)
     # A head's output is no leaf but a view of a convolution's, in channels_last.
-    grid = logits(len(anchors), classes, -4.6, 1.0).flatten().requires_grad_()
+    grid = logits(len(anchors), classes, -4.6, 1.0, device=device).flatten().requires_grad_()
     head = RetinaNetClassificationHead(8, 1, classes)
     matched = torch.where(matches.state == MatchState.POSITIVE, matches.index, -1)
     matched = torch.where(matches.state == MatchState.IGNORED, head.BETWEEN_THRESHOLDS, matched)

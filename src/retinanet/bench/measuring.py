@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from retinanet.anchors import CPU
+
 PACKAGES = ("retinanet", "torch", "torchvision", "numba", "triton", "numpy")
 OURS = "retinanet"
 
@@ -71,11 +73,12 @@ class Contest:
     equal: Mapping[str, bool | None]
 
 
-def measure(contest: Contest, *, repeats: int, seconds: float) -> list[Row]:
+def measure(contest: Contest, *, repeats: int, seconds: float, device: torch.device = CPU) -> list[Row]:
     """Time ours and the peers in turns, `repeats` times each, but no longer than `seconds` after three turns.
 
     Every contestant runs once before, which is when things are compiled. The order changes from turn to turn, so
-    that nobody always runs on the heels of the same one.
+    that nobody always runs on the heels of the same one. A time on CUDA starts with the device idle and ends with it
+    idle again.
     """
     contestants = {OURS: contest.ours, **contest.peers}
     for call in contestants.values():
@@ -85,9 +88,10 @@ def measure(contest: Contest, *, repeats: int, seconds: float) -> list[Row]:
     began = time.monotonic()
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            _wait(device)
             start = time.perf_counter()
             contestants[name]()
-            _wait()
+            _wait(device)
             taken[name].append((time.perf_counter() - start) * 1e3)
         if turn >= 2 and time.monotonic() - began > seconds:
             break
@@ -106,13 +110,13 @@ def measure(contest: Contest, *, repeats: int, seconds: float) -> list[Row]:
     ]
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def machine() -> dict[str, Any]:
-    """Return what a figure depends on: processor, threads, versions, and how busy the machine was."""
+def machine(device: torch.device = CPU) -> dict[str, Any]:
+    """Return what a figure depends on: processor, device, threads, versions, and how busy the machine was."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -124,7 +128,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "instructions": next((name for name in wide if capabilities.get(name)), "unknown"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions,
