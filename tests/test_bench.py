@@ -7,10 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retinanet.anchors import CPU, anchors_of_image
-from retinanet.bench import inputs, loss, matching, memory, nms, postprocess, step
+from retinanet.bench import inputs, loss, matching, memory, nms, postprocess, step, utilisation
 from retinanet.bench.items import Settings, run
 from retinanet.bench.measuring import Contest, Row, machine, measure, table
 from retinanet.cli import main
+from retinanet.model.convolution import Convolution3x3
 
 TINY = step.StepCase("resnet18", side=128, batch_size=1, boxes=3)
 
@@ -191,8 +192,37 @@ def test_the_command_hands_its_device_on(monkeypatch, capsys):
     assert seen[-1] == CPU
 
 
-def test_profile_names_the_convolutions():
-    assert "conv" in step.profile(TINY)
+def test_profile_names_the_convolutions_and_the_utilisation():
+    said = step.profile(TINY)
+    assert "conv" in said
+    assert "a step in" in said
+    assert "GFLOP/s that a matrix product reaches" in said
+
+
+@pytest.mark.parametrize("of_images", [True, False])
+def test_flops_are_those_of_the_direct_convolution(of_images):
+    """Whatever computes it: torch, or Winograd's algorithm with fewer products."""
+    ours = Convolution3x3(96, 100, 3, padding=1).to(memory_format=torch.channels_last)
+    torchs = torch.nn.Conv2d(96, 100, 3, padding=1).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 96, 17, 16).to(memory_format=torch.channels_last).requires_grad_(of_images)
+    found = [utilisation.flops_of(lambda of=of: of(images).sum().backward()) for of in (ours, torchs)]
+    forward = 2 * (2 * 17 * 16) * (96 * 100 * 9)
+    assert found == [forward * (2 + of_images)] * 2
+
+
+def test_a_steps_flops_are_those_of_its_network(monkeypatch):
+    found = utilisation.flops_of(step.our_step(TINY, CPU))
+    monkeypatch.setattr(Convolution3x3, "_has_fast_path", lambda *_: False)
+    assert found == utilisation.flops_of(step.our_step(TINY, CPU)) > 1e9
+
+
+def test_the_matrix_rate(monkeypatch):
+    monkeypatch.setitem(utilisation.SIDES, "cpu", 100)
+    monkeypatch.setattr(utilisation, "seconds_of", lambda *_: 1e-3)
+    assert utilisation.matrix_rate(CPU, torch.float32) == pytest.approx(2e9)
+    assert "3 TFLOP a step in 2 s: 1.5 TFLOP/s, 75 % of the 2 TFLOP/s" in str(
+        utilisation.Utilisation(3 * 10**12, 2.0, 2e12)
+    )
 
 
 def test_memory_is_measured_in_a_process_of_its_own():

@@ -77,8 +77,7 @@ def measure(contest: Contest, *, repeats: int, seconds: float, device: torch.dev
     """Time ours and the peers in turns, `repeats` times each, but no longer than `seconds` after three turns.
 
     Every contestant runs once before, which is when things are compiled. The order changes from turn to turn, so
-    that nobody always runs on the heels of the same one. A time on CUDA starts with the device idle and ends with it
-    idle again.
+    that nobody always runs on the heels of the same one.
     """
     contestants = {OURS: contest.ours, **contest.peers}
     for call in contestants.values():
@@ -88,11 +87,7 @@ def measure(contest: Contest, *, repeats: int, seconds: float, device: torch.dev
     began = time.monotonic()
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _wait(device)
-            start = time.perf_counter()
-            contestants[name]()
-            _wait(device)
-            taken[name].append((time.perf_counter() - start) * 1e3)
+            taken[name].append(seconds_of(contestants[name], device) * 1e3)
         if turn >= 2 and time.monotonic() - began > seconds:
             break
     return [
@@ -108,6 +103,15 @@ def measure(contest: Contest, *, repeats: int, seconds: float, device: torch.dev
         )
         for peer in contest.peers
     ]
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Return the time of a call; on CUDA from the device's being idle until it is idle again."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -15,7 +15,8 @@ from retinanet.batches import Batch, Targets
 from retinanet.bench.inputs import CLASSES, boxes, labels
 from retinanet.bench.measuring import Contest
 from retinanet.bench.torchvision_model import twins
-from retinanet.devices import Precision, autocast
+from retinanet.bench.utilisation import utilisation
+from retinanet.devices import Precision, autocast, resolve_precision
 from retinanet.objective import Objective, smooth_l1_of_deltas
 from retinanet.training.step import TrainingStep
 
@@ -133,11 +134,12 @@ def _agree(ours: float, theirs: float) -> bool:
 
 
 def profile(case: StepCase, rows: int = 20, *, device: torch.device = CPU) -> str:
-    """Return where the time of our step goes, operation by operation."""
+    """Return where the time of our step goes, operation by operation, and its share of what the device can do."""
     from torch.profiler import ProfilerActivity
 
     run = our_step(case, device)
-    run()
+    dtype = torch.bfloat16 if resolve_precision(device, case.precision) == "bf16" else torch.float32
+    used = utilisation(run, device, dtype)
     activities = [ProfilerActivity.CPU]
     kind = "self_cpu_time_total"
     if device.type == "cuda":
@@ -150,7 +152,7 @@ def profile(case: StepCase, rows: int = 20, *, device: torch.device = CPU) -> st
     events: list[Any] = [event for event in found.key_averages() if event.device_type.name == "CPU"]
     times = {event.key: getattr(event, kind) for event in events}
     total = sum(times.values())
-    lines = [str(case), f"{'operation':<52} {'calls':>6} {'ms':>9} {'share':>6}"]
+    lines = [str(case), str(used), f"{'operation':<52} {'calls':>6} {'ms':>9} {'share':>6}"]
     for event in sorted(events, key=lambda event: -times[event.key])[:rows]:
         time = times[event.key]
         lines.append(f"{event.key[:52]:<52} {event.count:>6} {time / 1e3:>9.1f} {time / total:>6.1%}")

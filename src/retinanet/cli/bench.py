@@ -32,7 +32,7 @@ class Bench:
     precision: Literal["fp32", "bf16"] = "fp32"
     """step: ours; on a CPU torchvision computes in fp32, on CUDA in the same."""
     profile: bool = False
-    """step: print where our time goes instead of timing peers."""
+    """step: print where our time goes, and the share of what the device can compute, instead of timing peers."""
     json: bool = False
     """Print JSON: one object a row."""
 
