@@ -1,10 +1,13 @@
 """`retinanet bench`: contestants that agree are timed in turns; rows say what was found."""
 
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.ops import batched_nms, sigmoid_focal_loss
 
 from retinanet.anchors import CPU, anchors_of_image
 from retinanet.bench import inputs, loss, matching, memory, nms, postprocess, step, utilisation
@@ -20,6 +23,13 @@ def result_of(*arguments: str) -> int | str | None:
     with pytest.raises(SystemExit) as end:
         main(list(arguments))
     return end.value.code
+
+
+@pytest.fixture(autouse=True)
+def no_other_peers(monkeypatch):
+    """Peers that may be installed here are asked for by the tests that are about them."""
+    for name in ("fvcore", "cv2"):
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 SMALL = {
@@ -80,6 +90,53 @@ def test_inputs_are_on_the_device(name):
     with FakeTensorMode():  # tensors without values need no device
         assert INPUTS[name](CUDA).device.type == "cuda"
     anchors_of_image.cache_clear()
+
+
+def test_detectron2s_loss_is_a_peer_where_fvcore_is(monkeypatch):
+    """torchvision's function has the same arguments; whether the head around it is right shows in what comes out."""
+    package, nn = ModuleType("fvcore"), ModuleType("fvcore.nn")
+    nn.sigmoid_focal_loss_jit = sigmoid_focal_loss
+    monkeypatch.setitem(sys.modules, "fvcore", package)
+    monkeypatch.setitem(sys.modules, "fvcore.nn", nn)
+    (contest,) = SMALL["loss"](CPU)
+    assert contest.equal == {"torchvision": True, "detectron2's (fvcore)": True}
+    nn.sigmoid_focal_loss_jit = lambda *given, **options: 1.01 * sigmoid_focal_loss(*given, **options)
+    (contest,) = SMALL["loss"](CPU)
+    assert contest.equal == {"torchvision": True, "detectron2's (fvcore)": False}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # fvcore compiles when it is imported
+def test_detectron2s_loss_with_fvcore_itself(monkeypatch):
+    monkeypatch.delitem(sys.modules, "fvcore")
+    pytest.importorskip("fvcore")
+    (contest,) = SMALL["loss"](CPU)
+    assert contest.equal == {"torchvision": True, "detectron2's (fvcore)": True}
+
+
+def nms_of_opencv(boxes, scores, class_ids, score_threshold, nms_threshold):
+    """What OpenCV's function does, from its arguments and to its result."""
+    x, y, width, height = torch.as_tensor(boxes).float().unbind(1)
+    scores = torch.as_tensor(scores)
+    assert (scores > score_threshold).all()
+    corners = torch.stack([x, y, x + width, y + height], 1)
+    return batched_nms(corners, scores, torch.as_tensor(class_ids), nms_threshold).int().numpy()
+
+
+def test_opencv_is_a_peer_where_it_is(monkeypatch):
+    opencv = ModuleType("cv2")
+    opencv.dnn = SimpleNamespace(NMSBoxesBatched=nms_of_opencv)
+    monkeypatch.setitem(sys.modules, "cv2", opencv)
+    found = list(SMALL["nms"](CPU))
+    assert [contest.equal for contest in found] == [{"torchvision": True, "opencv": True}] * 2
+    opencv.dnn.NMSBoxesBatched = lambda *given: nms_of_opencv(*given)[1:]
+    assert [contest.equal["opencv"] for contest in SMALL["nms"](CPU)] == [False] * 2
+
+
+def test_opencv_itself(monkeypatch):
+    monkeypatch.delitem(sys.modules, "cv2")
+    pytest.importorskip("cv2")
+    for contest in SMALL["nms"](CPU):
+        assert contest.equal == {"torchvision": True, "opencv": True}
 
 
 def test_postprocess_has_work_to_do():

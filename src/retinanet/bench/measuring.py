@@ -15,7 +15,17 @@ import torch
 
 from retinanet.anchors import CPU
 
-PACKAGES = ("retinanet", "torch", "torchvision", "numba", "triton", "numpy")
+PACKAGES = (
+    "retinanet",
+    "torch",
+    "torchvision",
+    "numba",
+    "triton",
+    "numpy",
+    "fvcore",
+    "opencv-python",
+    "opencv-python-headless",
+)
 OURS = "retinanet"
 
 
