@@ -9,11 +9,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import batched_nms, sigmoid_focal_loss
 
+from retinanet import kernels
 from retinanet.anchors import CPU, anchors_of_image
-from retinanet.bench import inputs, loss, matching, memory, nms, postprocess, step, utilisation
+from retinanet.bench import convolution, inputs, loss, matching, memory, nms, postprocess, step, utilisation
 from retinanet.bench.items import Settings, run
 from retinanet.bench.measuring import Contest, Row, machine, measure, table
 from retinanet.cli import main
+from retinanet.cli.bench import ALL
 from retinanet.model.convolution import Convolution3x3
 
 TINY = step.StepCase("resnet18", side=128, batch_size=1, boxes=3)
@@ -90,6 +92,27 @@ def test_inputs_are_on_the_device(name):
     with FakeTensorMode():  # tensors without values need no device
         assert INPUTS[name](CUDA).device.type == "cuda"
     anchors_of_image.cache_clear()
+
+
+def test_our_convolution_is_no_farther_from_float64_than_torchs(monkeypatch):
+    given = ((8, 13), (16, 16))
+    found = list(convolution.contests(given))
+    assert [contest.case for contest in found] == [
+        "8 to 8 channels, 13 x 13, batch 2",
+        "16 to 16 channels, 16 x 16, batch 2",
+    ]
+    for contest in found:
+        assert contest.equal == {"torch": True}
+        assert len(contest.ours()) == 4  # the output, and the gradients of images, weight and bias
+    fast = kernels.convolve3x3
+    monkeypatch.setattr(kernels, "convolve3x3", lambda *given: 1.0001 * fast(*given))
+    assert [contest.equal["torch"] for contest in convolution.contests(given)] == [False, False]
+
+
+def test_our_convolution_is_one_of_the_cpu(monkeypatch):
+    assert list(convolution.contests(device=CUDA)) == []
+    monkeypatch.setattr(kernels, "available", lambda _: False)
+    assert list(convolution.contests(device=CPU)) == []
 
 
 def test_detectron2s_loss_is_a_peer_where_fvcore_is(monkeypatch):
@@ -239,11 +262,11 @@ def test_cuda_without_a_device(monkeypatch, capsys):
 
 def test_the_command_hands_its_device_on(monkeypatch, capsys):
     seen = []
-    for module in (loss, matching, nms, postprocess):
+    for module in (loss, matching, nms, postprocess, convolution):
         monkeypatch.setattr(module, "contests", lambda *, device: seen.append(device) or iter(()))
     monkeypatch.setattr(step, "contests", lambda _, *, device: seen.append(device) or iter(()))
-    list(run(["loss", "matching", "nms", "postprocess", "step"], Settings(device=CUDA)))
-    assert seen == [CUDA] * 5
+    list(run([item for item in ALL if item != "import"], Settings(device=CUDA)))
+    assert seen == [CUDA] * 6
     monkeypatch.setattr("retinanet.bench.items.run", lambda _, settings: seen.append(settings.device) or ())
     assert result_of("bench", "nms", "--device", "cpu") == 0
     assert seen[-1] == CPU

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from retinanet.anchors import CPU
-from retinanet.bench import importing, loss, matching, memory, nms, postprocess, step
+from retinanet.bench import convolution, importing, loss, matching, memory, nms, postprocess, step
 from retinanet.bench.measuring import Contest, Row, measure
 from retinanet.devices import Precision
 
@@ -35,6 +35,7 @@ def run(items: Sequence[str], settings: Settings) -> Iterator[Row]:
         "matching": lambda: matching.contests(device=device),
         "nms": lambda: nms.contests(device=device),
         "postprocess": lambda: postprocess.contests(device=device),
+        "convolution": lambda: convolution.contests(device=device),
         "step": lambda: step.contests(settings.step_cases(), device=device),
         "import": importing.contests,
     }

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
-Item = Literal["loss", "matching", "nms", "postprocess", "step", "import"]
-ALL: tuple[Item, ...] = ("loss", "matching", "nms", "postprocess", "step", "import")
+Item = Literal["loss", "matching", "nms", "postprocess", "convolution", "step", "import"]
+ALL: tuple[Item, ...] = get_args(Item)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Time our operations and torchvision's in turns, on the same inputs, after comparing their outputs."""
+    """Time our operations and the peers' in turns, on the same inputs, after comparing their outputs."""
 
     items: Annotated[tuple[Item, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ITEM")] = ()
-    """loss, matching, nms, postprocess, step, import; without any, all of them."""
+    """loss, matching, nms, postprocess, convolution, step, import; without any, all of them."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """auto, cpu, cuda or cuda:N; import takes what load takes by itself."""
     repeats: int = 10
