@@ -20,7 +20,7 @@ class Bench:
     items: Annotated[tuple[Item, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ITEM")] = ()
     """loss, matching, nms, postprocess, convolution, step, import; without any, all of them."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
-    """auto, cpu, cuda or cuda:N; import takes what load takes by itself."""
+    """auto, cpu, cuda or cuda:N; import runs where a model is loaded by default."""
     repeats: int = 10
     """Turns; each contestant runs once a turn."""
     seconds: float = 60.0
