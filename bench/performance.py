@@ -28,7 +28,7 @@ from retinanet.bench.items import Settings, run
 from retinanet.bench.measuring import Contest, machine, shown
 from retinanet.bench.step import cases
 
-ITEMS = ("loss", "matching", "nms", "postprocess", "import", "step")
+ITEMS = ("loss", "matching", "nms", "postprocess", "convolution", "import", "step")
 DOCS = Path(__file__).parent.parent / "docs"
 # What each item is to reach at least (project goals), by a part of its case and its peer.
 GOALS = {
@@ -51,6 +51,7 @@ TITLES = {
     "matching": "IoU and matching with low-quality matches",
     "nms": "Per-class NMS at 0.5",
     "postprocess": "Logits and deltas to detections",
+    "convolution": "A 3x3 convolution, forward and backward; 64 channels and 8 x 8 are left to torch's",
     "import": "A fresh process from its start to the first boxes, caches warm",
     "step": "A training step: forward, losses, backward, SGD; and its peak memory",
 }

@@ -1,14 +1,22 @@
 """`retinanet bench`: contestants that agree are timed in turns; rows say what was found."""
 
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.ops import batched_nms, sigmoid_focal_loss
 
-from retinanet.bench import loss, matching, memory, nms, postprocess, step
+from retinanet import kernels
+from retinanet.anchors import CPU, anchors_of_image
+from retinanet.bench import convolution, inputs, loss, matching, memory, nms, postprocess, step, utilisation
 from retinanet.bench.items import Settings, run
 from retinanet.bench.measuring import Contest, Row, machine, measure, table
 from retinanet.cli import main
+from retinanet.cli.bench import ALL
+from retinanet.model.convolution import Convolution3x3
 
 TINY = step.StepCase("resnet18", side=128, batch_size=1, boxes=3)
 
@@ -19,22 +27,139 @@ def result_of(*arguments: str) -> int | str | None:
     return end.value.code
 
 
-@pytest.mark.parametrize(
-    "contests",
-    [
-        lambda: loss.contests(side=128, classes=5, count=4, compiled=False),
-        lambda: matching.contests(side=128, counts=(3, 20)),
-        lambda: nms.contests(side=400, counts=(300,)),
-        lambda: postprocess.contests(side=128, classes=5),
-        lambda: step.contests([TINY]),
-    ],
+@pytest.fixture(autouse=True)
+def no_other_peers(monkeypatch):
+    """Peers that may be installed here are asked for by the tests that are about them."""
+    for name in ("fvcore", "cv2"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+SMALL = {
+    "loss": lambda device: loss.contests(side=128, classes=5, count=4, compiled=False, device=device),
+    "matching": lambda device: matching.contests(side=128, counts=(3, 20), device=device),
+    "nms": lambda device: nms.contests(side=400, counts=(300,), device=device),
+    "postprocess": lambda device: postprocess.contests(side=128, classes=5, device=device),
+    "step": lambda device: step.contests([TINY], device=device),
+}
+CUDA = torch.device("cuda")
+on_cuda = pytest.param(
+    CUDA, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 )
-def test_outputs_agree(contests):
-    found = list(contests())
+
+
+@pytest.mark.parametrize("device", [CPU, on_cuda], ids=str)
+@pytest.mark.parametrize("item", SMALL)
+def test_outputs_agree(item, device):
+    found = list(SMALL[item](device))
     assert found
     for contest in found:
         assert contest.equal == {"torchvision": True}
         assert contest.ours() is not None
+
+
+@pytest.mark.parametrize("item", ["loss", "matching", "nms", "postprocess"])
+def test_every_input_is_asked_for_on_the_device(item, monkeypatch):
+    """Whoever draws an input has to say where; here it is said, and the input drawn on the CPU all the same."""
+    module = {"loss": loss, "matching": matching, "nms": nms, "postprocess": postprocess}[item]
+    asked = []
+    for name in ("levels_of", "boxes", "labels", "logits", "distinct_scores"):
+        draw = getattr(inputs, name)
+
+        def on_cpu(*sizes, device, draw=draw, **options):
+            asked.append(device)
+            return draw(*sizes, device=CPU, **options)
+
+        monkeypatch.setattr(module, name, on_cpu, raising=False)
+    assert list(SMALL[item](CUDA))
+    assert set(asked) == {CUDA}
+
+
+INPUTS = {
+    "levels_of": lambda device: inputs.levels_of(64, device=device)[0],
+    "boxes": lambda device: inputs.boxes(3, 64, device=device),
+    "labels": lambda device: inputs.labels(3, 5, device=device),
+    "logits": lambda device: inputs.logits(3, 5, 0.0, 1.0, device=device),
+    "distinct_scores": lambda device: inputs.distinct_scores(3, device=device),
+    "step's images": lambda device: step.batch_of(TINY, device).images,
+    "step's boxes": lambda device: step.batch_of(TINY, device).targets.boxes,
+    "step's classes": lambda device: step.batch_of(TINY, device).targets.classes,
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_are_on_the_device(name):
+    anchors_of_image.cache_clear()
+    with FakeTensorMode():  # tensors without values need no device
+        assert INPUTS[name](CUDA).device.type == "cuda"
+    anchors_of_image.cache_clear()
+
+
+def test_our_convolution_is_no_farther_from_float64_than_torchs(monkeypatch):
+    given = ((8, 13), (16, 16))
+    found = list(convolution.contests(given))
+    assert [contest.case for contest in found] == [
+        "8 to 8 channels, 13 x 13, batch 2",
+        "16 to 16 channels, 16 x 16, batch 2",
+    ]
+    for contest in found:
+        assert contest.equal == {"torch": True}
+        assert len(contest.ours()) == 4  # the output, and the gradients of images, weight and bias
+    fast = kernels.convolve3x3
+    monkeypatch.setattr(kernels, "convolve3x3", lambda *given: 1.0001 * fast(*given))
+    assert [contest.equal["torch"] for contest in convolution.contests(given)] == [False, False]
+
+
+def test_our_convolution_is_one_of_the_cpu(monkeypatch):
+    assert list(convolution.contests(device=CUDA)) == []
+    monkeypatch.setattr(kernels, "available", lambda _: False)
+    assert list(convolution.contests(device=CPU)) == []
+
+
+def test_detectron2s_loss_is_a_peer_where_fvcore_is(monkeypatch):
+    """torchvision's function has the same arguments; whether the head around it is right shows in what comes out."""
+    package, nn = ModuleType("fvcore"), ModuleType("fvcore.nn")
+    nn.sigmoid_focal_loss_jit = sigmoid_focal_loss
+    monkeypatch.setitem(sys.modules, "fvcore", package)
+    monkeypatch.setitem(sys.modules, "fvcore.nn", nn)
+    (contest,) = SMALL["loss"](CPU)
+    assert contest.equal == {"torchvision": True, "detectron2's (fvcore)": True}
+    nn.sigmoid_focal_loss_jit = lambda *given, **options: 1.01 * sigmoid_focal_loss(*given, **options)
+    (contest,) = SMALL["loss"](CPU)
+    assert contest.equal == {"torchvision": True, "detectron2's (fvcore)": False}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # fvcore compiles when it is imported
+def test_detectron2s_loss_with_fvcore_itself(monkeypatch):
+    monkeypatch.delitem(sys.modules, "fvcore")
+    pytest.importorskip("fvcore")
+    (contest,) = SMALL["loss"](CPU)
+    assert contest.equal == {"torchvision": True, "detectron2's (fvcore)": True}
+
+
+def nms_of_opencv(boxes, scores, class_ids, score_threshold, nms_threshold):
+    """What OpenCV's function does, from its arguments and to its result."""
+    x, y, width, height = torch.as_tensor(boxes).float().unbind(1)
+    scores = torch.as_tensor(scores)
+    assert (scores > score_threshold).all()
+    corners = torch.stack([x, y, x + width, y + height], 1)
+    return batched_nms(corners, scores, torch.as_tensor(class_ids), nms_threshold).int().numpy()
+
+
+def test_opencv_is_a_peer_where_it_is(monkeypatch):
+    opencv = ModuleType("cv2")
+    opencv.dnn = SimpleNamespace(NMSBoxesBatched=nms_of_opencv)
+    monkeypatch.setitem(sys.modules, "cv2", opencv)
+    found = list(SMALL["nms"](CPU))
+    assert [contest.equal for contest in found] == [{"torchvision": True, "opencv": True}] * 2
+    opencv.dnn.NMSBoxesBatched = lambda *given: nms_of_opencv(*given)[1:]
+    assert [contest.equal["opencv"] for contest in SMALL["nms"](CPU)] == [False] * 2
+
+
+def test_opencv_itself(monkeypatch):
+    monkeypatch.delitem(sys.modules, "cv2")
+    pytest.importorskip("cv2")
+    for contest in SMALL["nms"](CPU):
+        assert contest.equal == {"torchvision": True, "opencv": True}
 
 
 def test_postprocess_has_work_to_do():
@@ -54,6 +179,14 @@ def test_contestants_run_in_turns():
     rows = measure(contest, repeats=3, seconds=60)
     assert order[3:] == ["ours", "a", "b", "a", "b", "ours", "b", "ours", "a"]  # after a first run of each
     assert [(row.peer, row.equal) for row in rows] == [("a", True), ("b", None)]
+
+
+def test_a_time_on_cuda_starts_and_ends_with_an_idle_device(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(str(device)))
+    contest = Contest("i", "c", lambda: seen.append("ours"), {"p": lambda: seen.append("p")}, {})
+    measure(contest, repeats=1, seconds=60, device=torch.device("cuda:1"))
+    assert seen == ["ours", "p", *("cuda:1", "ours", "cuda:1"), *("cuda:1", "p", "cuda:1")]
 
 
 def test_a_slow_case_ends_after_three_turns():
@@ -109,6 +242,7 @@ def test_the_command_prints_a_table(capsys):
         (["bench", "nms", "--repeats", "0"], "--repeats needs at least 1; got 0"),
         (["bench", "step", "--backbone", "vgg"], "resnet18 and resnet50"),
         (["bench", "step", "--batch-size", "3"], "batches of 2 and 8"),
+        (["bench", "nms", "--device", "tpu"], "--device needs auto, cpu, cuda or cuda:N; got 'tpu'"),
     ],
 )
 def test_wrong_requests(arguments, message, capsys):
@@ -116,8 +250,59 @@ def test_wrong_requests(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_profile_names_the_convolutions():
-    assert "conv" in step.profile(TINY)
+def test_cuda_without_a_device(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert result_of("bench", "nms", "--device", "cuda") == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        "retinanet: --device cuda needs a CUDA device; torch sees none. Use --device cpu"
+    ]
+    assert said.out == ""
+
+
+def test_the_command_hands_its_device_on(monkeypatch, capsys):
+    seen = []
+    for module in (loss, matching, nms, postprocess, convolution):
+        monkeypatch.setattr(module, "contests", lambda *, device: seen.append(device) or iter(()))
+    monkeypatch.setattr(step, "contests", lambda _, *, device: seen.append(device) or iter(()))
+    list(run([item for item in ALL if item != "import"], Settings(device=CUDA)))
+    assert seen == [CUDA] * 6
+    monkeypatch.setattr("retinanet.bench.items.run", lambda _, settings: seen.append(settings.device) or ())
+    assert result_of("bench", "nms", "--device", "cpu") == 0
+    assert seen[-1] == CPU
+
+
+def test_profile_names_the_convolutions_and_the_utilisation():
+    said = step.profile(TINY)
+    assert "conv" in said
+    assert "a step in" in said
+    assert "GFLOP/s that a matrix product reaches" in said
+
+
+@pytest.mark.parametrize("of_images", [True, False])
+def test_flops_are_those_of_the_direct_convolution(of_images):
+    """Whatever computes it: torch, or Winograd's algorithm with fewer products."""
+    ours = Convolution3x3(96, 100, 3, padding=1).to(memory_format=torch.channels_last)
+    torchs = torch.nn.Conv2d(96, 100, 3, padding=1).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 96, 17, 16).to(memory_format=torch.channels_last).requires_grad_(of_images)
+    found = [utilisation.flops_of(lambda of=of: of(images).sum().backward()) for of in (ours, torchs)]
+    forward = 2 * (2 * 17 * 16) * (96 * 100 * 9)
+    assert found == [forward * (2 + of_images)] * 2
+
+
+def test_a_steps_flops_are_those_of_its_network(monkeypatch):
+    found = utilisation.flops_of(step.our_step(TINY, CPU))
+    monkeypatch.setattr(Convolution3x3, "_has_fast_path", lambda *_: False)
+    assert found == utilisation.flops_of(step.our_step(TINY, CPU)) > 1e9
+
+
+def test_the_matrix_rate(monkeypatch):
+    monkeypatch.setitem(utilisation.SIDES, "cpu", 100)
+    monkeypatch.setattr(utilisation, "seconds_of", lambda *_: 1e-3)
+    assert utilisation.matrix_rate(CPU, torch.float32) == pytest.approx(2e9)
+    assert "3 TFLOP a step in 2 s: 1.5 TFLOP/s, 75 % of the 2 TFLOP/s" in str(
+        utilisation.Utilisation(3 * 10**12, 2.0, 2e12)
+    )
 
 
 def test_memory_is_measured_in_a_process_of_its_own():

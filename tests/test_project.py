@@ -69,7 +69,13 @@ def test_files_named_in_the_readme_exist() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["retinanet.boxes", "retinanet.losses.focal", "retinanet.images.preprocessing"],
+    [
+        "retinanet.boxes",
+        "retinanet.losses.focal",
+        "retinanet.images.preprocessing",
+        "retinanet.bench.measuring",
+        "retinanet.bench.utilisation",
+    ],
 )
 def test_examples_in_docstrings_hold(module: str) -> None:
     import torch

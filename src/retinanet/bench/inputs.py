@@ -1,4 +1,7 @@
-"""The inputs that all contestants get, drawn from fixed seeds."""
+"""The inputs that all contestants get, drawn from fixed seeds.
+
+They are drawn on the CPU, so that every device sees the same ones.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,33 @@ TORCHVISION_ANCHORS = AnchorSpec(center=0.0, rounding="torchvision", order="rati
 SIDE, CLASSES = 800, 80
 
 
-def levels_of(side: int) -> tuple[Tensor, ...]:
+def levels_of(side: int, *, device: torch.device) -> tuple[Tensor, ...]:
     """Return the anchors of a square image, per level."""
-    return anchors_of_image(TORCHVISION_ANCHORS, side, side)
+    return anchors_of_image(TORCHVISION_ANCHORS, side, side, device)
 
 
-def boxes(count: int, side: int, seed: int = 0) -> Tensor:
+def boxes(count: int, side: int, *, device: torch.device, seed: int = 0) -> Tensor:
     """Return boxes `[count, 4]` of 20 to 170 pixels, all inside the image."""
     generator = torch.Generator().manual_seed(seed)
     size = 20 + 150 * torch.rand(count, 2, generator=generator)
     size = size.clamp(max=side - 1)
     corner = torch.rand(count, 2, generator=generator) * (side - size)
-    return torch.cat([corner, corner + size], dim=1)
+    return torch.cat([corner, corner + size], dim=1).to(device)
 
 
-def labels(count: int, classes: int, seed: int = 1) -> Tensor:
-    return torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(seed))
+def labels(count: int, classes: int, *, device: torch.device, seed: int = 1) -> Tensor:
+    return torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def logits(rows: int, classes: int, mean: float, deviation: float, seed: int = 2) -> Tensor:
+def logits(
+    rows: int, classes: int, mean: float, deviation: float, *, device: torch.device, seed: int = 2
+) -> Tensor:
     """Return Gaussian logits `[rows, classes]`: around -4.6, the prior's, as a network has them at first."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, classes, generator=generator) * deviation + mean
+    return (torch.randn(rows, classes, generator=generator) * deviation + mean).to(device)
 
 
-def distinct_scores(count: int, seed: int = 3) -> Tensor:
+def distinct_scores(count: int, *, device: torch.device, seed: int = 3) -> Tensor:
     """Return scores in (0, 1) of which no two are equal: the peers leave the order of equal ones open."""
-    return (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) + 1) / (count + 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return ((order + 1) / (count + 1)).to(device)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from retinanet.bench import importing, loss, matching, memory, nms, postprocess, step
+from retinanet.anchors import CPU
+from retinanet.bench import convolution, importing, loss, matching, memory, nms, postprocess, step
 from retinanet.bench.measuring import Contest, Row, measure
 from retinanet.devices import Precision
 
@@ -20,6 +21,7 @@ class Settings:
     seconds: float = 60.0
     precision: Precision = "fp32"
     steps: tuple[step.StepCase, ...] = ()
+    device: torch.device = CPU
 
     def step_cases(self) -> list[step.StepCase]:
         return list(self.steps) or step.cases(self.precision)
@@ -27,16 +29,18 @@ class Settings:
 
 def run(items: Sequence[str], settings: Settings) -> Iterator[Row]:
     """Yield the rows of some items, each as soon as it is measured."""
+    device = settings.device
     contests: dict[str, Callable[[], Iterator[Contest]]] = {
-        "loss": loss.contests,
-        "matching": matching.contests,
-        "nms": nms.contests,
-        "postprocess": postprocess.contests,
-        "step": lambda: step.contests(settings.step_cases()),
+        "loss": lambda: loss.contests(device=device),
+        "matching": lambda: matching.contests(device=device),
+        "nms": lambda: nms.contests(device=device),
+        "postprocess": lambda: postprocess.contests(device=device),
+        "convolution": lambda: convolution.contests(device=device),
+        "step": lambda: step.contests(settings.step_cases(), device=device),
         "import": importing.contests,
     }
     for item in items:
         for contest in contests[item]():
-            yield from measure(contest, repeats=settings.repeats, seconds=settings.seconds)
-        if item == "step" and not torch.cuda.is_available():
+            yield from measure(contest, repeats=settings.repeats, seconds=settings.seconds, device=device)
+        if item == "step" and device.type == "cpu":
             yield from memory.rows(settings.step_cases())

@@ -6,24 +6,34 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
+from retinanet.anchors import CPU
 from retinanet.batches import MatchState
 from retinanet.bench.inputs import CLASSES, SIDE, boxes, labels, levels_of, logits
 from retinanet.bench.measuring import Contest
 from retinanet.losses import sigmoid_focal_loss
-from retinanet.matching import match_anchors
+from retinanet.matching import Matches, match_anchors
 
 
 def contests(
-    side: int = SIDE, classes: int = CLASSES, count: int = 10, compiled: bool = True
+    side: int = SIDE,
+    classes: int = CLASSES,
+    count: int = 10,
+    *,
+    compiled: bool = True,
+    device: torch.device = CPU,
 ) -> Iterator[Contest]:
-    """Ours and torchvision's `RetinaNetClassificationHead.compute_loss`, eager and compiled, for one image."""
-    anchors = torch.cat(levels_of(side))
-    matches = match_anchors(anchors, boxes(count, side), low_quality=True)
-    classes_of_boxes = labels(count, classes)
+    """Ours and torchvision's `RetinaNetClassificationHead.compute_loss`, eager and compiled, for one image.
+
+    Where fvcore is installed, also the loss that Detectron2's head takes from it.
+    """
+    anchors = torch.cat(levels_of(side, device=device))
+    matches = match_anchors(anchors, boxes(count, side, device=device), low_quality=True)
+    classes_of_boxes = labels(count, classes, device=device)
     # A head's output is no leaf but a view of a convolution's, in channels_last.
-    grid = logits(len(anchors), classes, -4.6, 1.0).flatten().requires_grad_()
+    grid = logits(len(anchors), classes, -4.6, 1.0, device=device).flatten().requires_grad_()
     head = RetinaNetClassificationHead(8, 1, classes)
     matched = torch.where(matches.state == MatchState.POSITIVE, matches.index, -1)
     matched = torch.where(matches.state == MatchState.IGNORED, head.BETWEEN_THRESHOLDS, matched)
@@ -44,6 +54,11 @@ def contests(
     peers = {"torchvision": theirs}
     if compiled:
         peers["torchvision compiled"] = torch.compile(theirs)
+    of_fvcore = _focal_loss_of_fvcore()
+    if of_fvcore is not None:
+        peers["detectron2's (fvcore)"] = lambda: _as_detectron2(
+            of_fvcore, grid.view(-1, classes), matches, classes_of_boxes
+        )
     expected = _step(ours, grid)
     yield Contest(
         "loss",
@@ -52,6 +67,33 @@ def contests(
         {name: lambda call=call: _step(call, grid) for name, call in peers.items()},  # type: ignore[misc]
         {name: _agree(expected, _step(call, grid)) for name, call in peers.items()},
     )
+
+
+def _focal_loss_of_fvcore() -> Callable[..., Tensor] | None:
+    try:
+        from fvcore.nn import sigmoid_focal_loss_jit
+    except ImportError:
+        return None
+    loss: Callable[..., Tensor] = sigmoid_focal_loss_jit
+    return loss
+
+
+def _as_detectron2(
+    focal_loss: Callable[..., Tensor], logits: Tensor, matches: Matches, classes_of_boxes: Tensor
+) -> Tensor:
+    """Return the class loss as Detectron2's RetinaNet computes it: labels, then one-hot rows of the valid ones.
+
+    It divides by a moving average of the number of positives; here by the number, which the others divide by.
+    """
+    classes = logits.shape[1]
+    label = classes_of_boxes[matches.index]
+    label[matches.state == MatchState.NEGATIVE] = classes
+    label[matches.state == MatchState.IGNORED] = -1
+    valid = label >= 0
+    positives = (valid & (label != classes)).sum().item()
+    wanted = one_hot(label[valid], num_classes=classes + 1)[:, :-1]
+    total = focal_loss(logits[valid], wanted.to(logits.dtype), alpha=0.25, gamma=2.0, reduction="sum")
+    return total / max(positives, 1)
 
 
 def _step(loss: Callable[[], Tensor], grid: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
+from retinanet.anchors import CPU
 from retinanet.batches import MatchState
 from retinanet.bench.inputs import SIDE, boxes, levels_of
 from retinanet.bench.measuring import Contest
@@ -17,12 +18,14 @@ from retinanet.matching import Matches, match_anchors
 COUNTS = (8, 50, 200, 1000)
 
 
-def contests(side: int = SIDE, counts: tuple[int, ...] = COUNTS) -> Iterator[Contest]:
+def contests(
+    side: int = SIDE, counts: tuple[int, ...] = COUNTS, *, device: torch.device = CPU
+) -> Iterator[Contest]:
     """Ours and torchvision's `box_iou` with its `Matcher`, for one image."""
-    anchors = torch.cat(levels_of(side))
+    anchors = torch.cat(levels_of(side, device=device))
     matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
     for count in counts:
-        given = boxes(count, side)
+        given = boxes(count, side, device=device)
 
         def ours(given: Tensor = given) -> Matches:
             return match_anchors(anchors, given, low_quality=True)

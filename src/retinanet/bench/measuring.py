@@ -13,7 +13,19 @@ from typing import Any, Literal
 
 import torch
 
-PACKAGES = ("retinanet", "torch", "torchvision", "numba", "triton", "numpy")
+from retinanet.anchors import CPU
+
+PACKAGES = (
+    "retinanet",
+    "torch",
+    "torchvision",
+    "numba",
+    "triton",
+    "numpy",
+    "fvcore",
+    "opencv-python",
+    "opencv-python-headless",
+)
 OURS = "retinanet"
 
 
@@ -71,7 +83,7 @@ class Contest:
     equal: Mapping[str, bool | None]
 
 
-def measure(contest: Contest, *, repeats: int, seconds: float) -> list[Row]:
+def measure(contest: Contest, *, repeats: int, seconds: float, device: torch.device = CPU) -> list[Row]:
     """Time ours and the peers in turns, `repeats` times each, but no longer than `seconds` after three turns.
 
     Every contestant runs once before, which is when things are compiled. The order changes from turn to turn, so
@@ -85,10 +97,7 @@ def measure(contest: Contest, *, repeats: int, seconds: float) -> list[Row]:
     began = time.monotonic()
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            contestants[name]()
-            _wait()
-            taken[name].append((time.perf_counter() - start) * 1e3)
+            taken[name].append(seconds_of(contestants[name], device) * 1e3)
         if turn >= 2 and time.monotonic() - began > seconds:
             break
     return [
@@ -106,13 +115,22 @@ def measure(contest: Contest, *, repeats: int, seconds: float) -> list[Row]:
     ]
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Return the time of a call; on CUDA from the device's being idle until it is idle again."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
 
 
-def machine() -> dict[str, Any]:
-    """Return what a figure depends on: processor, threads, versions, and how busy the machine was."""
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device = CPU) -> dict[str, Any]:
+    """Return what a figure depends on: processor, device, threads, versions, and how busy the machine was."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -124,7 +142,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "instructions": next((name for name in wide if capabilities.get(name)), "unknown"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions,

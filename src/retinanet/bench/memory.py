@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
+from retinanet.anchors import CPU
 from retinanet.bench.measuring import Row
 from retinanet.bench.step import StepCase, our_step, their_step
 
@@ -29,8 +30,8 @@ def _in_process(who: str, case: StepCase) -> float:
 
 def _peak(who: str, case: StepCase) -> float:
     build = {"ours": our_step, "torchvision": their_step}[who]
-    build(WARM_UP, "cpu")()  # libraries and compiled code take their memory once, whatever the step
-    step = build(case, "cpu")
+    build(WARM_UP, CPU)()  # libraries and compiled code take their memory once, whatever the step
+    step = build(case, CPU)
     before = _resident("VmRSS")
     RESET.write_text("5")
     for _ in range(STEPS):

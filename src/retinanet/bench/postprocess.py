@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from retinanet.anchors import CPU
 from retinanet.batches import RawPredictions
 from retinanet.bench.inputs import CLASSES, SIDE, TORCHVISION_ANCHORS, levels_of, logits
 from retinanet.bench.measuring import Contest
@@ -26,17 +27,21 @@ class _Body(torch.nn.Module):
     out_channels = 8
 
 
-def contests(side: int = SIDE, classes: int = CLASSES) -> Iterator[Contest]:
+def contests(side: int = SIDE, classes: int = CLASSES, *, device: torch.device = CPU) -> Iterator[Contest]:
     """Ours and torchvision's `RetinaNet.postprocess_detections`."""
-    anchors = levels_of(side)
+    anchors = levels_of(side, device=device)
     model = RetinaNet(
         _Body(), classes, anchor_generator=AnchorGenerator(((32, 40, 50),) * 5, ((0.5, 1.0, 2.0),) * 5)
     )
     for name, (mean, deviation) in CASES.items():
         scores = tuple(
-            logits(len(level), classes, mean, deviation, seed)[None] for seed, level in enumerate(anchors)
+            logits(len(level), classes, mean, deviation, device=device, seed=seed)[None]
+            for seed, level in enumerate(anchors)
         )
-        deltas = tuple(logits(len(level), 4, 0.0, 0.2, 9 + seed)[None] for seed, level in enumerate(anchors))
+        deltas = tuple(
+            logits(len(level), 4, 0.0, 0.2, device=device, seed=9 + seed)[None]
+            for seed, level in enumerate(anchors)
+        )
         raw = RawPredictions(scores, deltas, TORCHVISION_ANCHORS.grids(side, side))
 
         def ours(raw: RawPredictions = raw) -> list[Found]:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from retinanet.anchors import CPU
 from retinanet.batches import Batch, Targets
 from retinanet.bench.inputs import CLASSES, boxes, labels
 from retinanet.bench.measuring import Contest
 from retinanet.bench.torchvision_model import twins
-from retinanet.devices import Precision, autocast, choose_device
+from retinanet.bench.utilisation import utilisation
+from retinanet.devices import Precision, autocast, resolve_precision
 from retinanet.objective import Objective, smooth_l1_of_deltas
 from retinanet.training.step import TrainingStep
 
@@ -47,7 +49,7 @@ def cases(precision: Precision = "fp32") -> list[StepCase]:
     ]
 
 
-def contests(chosen: list[StepCase], device: str = "auto") -> Iterator[Contest]:
+def contests(chosen: list[StepCase], *, device: torch.device = CPU) -> Iterator[Contest]:
     """Ours and torchvision's RetinaNet with the same weights, images, boxes and optimiser.
 
     The peer computes in fp32 on a CPU, where its reference script has no autocast, and on CUDA in our precision.
@@ -64,9 +66,8 @@ def contests(chosen: list[StepCase], device: str = "auto") -> Iterator[Contest]:
         )
 
 
-def our_step(case: StepCase, device: str = "auto", *, compile: bool = False) -> Callable[[], float]:
+def our_step(case: StepCase, device: torch.device, *, compile: bool = False) -> Callable[[], float]:
     """Return our training step, which returns the loss before it."""
-    where = choose_device(device)
     network, _, spec = twins(case.backbone, CLASSES, case.side)
     objective = Objective(
         anchors=spec.anchors, coding=spec.coding, box_loss=smooth_l1_of_deltas(0), low_quality=True
@@ -77,19 +78,18 @@ def our_step(case: StepCase, device: str = "auto", *, compile: bool = False) -> 
         optimizer="sgd",
         weight_decay=WEIGHT_DECAY,
         decay_all=True,
-        device=where,
+        device=device,
         precision=case.precision,
         compile=compile,
     )
-    batch = batch_of(case)
+    batch = batch_of(case, device)
     return lambda: train_on(batch, LEARNING_RATE).total.item()
 
 
-def their_step(case: StepCase, device: str = "auto") -> Callable[[], float]:
+def their_step(case: StepCase, device: torch.device) -> Callable[[], float]:
     """Return torchvision's training step as its reference training script takes it."""
-    where = choose_device(device)
     _, model, _ = twins(case.backbone, CLASSES, case.side)
-    model = model.to(where).train()
+    model = model.to(device).train()
     # Its images come normalised; what its transform does to them is its own work, and ours sees the same pixels.
     model.transform.image_mean, model.transform.image_std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
     optimizer = SGD(
@@ -98,18 +98,18 @@ def their_step(case: StepCase, device: str = "auto") -> Callable[[], float]:
         momentum=0.9,
         weight_decay=WEIGHT_DECAY,
     )
-    batch = batch_of(case)
-    images = [image.to(where) for image in batch.images]
+    batch = batch_of(case, device)
+    images = list(batch.images)
     targets = [
-        {"boxes": of.to(where), "labels": classes.to(where)}
+        {"boxes": of, "labels": classes}
         for of, classes in zip(batch.targets.boxes, batch.targets.classes, strict=True)
     ]
-    precision: Precision = case.precision if where.type == "cuda" else "fp32"
+    precision: Precision = case.precision if device.type == "cuda" else "fp32"
 
     def step() -> float:
-        with autocast(where, precision):
+        with autocast(device, precision):
             losses: dict[str, Tensor] = model(images, targets)
-        total = sum(losses.values(), start=torch.zeros((), device=where))
+        total = sum(losses.values(), start=torch.zeros((), device=device))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -118,35 +118,42 @@ def their_step(case: StepCase, device: str = "auto") -> Callable[[], float]:
     return step
 
 
-def batch_of(case: StepCase) -> Batch:
+def batch_of(case: StepCase, device: torch.device) -> Batch:
     """Return the images and boxes of a case."""
     generator = torch.Generator().manual_seed(4)
     images = torch.randn(case.batch_size, 3, case.side, case.side, generator=generator)
-    given = torch.stack([boxes(case.boxes, case.side, seed) for seed in range(case.batch_size)])
-    classes = torch.stack([labels(case.boxes, CLASSES, seed) for seed in range(case.batch_size)])
-    ignored = torch.zeros(given.shape[:2], dtype=torch.bool)
-    return Batch(images, Targets(given, classes, ignored), tuple(range(case.batch_size)))
+    seeds = range(case.batch_size)
+    given = torch.stack([boxes(case.boxes, case.side, device=device, seed=seed) for seed in seeds])
+    classes = torch.stack([labels(case.boxes, CLASSES, device=device, seed=seed) for seed in seeds])
+    ignored = torch.zeros(given.shape[:2], dtype=torch.bool, device=device)
+    return Batch(images.to(device), Targets(given, classes, ignored), tuple(seeds))
 
 
 def _agree(ours: float, theirs: float) -> bool:
     return abs(ours - theirs) <= 1e-3 * abs(theirs)
 
 
-def profile(case: StepCase, rows: int = 20) -> str:
-    """Return where the time of our step goes, operation by operation."""
+def profile(case: StepCase, rows: int = 20, *, device: torch.device = CPU) -> str:
+    """Return where the time of our step goes, operation by operation, and its share of what the device can do."""
     from torch.profiler import ProfilerActivity
 
-    run = our_step(case)
-    run()
+    run = our_step(case, device)
+    dtype = torch.bfloat16 if resolve_precision(device, case.precision) == "bf16" else torch.float32
+    used = utilisation(run, device, dtype)
     activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    kind = "self_cpu_time_total"
+    if device.type == "cuda":
+        # The processor only launches: what counts is the time of the kernels that an operation launched.
         activities.append(ProfilerActivity.CUDA)
+        kind = "self_device_time_total"
     with torch.profiler.profile(activities=activities) as found:
         run()
-    events: list[Any] = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    lines = [str(case), f"{'operation':<52} {'calls':>6} {'ms':>9} {'share':>6}"]
-    for event in events[:rows]:
-        time = event.self_cpu_time_total
+    # The kernels stand beside the operations, too; counted as well, they would count twice.
+    events: list[Any] = [event for event in found.key_averages() if event.device_type.name == "CPU"]
+    times = {event.key: getattr(event, kind) for event in events}
+    total = sum(times.values())
+    lines = [str(case), str(used), f"{'operation':<52} {'calls':>6} {'ms':>9} {'share':>6}"]
+    for event in sorted(events, key=lambda event: -times[event.key])[:rows]:
+        time = times[event.key]
         lines.append(f"{event.key[:52]:<52} {event.count:>6} {time / 1e3:>9.1f} {time / total:>6.1%}")
     return "\n".join(lines)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
-Item = Literal["loss", "matching", "nms", "postprocess", "step", "import"]
-ALL: tuple[Item, ...] = ("loss", "matching", "nms", "postprocess", "step", "import")
+Item = Literal["loss", "matching", "nms", "postprocess", "convolution", "step", "import"]
+ALL: tuple[Item, ...] = get_args(Item)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Time our operations and torchvision's in turns, on the same inputs, after comparing their outputs."""
+    """Time our operations and the peers' in turns, on the same inputs, after comparing their outputs."""
 
     items: Annotated[tuple[Item, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ITEM")] = ()
-    """loss, matching, nms, postprocess, step, import; without any, all of them."""
+    """loss, matching, nms, postprocess, convolution, step, import; without any, all of them."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """auto, cpu, cuda or cuda:N; import runs where a model is loaded by default."""
     repeats: int = 10
     """Turns; each contestant runs once a turn."""
     seconds: float = 60.0
@@ -30,7 +32,7 @@ class Bench:
     precision: Literal["fp32", "bf16"] = "fp32"
     """step: ours; on a CPU torchvision computes in fp32, on CUDA in the same."""
     profile: bool = False
-    """step: print where our time goes instead of timing peers."""
+    """step: print where our time goes, and the share of what the device can compute, instead of timing peers."""
     json: bool = False
     """Print JSON: one object a row."""
 
@@ -41,8 +43,10 @@ class Bench:
         from retinanet.bench.items import Settings, run
         from retinanet.bench.measuring import machine, table
         from retinanet.bench.step import cases, profile
+        from retinanet.devices import choose_device
         from retinanet.errors import ConfigError
 
+        device = choose_device(self.device)
         chosen = tuple(
             case
             for case in cases(self.precision)
@@ -56,9 +60,9 @@ class Bench:
         if self.repeats < 1:
             raise ConfigError(f"--repeats needs at least 1; got {self.repeats}")
         if self.profile:
-            print(profile(chosen[0]))
+            print(profile(chosen[0], device=device))
             return 0
-        facts = machine()
+        facts = machine(device)
         console = Console(file=sys.stderr if self.json else sys.stdout)
         versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
         console.print(
@@ -70,7 +74,8 @@ class Bench:
         if (facts["load"] or 0) > 0.5 * facts["threads"]:
             console.print("the machine is busy: times will be longer than they are, and ratios uncertain")
         rows = []
-        for row in run(self.items or ALL, Settings(self.repeats, self.seconds, self.precision, chosen)):
+        settings = Settings(self.repeats, self.seconds, self.precision, chosen, device)
+        for row in run(self.items or ALL, settings):
             rows.append(row)
             if self.json:
                 print(json.dumps(row.to_json()), flush=True)

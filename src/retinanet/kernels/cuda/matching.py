@@ -57,17 +57,7 @@ def match(
     Raises:
         ConfigError: a tensor whose shape or dtype the kernel would misread.
     """
-    if anchors.shape[1:] != (4,) or boxes.dim() != 3 or boxes.shape[2] != 4:
-        raise ConfigError(
-            f"match needs anchors [R, 4] and boxes [B, G, 4]; got {list(anchors.shape)} and {list(boxes.shape)}"
-        )
-    if anchors.dtype != torch.float32 or boxes.dtype != torch.float32:
-        raise ConfigError(f"match needs float32 anchors and boxes; got {anchors.dtype} and {boxes.dtype}")
-    if ignored is not None and (ignored.shape != boxes.shape[:2] or ignored.dtype != torch.bool):
-        raise ConfigError(
-            f"match needs bool ignored of shape {list(boxes.shape[:2])}; "
-            f"got {ignored.dtype} of {list(ignored.shape)}"
-        )
+    _check(anchors, boxes, ignored)
     images, count, _ = boxes.shape
     state = torch.empty(images, len(anchors), dtype=torch.int8, device=anchors.device)
     index = torch.empty_like(state, dtype=torch.int64)
@@ -79,7 +69,10 @@ def match(
     best_of_box = None
     if low_quality:
         best_of_box = torch.zeros(images, count, dtype=torch.int32, device=anchors.device)
+    sizes = len(anchors), count
+    thresholds = positive_iou, negative_iou, ignored_overlap
     grid = (triton.cdiv(len(anchors), BLOCK), images)
+    options = {"BLOCK": BLOCK, **OPTIONS}
     with torch.cuda.device_of(anchors):
         _match_kernel[grid](
             anchors,
@@ -88,29 +81,29 @@ def match(
             state,
             index,
             best_of_box,
-            len(anchors),
-            count,
-            positive_iou,
-            negative_iou,
-            ignored_overlap,
+            *sizes,
+            *thresholds,
             POSITIVE_IOU_IS_0=positive_iou == 0,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            **options,
         )
         if best_of_box is not None:
             # A second pass, for a box's highest IoU is known only when every anchor has been seen.
-            _low_quality_kernel[grid](
-                anchors,
-                boxes,
-                ignored,
-                best_of_box,
-                state,
-                len(anchors),
-                count,
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )
+            _low_quality_kernel[grid](anchors, boxes, ignored, best_of_box, state, *sizes, **options)
     return state, index
+
+
+def _check(anchors: Tensor, boxes: Tensor, ignored: Tensor | None) -> None:
+    if anchors.shape[1:] != (4,) or boxes.dim() != 3 or boxes.shape[2] != 4:
+        raise ConfigError(
+            f"match needs anchors [R, 4] and boxes [B, G, 4]; got {list(anchors.shape)} and {list(boxes.shape)}"
+        )
+    if anchors.dtype != torch.float32 or boxes.dtype != torch.float32:
+        raise ConfigError(f"match needs float32 anchors and boxes; got {anchors.dtype} and {boxes.dtype}")
+    if ignored is not None and (ignored.shape != boxes.shape[:2] or ignored.dtype != torch.bool):
+        raise ConfigError(
+            f"match needs bool ignored of shape {list(boxes.shape[:2])}; "
+            f"got {ignored.dtype} of {list(ignored.shape)}"
+        )
 
 
 # G changes from batch to batch; a kernel compiled anew for each divisor of it would be wasted.
@@ -130,15 +123,8 @@ def _match_kernel(
     POSITIVE_IOU_IS_0: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, inside, ax1, ay1, ax2, ay2, own = _anchors_of_program(anchors, rows, BLOCK)
     image = tl.program_id(1).to(tl.int64)
-    inside = row < rows
-    # Beyond the last anchor stand empty ones, which overlap nothing.
-    ax1 = tl.load(anchors + row * 4, mask=inside, other=0.0)
-    ay1 = tl.load(anchors + row * 4 + 1, mask=inside, other=0.0)
-    ax2 = tl.load(anchors + row * 4 + 2, mask=inside, other=0.0)
-    ay2 = tl.load(anchors + row * 4 + 3, mask=inside, other=0.0)
-    own = (ax2 - ax1) * (ay2 - ay1)
     enough = ignored_overlap * own
 
     best = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -146,12 +132,7 @@ def _match_kernel(
     in_region = tl.zeros((BLOCK,), dtype=tl.int1)
     for g in range(count):
         box = image * count + g
-        bx1 = tl.load(boxes + box * 4)
-        by1 = tl.load(boxes + box * 4 + 1)
-        bx2 = tl.load(boxes + box * 4 + 2)
-        by2 = tl.load(boxes + box * 4 + 3)
-        shared = _intersection(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
-        iou = _iou(shared, own, (bx2 - bx1) * (by2 - by1))
+        shared, iou = _met(ax1, ay1, ax2, ay2, own, boxes, box)
         if ignored is not None:
             region = tl.load(ignored + box)
             in_region = in_region | (region & (shared >= enough) & (shared > 0))
@@ -187,48 +168,52 @@ def _low_quality_kernel(
     count: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, inside, ax1, ay1, ax2, ay2, own = _anchors_of_program(anchors, rows, BLOCK)
     image = tl.program_id(1).to(tl.int64)
-    inside = row < rows
-    ax1 = tl.load(anchors + row * 4, mask=inside, other=0.0)
-    ay1 = tl.load(anchors + row * 4 + 1, mask=inside, other=0.0)
-    ax2 = tl.load(anchors + row * 4 + 2, mask=inside, other=0.0)
-    ay2 = tl.load(anchors + row * 4 + 3, mask=inside, other=0.0)
-    own = (ax2 - ax1) * (ay2 - ay1)
 
     reaches = tl.zeros((BLOCK,), dtype=tl.int1)
     for g in range(count):
         box = image * count + g
         # 0 where the box met no anchor, and for regions: neither turns any anchor positive.
         highest = tl.load(best_of_box + box).to(tl.float32, bitcast=True)
-        bx1 = tl.load(boxes + box * 4)
-        by1 = tl.load(boxes + box * 4 + 1)
-        bx2 = tl.load(boxes + box * 4 + 2)
-        by2 = tl.load(boxes + box * 4 + 3)
-        shared = _intersection(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
-        iou = _iou(shared, own, (bx2 - bx1) * (by2 - by1))
+        _, iou = _met(ax1, ay1, ax2, ay2, own, boxes, box)
         reaches = reaches | ((iou == highest) & (iou > 0))
     tl.store(state + image * rows + row, tl.full((BLOCK,), POSITIVE, tl.int8), mask=inside & reaches)
 
 
 @triton.jit
-def _intersection(
+def _anchors_of_program(
+    anchors: tl.tensor, rows: tl.tensor, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return the rows of a program, which of them exist, their corners and areas."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    # Beyond the last anchor stand empty ones, which overlap nothing.
+    x1 = tl.load(anchors + row * 4, mask=inside, other=0.0)
+    y1 = tl.load(anchors + row * 4 + 1, mask=inside, other=0.0)
+    x2 = tl.load(anchors + row * 4 + 2, mask=inside, other=0.0)
+    y2 = tl.load(anchors + row * 4 + 3, mask=inside, other=0.0)
+    return row, inside, x1, y1, x2, y2, (x2 - x1) * (y2 - y1)
+
+
+@triton.jit
+def _met(
     ax1: tl.tensor,
     ay1: tl.tensor,
     ax2: tl.tensor,
     ay2: tl.tensor,
-    bx1: tl.tensor,
-    by1: tl.tensor,
-    bx2: tl.tensor,
-    by2: tl.tensor,
-) -> tl.tensor:
+    own: tl.tensor,
+    boxes: tl.tensor,
+    box: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the intersection and the IoU of anchors of the area `own` with a box."""
+    bx1 = tl.load(boxes + box * 4)
+    by1 = tl.load(boxes + box * 4 + 1)
+    bx2 = tl.load(boxes + box * 4 + 2)
+    by2 = tl.load(boxes + box * 4 + 3)
     width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
     height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
-    return width * height
-
-
-@triton.jit
-def _iou(shared: tl.tensor, area_a: tl.tensor, area_b: tl.tensor) -> tl.tensor:
-    union = area_a + area_b - shared
+    shared = width * height
+    union = own + (bx2 - bx1) * (by2 - by1) - shared
     whole = union > 0
-    return tl.where(whole, tl.div_rn(shared, tl.where(whole, union, 1.0)), 0.0)
+    return shared, tl.where(whole, tl.div_rn(shared, tl.where(whole, union, 1.0)), 0.0)
