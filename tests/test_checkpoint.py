@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from retinanet.checkpoint import FILE_NAME, Model, find_model, load_model, save_model
@@ -49,6 +51,39 @@ def test_loading_leaves_the_random_generator_alone(model: Model, tmp_path: Path)
     torch.manual_seed(3)
     load_model(file)
     assert torch.rand(1) == expected
+
+
+def test_buffers_that_no_file_holds_are_computed_anew(tmp_path: Path) -> None:
+    spec = dataclasses.replace(TINY, backbone=BackboneSpec("resnetblur18"))
+    built = build_retinanet(spec)
+    assert set(dict(built.named_buffers())) - set(built.state_dict())  # the kernels of its blurs
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    again = load_model(save_model(tmp_path, Model(built, spec))).network
+    assert torch.rand(1) == expected
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        pairs = zip(built.eval()(images).logits, again.eval()(images).logits, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_loaded_model_does_not_depend_on_its_file(model: Model, tmp_path: Path) -> None:
+    file = save_model(tmp_path, model)
+    again = load_model(file)
+    file.write_bytes(b"")  # in place: a map of the file would lose its pages
+    for name, tensor in model.network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[name], tensor), name
+    assert all(parameter.requires_grad for parameter in again.network.parameters())
+
+
+def test_weights_of_half_precision_become_float32(model: Model, tmp_path: Path) -> None:
+    file = save_model(tmp_path, model)
+    with safe_open(file, framework="pt") as content:
+        metadata = content.metadata()
+    state = {name: t.half() if t.is_floating_point() else t for name, t in load_file(file).items()}
+    save_file(state, file, metadata)
+    assert {p.dtype for p in load_model(file).network.parameters()} == {torch.float32}
 
 
 def test_a_run_stands_for_its_best_model_else_its_last(model: Model, tmp_path: Path) -> None:

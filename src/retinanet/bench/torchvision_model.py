@@ -27,7 +27,7 @@ from retinanet.records import Classes
 
 
 def spec_like_torchvision(backbone: str, classes: int, side: int) -> ModelSpec:
-    """Return the spec of `retinanet_resnet50_fpn` (its first version, BatchNorm frozen) on a ResNet, for square images."""
+    """Return the spec of `retinanet_resnet50_fpn` (first version, BatchNorm frozen) on a ResNet and square images."""
     return ModelSpec(
         Classes(tuple(f"class {i}" for i in range(classes))),
         backbone=BackboneSpec(backbone, norm="frozen", norm_eps=1e-5),

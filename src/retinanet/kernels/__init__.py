@@ -201,7 +201,7 @@ def match(
     low_quality: bool,
     ignored_overlap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return state int8 and index int64 `[B, R]` of anchors `[R, 4]` for boxes `[B, G, 4]`, float32, ignored `[B, G]`."""
+    """Return state int8, index int64 `[B, R]` of anchors `[R, 4]` for float32 boxes `[B, G, 4]`, ignored `[B, G]`."""
     if anchors.is_cuda:
         from retinanet.kernels.cuda.matching import match as on_device
     else:
