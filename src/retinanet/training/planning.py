@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Plan:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How training batches are prepared: compiled networks get few sizes, each of which is compiled once."""
+        """How training batches are prepared: a compiled network gets few sizes, as new ones take compiling."""
         usual = self.spec.preprocessing
         return dataclasses.replace(usual, divisor=COMPILED_DIVISOR) if self.options.compile else usual
 
@@ -126,14 +127,8 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     """Decide every setting: the user's option first, then the recipe, then a rule of the data and device."""
     reasons: list[tuple[str, str, str]] = []
     device = choose_device(options.device)
-    if (
-        options.compile
-        and device.type == "cpu"
-        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++")))
-    ):
-        raise ConfigError(
-            "--compile needs a C++ compiler on a CPU; found no g++. Install one or leave out --compile"
-        )
+    if options.compile and device.type == "cpu":
+        require_cpp_compiler()
     weights, why = find_pretrained(options)
     recipe = choose_recipe(options, weights, train.classes)
     starts = f"weights of {weights}" if weights else "scratch"
@@ -170,6 +165,9 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     reasons.append(
         ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
     )
+    if options.compile:
+        sizes = f"compiled, for padded sides in steps of {COMPILED_DIVISOR}"
+        reasons.append(("network", sizes, "asked for"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # On a CPU the network has every core already: a worker only takes turns with it.
     fitting = 0 if device.type == "cpu" else min(8, max(1, cores - 1))
@@ -196,6 +194,17 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
         reasons=tuple(reasons),
     )
     return plan.lasting(*choose_steps(recipe, options, len(train)))
+
+
+def require_cpp_compiler() -> None:
+    """Refuse where torch.compile would find no C++ compiler: it tries the one in CXX, or else one by platform."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", usual)
+    if not any(map(shutil.which, (compiler, *compiler.split()[:1]))):  # the latter for "ccache g++"
+        raise ConfigError(
+            f"--compile needs a C++ compiler on a CPU; found no {compiler or usual}. "
+            "Install it, name another in CXX, or leave out --compile"
+        )
 
 
 def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
