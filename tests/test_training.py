@@ -33,8 +33,9 @@ from retinanet.training import recipes, timing
 from retinanet.training.configuration import TrainingOptions, read_config, write_config
 from retinanet.training.muon import Muon
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
-from retinanet.training.planning import coverage, plan_run
+from retinanet.training.planning import plan_run
 from retinanet.training.run import build_network, run_training
+from retinanet.training.sizing import coverage
 
 TINY = {
     "backbone": "resnet18",

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def contests() -> Iterator[Contest]:
         ours, theirs, spec = twins(BACKBONE, CLASSES, SIDE)
         with torch.no_grad():  # scores above the threshold, so that there is something to suppress and return
             for last in (ours.class_head.last, theirs.head.classification_head.cls_logits):
-                nn.init.constant_(last.bias, -2.9)
+                nn.init.constant_(cast(nn.Parameter, last.bias), -2.9)
         save_model(place / "ours", Model(ours, spec))
         # Its constructor builds BatchNorm that is not frozen, which has a counter besides.
         state = dict(theirs.state_dict())

@@ -6,18 +6,16 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from retinanet.anchors import AnchorSpec, anchors_of_image
-from retinanet.boxes import iou, pairwise
 from retinanet.data import Dataset
 from retinanet.data.transforms import Augmentation
 from retinanet.devices import choose_device, resolve_precision
@@ -25,22 +23,16 @@ from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
 from retinanet.model import ModelSpec, PostProcessing, fitting_norm
 from retinanet.objective import BoxLoss, Objective, focal, giou_of_boxes, smooth_l1_of_deltas
-from retinanet.records import Classes, Ignore
+from retinanet.records import Classes
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.optimizer import MUON_FACTOR
 from retinanet.training.recipes import Recipe, modern, paper, small
+from retinanet.training.sizing import choose_anchors, choose_preprocessing, choose_steps
 
-# Objects whose anchors are looked up to choose the anchors' sizes.
-COVERAGE_SAMPLE = 400
-# An object's side in the network input that anchors and stride 8 still resolve: two cells of P3.
-COMFORTABLE_SIDE = 16
 # Validations in a run, unless --validate-every-steps says otherwise or --time leaves no time for as many.
 VALIDATIONS = 5
 # With fewer passes over the images each is new often enough, and zooming only makes it harder.
 FEW_PASSES = 4
-LARGEST_SIDE = {"cpu": 256, "cuda": 640}
-
-
 # Padded sides of training images are multiples of this with --compile.
 COMPILED_DIVISOR = 128
 
@@ -67,7 +59,7 @@ class Plan:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How training batches are prepared: compiled networks get few sizes, each of which is compiled once."""
+        """How training batches are prepared: a compiled network gets few sizes, as new ones take compiling."""
         usual = self.spec.preprocessing
         return dataclasses.replace(usual, divisor=COMPILED_DIVISOR) if self.options.compile else usual
 
@@ -135,14 +127,8 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     """Decide every setting: the user's option first, then the recipe, then a rule of the data and device."""
     reasons: list[tuple[str, str, str]] = []
     device = choose_device(options.device)
-    if (
-        options.compile
-        and device.type == "cpu"
-        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++")))
-    ):
-        raise ConfigError(
-            "--compile needs a C++ compiler on a CPU; found no g++. Install one or leave out --compile"
-        )
+    if options.compile and device.type == "cpu":
+        require_cpp_compiler()
     weights, why = find_pretrained(options)
     recipe = choose_recipe(options, weights, train.classes)
     starts = f"weights of {weights}" if weights else "scratch"
@@ -160,8 +146,8 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     if norm != backbone.norm:
         why = f"recipe {recipe.name} wants {backbone.norm}, which {backbone.name} cannot have"
         reasons.append(("backbone norm", norm, why))
-    preprocessing = _preprocessing(recipe, options, train, device, reasons)
-    anchors = _anchors(options, train, preprocessing, reasons)
+    preprocessing = choose_preprocessing(recipe, options, train, device, reasons)
+    anchors = choose_anchors(options, train, preprocessing, reasons)
     spec = dataclasses.replace(
         recipe.model,
         backbone=dataclasses.replace(backbone, norm=norm),
@@ -179,6 +165,9 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
     reasons.append(
         ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
     )
+    if options.compile:
+        sizes = f"compiled, for padded sides in steps of {COMPILED_DIVISOR}"
+        reasons.append(("network", sizes, "asked for"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # On a CPU the network has every core already: a worker only takes turns with it.
     fitting = 0 if device.type == "cpu" else min(8, max(1, cores - 1))
@@ -204,7 +193,18 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
         workers=workers,
         reasons=tuple(reasons),
     )
-    return plan.lasting(*_steps(recipe, options, len(train)))
+    return plan.lasting(*choose_steps(recipe, options, len(train)))
+
+
+def require_cpp_compiler() -> None:
+    """Refuse where torch.compile would find no C++ compiler: it tries the one in CXX, or else one by platform."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", usual)
+    if not any(map(shutil.which, (compiler, *compiler.split()[:1]))):  # the latter for "ccache g++"
+        raise ConfigError(
+            f"--compile needs a C++ compiler on a CPU; found no {compiler or usual}. "
+            "Install it, name another in CXX, or leave out --compile"
+        )
 
 
 def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
@@ -308,107 +308,6 @@ def _augmentation_in_words(augmentation: Augmentation) -> str:
         if (least, most) != (1.0, 1.0):
             parts.append(f"{name} {least:g} to {most:g}")
     return ", ".join(parts) or "none"
-
-
-def _preprocessing(
-    recipe: Recipe,
-    options: TrainingOptions,
-    train: Dataset,
-    device: torch.device,
-    reasons: list[tuple[str, str, str]],
-) -> Preprocessing:
-    size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
-    if size is None:
-        size, why = _image_size(train, device)
-    # The paper's 800 / 1333 keeps a 3:5 picture at its shortest side; the same share holds at every size.
-    longest = recipe.max_size or round(size * 1333 / 800)
-    if longest < size:
-        raise ConfigError(f"--max-size needs at least the shortest side, {size}; got {longest}")
-    reasons.append(("image size", f"shortest side {size}, longest {longest}", why))
-    return Preprocessing(image_size=size, max_size=longest)
-
-
-def _image_size(train: Dataset, device: torch.device) -> tuple[int, str]:
-    """Choose the shortest side so that the usual object of every class gets a comfortable size, within the
-    device's means. Every class counts alike, as in AP: a rare class of small objects sets the size.
-    """
-    native = int(np.median(np.minimum(train.widths, train.heights)))
-    smallest = _smallest_class(train)
-    most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
-    if smallest is None:
-        return min(native, most), "no objects to go by"
-    name, side = smallest
-    wanted = native * COMFORTABLE_SIDE / side
-    size = int(np.clip(32 * round(wanted / 32), 128, min(most, 2 * native)))
-    return size, (
-        f"half of class {name} is below {side:.0f} px in images of {native}; {most} at most on {device.type}"
-    )
-
-
-def _smallest_class(train: Dataset) -> tuple[str, float] | None:
-    """Return the class whose median object has the smallest side, the square root of its area, and that side."""
-    kept = train.ignore == Ignore.NO
-    boxes, labels = train.boxes[kept], train.labels[kept]
-    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-    medians = {
-        name: float(np.median(sides[labels == label]))
-        for label, name in enumerate(train.classes.names)
-        if (labels == label).any()
-    }
-    return min(medians.items(), key=lambda item: item[1]) if medians else None
-
-
-def _anchors(
-    options: TrainingOptions,
-    train: Dataset,
-    preprocessing: Preprocessing,
-    reasons: list[tuple[str, str, str]],
-) -> AnchorSpec:
-    """Take the paper's anchors, or half or a quarter of their size where that covers more objects."""
-    asked = options.anchor_sizes()
-    if asked is not None:
-        spec = AnchorSpec(sizes=asked)
-        share = coverage(spec, train, preprocessing)
-        reasons.append(("anchors", options.anchors or "", f"asked for; {share:.0%} of objects reach IoU 0.5"))
-        return spec
-    specs = [AnchorSpec(sizes=tuple(size * f for size in AnchorSpec().sizes)) for f in (1.0, 0.5, 0.25)]
-    shares = [coverage(spec, train, preprocessing) for spec in specs]
-    # Smaller anchors must earn their place: with equal coverage the paper's stand.
-    best = max(range(len(specs)), key=lambda i: shares[i] - 0.01 * i)
-    sizes = ", ".join(f"{size:g}" for size in specs[best].sizes)
-    compared = ", ".join(f"{s:.0%} from {spec.sizes[0]:g}" for s, spec in zip(shares, specs, strict=True))
-    reasons.append(("anchors", sizes, f"objects that reach IoU 0.5: {compared}"))
-    return specs[best]
-
-
-def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> float:
-    """Return the share of a sample of objects whose best anchor reaches IoU 0.5, in the network's frame."""
-    objects = np.flatnonzero(train.ignore == Ignore.NO)
-    if not len(objects):
-        return 1.0
-    chosen = objects[np.linspace(0, len(objects) - 1, min(COVERAGE_SAMPLE, len(objects))).astype(int)]
-    images = np.searchsorted(train.offsets, chosen, side="right") - 1
-    reached = 0
-    for image in np.unique(images):
-        width, height = train.size(int(image))
-        resized = preprocessing.resized_size(width, height)
-        scale = np.array([resized[0] / width, resized[1] / height] * 2, np.float32)
-        boxes = torch.from_numpy(train.boxes[chosen[images == image]] * scale)
-        divisor = preprocessing.divisor
-        padded = [-(-side // divisor) * divisor for side in resized]
-        anchors = torch.cat(anchors_of_image(spec, padded[1], padded[0]))
-        reached += int((pairwise(iou, boxes, anchors).amax(dim=1) >= 0.5).sum())
-    return reached / len(chosen)
-
-
-def _steps(recipe: Recipe, options: TrainingOptions, images: int) -> tuple[int, str]:
-    if options.steps is not None:
-        return options.steps, "asked for"
-    if options.epochs is not None:
-        steps = round(options.epochs * images / recipe.batch_size)
-        return max(1, steps), f"{options.epochs:g} epochs asked for"
-    steps = round(max(recipe.images_seen, recipe.epochs * images) / recipe.batch_size)
-    return max(1, steps), f"recipe {recipe.name}"
 
 
 def _box_loss(recipe: Recipe) -> BoxLoss:

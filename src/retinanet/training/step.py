@@ -24,7 +24,8 @@ class TrainingStep:
         network: moved to the device, in channels_last: the heads' outputs then lie as the losses read them.
         average_decay: keeps a moving average of the weights (`average`); None keeps none.
         clip_norm: longest gradient; None does not clip.
-        compile: run the network through `torch.compile`. Every new image size compiles anew.
+        compile: run the network through `torch.compile`. Each of the first image sizes
+            compiles anew; then torch has a graph for all.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ class _Cache(FunctionCache):
                 self.flush()
             found = None
         if found is None:
-            _say_once(f"once; it is kept in {self.cache_path}")
+            _say_once(f"once; kept in {self.cache_path}")
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:

@@ -1,0 +1,126 @@
+"""What the data set and the device decide: image size, anchors, and how many steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from retinanet.anchors import AnchorSpec, anchors_of_image
+from retinanet.boxes import iou, pairwise
+from retinanet.data import Dataset
+from retinanet.errors import ConfigError
+from retinanet.images import Preprocessing
+from retinanet.records import Ignore
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.recipes import Recipe
+
+# Objects whose anchors are looked up to choose the anchors' sizes.
+COVERAGE_SAMPLE = 400
+# An object's side in the network input that anchors and stride 8 still resolve: two cells of P3.
+COMFORTABLE_SIDE = 16
+LARGEST_SIDE = {"cpu": 256, "cuda": 640}
+
+
+def choose_preprocessing(
+    recipe: Recipe,
+    options: TrainingOptions,
+    train: Dataset,
+    device: torch.device,
+    reasons: list[tuple[str, str, str]],
+) -> Preprocessing:
+    """Take the sides asked for or the recipe's, else those that the objects need; append the reason."""
+    size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
+    if size is None:
+        size, why = _image_size(train, device)
+    # The paper's 800 / 1333 keeps a 3:5 picture at its shortest side; the same share holds at every size.
+    longest = recipe.max_size or round(size * 1333 / 800)
+    if longest < size:
+        raise ConfigError(f"--max-size needs at least the shortest side, {size}; got {longest}")
+    reasons.append(("image size", f"shortest side {size}, longest {longest}", why))
+    return Preprocessing(image_size=size, max_size=longest)
+
+
+def _image_size(train: Dataset, device: torch.device) -> tuple[int, str]:
+    """Choose the shortest side so that the usual object of every class gets a comfortable size, within the
+    device's means. Every class counts alike, as in AP: a rare class of small objects sets the size.
+    """
+    native = int(np.median(np.minimum(train.widths, train.heights)))
+    smallest = _smallest_class(train)
+    most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
+    if smallest is None:
+        return min(native, most), "no objects to go by"
+    name, side = smallest
+    wanted = native * COMFORTABLE_SIDE / side
+    size = int(np.clip(32 * round(wanted / 32), 128, min(most, 2 * native)))
+    return size, (
+        f"half of class {name} is below {side:.0f} px in images of {native}; {most} at most on {device.type}"
+    )
+
+
+def _smallest_class(train: Dataset) -> tuple[str, float] | None:
+    """Return the class whose median object has the smallest side, the square root of its area, and that side."""
+    kept = train.ignore == Ignore.NO
+    boxes, labels = train.boxes[kept], train.labels[kept]
+    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    medians = {
+        name: float(np.median(sides[labels == label]))
+        for label, name in enumerate(train.classes.names)
+        if (labels == label).any()
+    }
+    return min(medians.items(), key=lambda item: item[1]) if medians else None
+
+
+def choose_anchors(
+    options: TrainingOptions,
+    train: Dataset,
+    preprocessing: Preprocessing,
+    reasons: list[tuple[str, str, str]],
+) -> AnchorSpec:
+    """Take the paper's anchors, or half or a quarter of their size where that covers more objects; append the
+    reason.
+    """
+    asked = options.anchor_sizes()
+    if asked is not None:
+        spec = AnchorSpec(sizes=asked)
+        share = coverage(spec, train, preprocessing)
+        reasons.append(("anchors", options.anchors or "", f"asked for; {share:.0%} of objects reach IoU 0.5"))
+        return spec
+    specs = [AnchorSpec(sizes=tuple(size * f for size in AnchorSpec().sizes)) for f in (1.0, 0.5, 0.25)]
+    shares = [coverage(spec, train, preprocessing) for spec in specs]
+    # Smaller anchors must earn their place: with equal coverage the paper's stand.
+    best = max(range(len(specs)), key=lambda i: shares[i] - 0.01 * i)
+    sizes = ", ".join(f"{size:g}" for size in specs[best].sizes)
+    compared = ", ".join(f"{s:.0%} from {spec.sizes[0]:g}" for s, spec in zip(shares, specs, strict=True))
+    reasons.append(("anchors", sizes, f"objects that reach IoU 0.5: {compared}"))
+    return specs[best]
+
+
+def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> float:
+    """Return the share of a sample of objects whose best anchor reaches IoU 0.5, in the network's frame."""
+    objects = np.flatnonzero(train.ignore == Ignore.NO)
+    if not len(objects):
+        return 1.0
+    chosen = objects[np.linspace(0, len(objects) - 1, min(COVERAGE_SAMPLE, len(objects))).astype(int)]
+    images = np.searchsorted(train.offsets, chosen, side="right") - 1
+    reached = 0
+    for image in np.unique(images):
+        width, height = train.size(int(image))
+        resized = preprocessing.resized_size(width, height)
+        scale = np.array([resized[0] / width, resized[1] / height] * 2, np.float32)
+        boxes = torch.from_numpy(train.boxes[chosen[images == image]] * scale)
+        divisor = preprocessing.divisor
+        padded = [-(-side // divisor) * divisor for side in resized]
+        anchors = torch.cat(anchors_of_image(spec, padded[1], padded[0]))
+        reached += int((pairwise(iou, boxes, anchors).amax(dim=1) >= 0.5).sum())
+    return reached / len(chosen)
+
+
+def choose_steps(recipe: Recipe, options: TrainingOptions, images: int) -> tuple[int, str]:
+    """Return how many steps are asked for, or make the recipe's passes over the images; and why."""
+    if options.steps is not None:
+        return options.steps, "asked for"
+    if options.epochs is not None:
+        steps = round(options.epochs * images / recipe.batch_size)
+        return max(1, steps), f"{options.epochs:g} epochs asked for"
+    steps = round(max(recipe.images_seen, recipe.epochs * images) / recipe.batch_size)
+    return max(1, steps), f"recipe {recipe.name}"
