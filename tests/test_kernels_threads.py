@@ -105,6 +105,19 @@ def test_an_openmp_runtime_that_torch_has_not_loaded_is_left_alone(monkeypatch):
     assert threads._openmp.__wrapped__() is None
 
 
+def test_one_thread_after_the_other_looks_for_the_pool():
+    with ThreadPoolExecutor(1) as pool:
+        with threads._lock:
+            found = pool.submit(threads._threads, 1)
+            with pytest.raises(TimeoutError):
+                found.result(timeout=0.2)
+        assert found.result(timeout=30) is threads._pool
+
+
+def test_kernels_leave_the_interpreters_lock():  # or else the threads of a team would take turns
+    assert selection._smallest.targetoptions["nogil"]
+
+
 # Large enough for two threads in each kernel. Only NumPy makes and compares them: in a forked child torch's own
 # threads may hang.
 @functools.cache
