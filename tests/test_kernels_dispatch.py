@@ -1,6 +1,7 @@
 """Which way a call goes: to the kernel where there is one, to the plain form without numba, with the same results."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,25 @@ def test_the_library_calls_the_kernel(name, call, monkeypatch):
 )
 def test_usable(tensors, dtypes, expected):
     assert kernels.usable(*tensors, dtypes=dtypes) is expected
+
+
+def test_usable_on_cuda(monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda device_type: device_type == "cuda")
+    tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)  # there may be no device here
+    assert kernels.usable(tensor)
+    assert not kernels.usable(tensor, cuda=False)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize(("device", "needed"), [("cpu", "numba"), ("cuda", "triton"), ("mps", None)])
+def test_what_fast_paths_need_is_looked_for_once(device, needed, installed, monkeypatch, caplog):
+    asked = []
+    monkeypatch.setattr(kernels, "_available", {})
+    monkeypatch.setattr(kernels, "find_spec", lambda name: asked.append(name) or (installed or None))
+    for _ in range(2):
+        assert kernels.available(device) is (installed and needed is not None)
+    assert asked == ([needed] if needed else [])
+    assert caplog.messages == ([kernels.MISSING] if needed == "numba" and not installed else [])
 
 
 # ---------------------------------------------------------------------------------- without numba

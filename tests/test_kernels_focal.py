@@ -290,6 +290,13 @@ def test_without_a_gradient_no_memory_is_taken_for_one(learning, monkeypatch):
     assert gradient.shape == (0,)
 
 
+def test_the_kept_gradient_is_a_constant_to_autograd():
+    logits, indices = focal_case(5, 3, seed=7)
+    total, gradient = kernels._focal_sum(logits.requires_grad_(), indices, None, 0.25, 0.75, 2.0, True)
+    assert total.requires_grad
+    assert not gradient.requires_grad
+
+
 def test_no_second_derivative():
     logits, indices = focal_case(5, 3, seed=7)
     loss = sigmoid_focal_loss(logits.requires_grad_(), indices, reduction="sum")
@@ -297,7 +304,7 @@ def test_no_second_derivative():
         torch.autograd.grad(loss, logits, create_graph=True)
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.5, -3.0])
+@pytest.mark.parametrize("factor", [1.0, 0.5, 2.0, -3.0])
 def test_the_gradient_is_scaled(factor):
     logits, indices = focal_case(50, 3, seed=8)
     _, slope = fused(logits, indices)
@@ -321,6 +328,32 @@ def test_backward_three_times_accumulates():
     for _ in range(3):
         loss.backward(retain_graph=True)
     torch.testing.assert_close(logits.grad, 3 * slope)
+
+
+def test_a_scaled_gradient_may_be_asked_for_again():
+    logits, indices = focal_case(50, 3, seed=9)
+    _, slope = fused(logits, indices)
+    loss = 0.5 * sigmoid_focal_loss(logits.requires_grad_(), indices, reduction="sum")
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(logits.grad, slope)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+def test_a_loss_that_gets_no_gradient_hands_none_on():
+    logits, indices = focal_case(5, 3, seed=7)
+    loss = sigmoid_focal_loss(logits.requires_grad_(), indices, reduction="sum")
+    NoGradient.apply(loss).backward()
+    assert logits.grad is None
 
 
 def test_a_gradient_may_be_changed_between_two_backward_passes():

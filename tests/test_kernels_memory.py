@@ -1,6 +1,7 @@
 """Memory of gradients is used again once nobody holds it; loss and matching need no more than they say."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -60,6 +61,16 @@ def test_no_two_tensors_share_memory():
         if len(held) > 5:
             held.pop(int(generator.integers(0, len(held))))
         assert all((tensor == value).all() for value, tensor in held)
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_one_thread_after_the_other_looks_for_memory():
+    with ThreadPoolExecutor(1) as pool:
+        with memory._lock:
+            taken = pool.submit(floats, 10)
+            with pytest.raises(TimeoutError):
+                taken.result(timeout=0.2)
+        assert taken.result(timeout=30).shape == (10,)
 
 
 @pytest.mark.usefixtures("nothing_kept")

@@ -83,6 +83,14 @@ def test_select_takes_a_threshold_strictly_in_float32():
     assert found.tolist() == best_above(level, limit, 5).tolist() == [2]
 
 
+def test_a_threshold_is_not_rounded_to_bfloat16():
+    limit = math.log(0.05 / 0.95)  # -2.944; the bfloat16 number next to it lies above
+    level = torch.tensor([[-2.9375, -2.953125]]).bfloat16()
+    (found,) = kernels.select([level], [limit], 1)
+    (padded,) = best_above_padded(level[None], limit, 1)
+    assert found.tolist() == best_above(level, limit, 1).tolist() == padded.tolist() == [0]
+
+
 @pytest.mark.parametrize("shapes", [[(0, 3)], [(0, 3), (0, 3)], [(5, 3), (0, 3)], [(4, 0)]])
 def test_select_from_nothing(shapes):
     found = kernels.select([torch.ones(shape) for shape in shapes], [0.0] * len(shapes), 5)

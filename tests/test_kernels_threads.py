@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,22 +64,58 @@ def test_results_are_in_order_whichever_ends_first():
 
 
 @pytest.mark.usefixtures("any_way")
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("broken", [{0}, {1}, {2}, {0, 2}, {0, 1, 2}])
-def test_a_failure_is_raised_after_all_parts_have_ended(broken):
+def test_a_failure_is_raised_after_all_parts_have_ended(broken, failure):
     ended = []
 
     def work(part, *_):
         if part in broken:
-            raise ValueError(f"part {part}")
+            raise failure(f"part {part}")
         time.sleep(0.05)
         ended.append(part)
 
     with torch_threads(3):
-        with pytest.raises(ValueError, match="part") as raised:
+        with pytest.raises(failure, match="part") as raised:
             threads.in_parallel(work, 3, least=1)
         assert set(ended) == {0, 1, 2} - broken
         assert int(str(raised.value)[-1]) in broken
         assert threads.in_parallel(lambda part, *_: part, 3, least=1) == [0, 1, 2]
+
+
+def test_a_team_may_be_smaller_than_asked_for(monkeypatch):
+    alone = SimpleNamespace(
+        GOMP_parallel=lambda run, *_: run(None),
+        omp_get_thread_num=lambda: 0,
+        omp_get_num_threads=lambda: 1,
+    )
+    monkeypatch.setattr(threads, "_openmp", lambda: alone)
+    with torch_threads(3):
+        assert threads.in_parallel(lambda part, *_: part, 3, least=1) == [0, 1, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "RTLD_NOLOAD"), reason="needs dlopen")
+def test_an_openmp_runtime_that_torch_has_not_loaded_is_left_alone(monkeypatch):
+    # A second runtime in a process would have threads of its own, which is what is to be avoided.
+    def not_loaded(_, mode):
+        assert mode & os.RTLD_NOLOAD
+        raise OSError("not loaded")
+
+    monkeypatch.setattr(threads.ctypes, "CDLL", not_loaded)
+    assert threads._openmp.__wrapped__() is None
+
+
+def test_one_thread_after_the_other_looks_for_the_pool():
+    with ThreadPoolExecutor(1) as pool:
+        with threads._lock:
+            found = pool.submit(threads._threads, 1)
+            with pytest.raises(TimeoutError):
+                found.result(timeout=0.2)
+        assert found.result(timeout=30) is threads._pool
+
+
+def test_kernels_leave_the_interpreters_lock():  # or else the threads of a team would take turns
+    assert selection._smallest.targetoptions["nogil"]
 
 
 # Large enough for two threads in each kernel. Only NumPy makes and compares them: in a forked child torch's own
