@@ -60,16 +60,22 @@ def test_usable_on_cuda(monkeypatch):
     assert not kernels.usable(tensor, cuda=False)
 
 
-@pytest.mark.parametrize("installed", [True, False])
-@pytest.mark.parametrize(("device", "needed"), [("cpu", "numba"), ("cuda", "triton"), ("mps", None)])
-def test_what_fast_paths_need_is_looked_for_once(device, needed, installed, monkeypatch, caplog):
-    asked = []
-    monkeypatch.setattr(kernels, "_available", {})
-    monkeypatch.setattr(kernels, "find_spec", lambda name: asked.append(name) or (installed or None))
+def test_what_fast_paths_need(monkeypatch):
+    for package, expected in (("numba", {"cpu"}), ("triton", {"cuda"})):
+        monkeypatch.setattr(
+            kernels, "find_spec", lambda name, package=package: package if name == package else None
+        )
+        assert {device for device, found in kernels._installed().items() if found} == expected
+
+
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_a_missing_package_is_told_once(device, found, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_available", {"cpu": found, "cuda": found})
+    monkeypatch.setattr(kernels, "_said", False)
     for _ in range(2):
-        assert kernels.available(device) is (installed and needed is not None)
-    assert asked == ([needed] if needed else [])
-    assert caplog.messages == ([kernels.MISSING] if needed == "numba" and not installed else [])
+        assert kernels.available(device) is (found and device != "mps")
+    assert caplog.messages == ([kernels.MISSING] if device == "cpu" and not found else [])
 
 
 # ---------------------------------------------------------------------------------- without numba

@@ -26,7 +26,11 @@ MISSING = (
 )
 
 
-_available = {"cpu": find_spec("numba") is not None, "cuda": find_spec("triton") is not None}
+def _installed() -> dict[str, bool]:
+    return {"cpu": find_spec("numba") is not None, "cuda": find_spec("triton") is not None}
+
+
+_available = _installed()
 _said = False
 
 
