@@ -40,10 +40,17 @@ def contests(
 
     def ours() -> Tensor:
         x = grid.view(1, -1, classes)
+        count: Tensor | int
         positive = matches.state == MatchState.POSITIVE
-        wanted = torch.full_like(matches.index, -1)
-        wanted[positive] = classes_of_boxes[matches.index[positive]]
-        weight = (matches.state != MatchState.IGNORED) / positive.sum().clamp(min=1)
+        if positive.is_cuda:  # asking which are positive would wait for the device
+            wanted = torch.where(positive, classes_of_boxes[matches.index], -1)
+            count = positive.sum().clamp(min=1)
+        else:
+            which = torch.nonzero(positive).squeeze(1)
+            wanted = torch.full_like(matches.index, -1)
+            wanted[which] = classes_of_boxes[matches.index[which]]
+            count = max(1, len(which))
+        weight = (matches.state != MatchState.IGNORED) / count
         return sigmoid_focal_loss(x, wanted[None], reduction="sum", weight=weight[None])
 
     def theirs() -> Tensor:
@@ -97,11 +104,11 @@ def _as_detectron2(
 
 
 def _step(loss: Callable[[], Tensor], grid: Tensor) -> tuple[Tensor, Tensor]:
-    grid.grad = None
     value = loss()
     value.backward()
-    assert grid.grad is not None
-    return value.detach(), grid.grad
+    gradient, grid.grad = grid.grad, None  # whoever made it pays for letting go of it
+    assert gradient is not None
+    return value.detach(), gradient
 
 
 def _agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> bool:

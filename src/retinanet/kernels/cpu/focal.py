@@ -109,9 +109,9 @@ def _rows(x, g, classes, weight, values, rows_of_block, start, stop, positive, n
                 total += _background(logits[a:at], gradient[a:at], w * negative, gamma)
                 total += _background(logits[at + 1 : b], gradient[at + 1 : b], w * negative, gamma)
                 # -x, because the loss of y = 1 at x is that of y = 0 at -x.
-                loss, slope = _term(-logits[at], gamma)
-                gradient[at] = -w * positive * slope
-                total += np.float64(w * positive) * np.float64(loss)
+                loss, slope = _term(-logits[at], w * positive, gamma)
+                gradient[at] = -slope
+                total += np.float64(loss)
         sums[block] = total
         store(gradient, g[lo:hi])
 
@@ -136,9 +136,9 @@ def _background(logits, gradient, scale, gamma):
 def _background_2(logits, gradient, scale):
     total = f32(0)
     for i in range(len(logits)):
-        loss, slope = _term_2(logits[i])
-        total += scale * loss
-        gradient[i] = scale * slope
+        loss, slope = _term_2(logits[i], scale)
+        total += loss
+        gradient[i] = slope
     return total
 
 
@@ -146,9 +146,9 @@ def _background_2(logits, gradient, scale):
 def _background_0(logits, gradient, scale):
     total = f32(0)
     for i in range(len(logits)):
-        loss, slope = _term_0(logits[i])
-        total += scale * loss
-        gradient[i] = scale * slope
+        loss, slope = _term_0(logits[i], scale)
+        total += loss
+        gradient[i] = slope
     return total
 
 
@@ -156,42 +156,42 @@ def _background_0(logits, gradient, scale):
 def _background_any(logits, gradient, scale, gamma):
     total = f32(0)
     for i in range(len(logits)):
-        loss, slope = _term_any(logits[i], gamma)
-        total += scale * loss
-        gradient[i] = scale * slope
+        loss, slope = _term_any(logits[i], scale, gamma)
+        total += loss
+        gradient[i] = slope
     return total
 
 
 @compiled()
-def _term(x, gamma):
+def _term(x, scale, gamma):
     if gamma == 2:
-        return _term_2(x)
+        return _term_2(x, scale)
     if gamma == 0:
-        return _term_0(x)
-    return _term_any(x, gamma)
+        return _term_0(x, scale)
+    return _term_any(x, scale, gamma)
 
 
-# Loss and derivative of y = 0, without alpha: l = p^gamma s, dl/dx = p^gamma (gamma (1 - p) s + p), with
-# p = sigmoid(x) and s = softplus(x) = -log(1 - p).
+# Loss and derivative of y = 0, times a scale (alpha and weight): l = p^gamma s, dl/dx = p^gamma (gamma (1 - p) s + p),
+# with p = sigmoid(x) and s = softplus(x) = -log(1 - p).
 
 
 @compiled(CONTRACT, inline=True)
-def _term_2(x):
+def _term_2(x, scale):
     p, q, s, _ = _sigmoid_and_softplus(x)
-    square = p * p
-    return square * s, square * (f32(2) * q * s + p)
+    power = p * p * scale
+    return power * s, power * (f32(2) * q * s + p)
 
 
 @compiled(CONTRACT, inline=True)
-def _term_0(x):
+def _term_0(x, scale):
     p, _, s, _ = _sigmoid_and_softplus(x)
-    return s, p
+    return scale * s, scale * p
 
 
 @compiled(CONTRACT, inline=True)
-def _term_any(x, gamma):
+def _term_any(x, scale, gamma):
     p, q, s, minus_log_p = _sigmoid_and_softplus(x)
-    power = _exp_minus(gamma * minus_log_p)
+    power = _exp_minus(gamma * minus_log_p) * scale
     return power * s, power * (gamma * q * s + p)
 
 
@@ -210,8 +210,8 @@ def _sigmoid_and_softplus(x):
     return (
         smaller if below else larger,
         larger if below else smaller,
-        (f32(0) if below else x) + log1p,
-        (-x if below else f32(0)) + log1p,
+        max(x, f32(0)) + log1p,
+        max(-x, f32(0)) + log1p,
     )
 
 

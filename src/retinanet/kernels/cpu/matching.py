@@ -69,7 +69,7 @@ def match(
         in_parallel(
             lambda _, start, stop: _low_quality(a, objects, start, stop, bounds, best_of_box, s),
             blocks,
-            least=LEAST_BLOCKS * 4,  # most of them are only compared
+            least=LEAST_BLOCKS * 64 // (16 + objects.shape[2]),  # most of them are only compared
         )
     return state, index
 
