@@ -119,16 +119,22 @@ def _decode(
     device = predictions.logits[0].device
     found = []
     for i, levels in enumerate(chosen):
-        logits, deltas, boxes, labels = [], [], [], []
-        for level, here in enumerate(levels):
-            index = here.to(device)
-            anchor = index // classes
-            logits.append(predictions.logits[level][i].reshape(-1)[index])
-            deltas.append(predictions.deltas[level][i][anchor])
-            boxes.append(anchors[level][anchor])
-            labels.append(index % classes)
-        decoded = coding.decode(torch.cat(boxes), torch.cat(deltas))
-        found.append(Found(decoded.cpu(), torch.cat(logits).float().sigmoid().cpu(), torch.cat(labels).cpu()))
+        counts = [len(level) for level in levels]
+        index = torch.cat(levels).to(device)
+        anchor = index // classes
+        logits, deltas, boxes = (
+            # Not `part[which]`, whose general form takes twice as long to get going.
+            torch.cat(
+                [part.index_select(0, which) for part, which in zip(parts, rows.split(counts), strict=True)]
+            )
+            for parts, rows in (
+                ([level[i].reshape(-1) for level in predictions.logits], index),
+                ([level[i] for level in predictions.deltas], anchor),
+                (anchors, anchor),
+            )
+        )
+        decoded = coding.decode(boxes, deltas)
+        found.append(Found(decoded.cpu(), logits.float().sigmoid().cpu(), (index % classes).cpu()))
     return found
 
 
