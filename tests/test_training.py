@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,14 +29,14 @@ from retinanet.data.transforms import Augmentation
 from retinanet.errors import ConfigError, DataError, TrainingError
 from retinanet.inference import Detector, validate
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
-from retinanet.records import Classes, GroundTruth
+from retinanet.records import Classes, GroundTruth, Ignore
 from retinanet.training import recipes, timing
 from retinanet.training.configuration import TrainingOptions, read_config, write_config
 from retinanet.training.muon import Muon
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
 from retinanet.training.planning import plan_run
 from retinanet.training.run import build_network, run_training
-from retinanet.training.sizing import coverage
+from retinanet.training.sizing import choose_max_detections, coverage
 
 TINY = {
     "backbone": "resnet18",
@@ -648,3 +649,16 @@ def test_twenty_images_are_learned_by_heart(tmp_path: Path, classes: int, steps:
     )
     detector = Detector(load_model(run.path), device="cpu")
     assert (validate(detector, open_dataset(data, "train")).ap or 0) >= 0.95
+
+
+@pytest.mark.parametrize(("fullest", "most"), [(0, 100), (99, 100), (100, 200), (369, 400)])
+def test_as_many_detections_as_the_fullest_image_needs(fullest: int, most: int) -> None:
+    counts = [3, fullest, 0]
+    train = SimpleNamespace(offsets=np.cumsum([0, *counts]), ignore=np.zeros(sum(counts), np.int8))
+    train.ignore[:3] = Ignore.CROWD  # no objects, however many
+    reasons: list[tuple[str, str, str]] = []
+    assert choose_max_detections(TrainingOptions(data="x"), train, reasons) == most  # type: ignore[arg-type]
+    assert reasons == [
+        ("detections", f"at most {most} an image", f"the fullest image holds {fullest} objects")
+    ]
+    assert choose_max_detections(TrainingOptions(data="x", max_detections=7), train, []) == 7  # type: ignore[arg-type]

@@ -86,8 +86,8 @@ class TrainingOptions:
     """Where smooth L1 turns from square to linear: the paper's 1, Detectron's 1/9."""
     box_weight: Annotated[float | None, BY_RECIPE] = None
     """Weight of the box loss: L = box_weight L_loc + L_cls."""
-    max_detections: int = 100
-    """Detections kept an image."""
+    max_detections: Annotated[int | None, OPTIONAL] = None
+    """Detections kept an image; by default 100, more where images hold more objects."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the device computes it natively."""
     compile: Flag = False

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ from retinanet.records import Classes
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.optimizer import MUON_FACTOR
 from retinanet.training.recipes import Recipe, modern, paper, small
-from retinanet.training.sizing import choose_anchors, choose_preprocessing, choose_steps
+from retinanet.training.sizing import (
+    choose_anchors,
+    choose_max_detections,
+    choose_preprocessing,
+    choose_steps,
+)
 
 # Validations in a run, unless --validate-every-steps says otherwise or --time leaves no time for as many.
 VALIDATIONS = 5
@@ -123,14 +129,22 @@ class Plan:
         console.print(self.table())
 
 
-def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
-    """Decide every setting: the user's option first, then the recipe, then a rule of the data and device."""
+def plan_run(
+    options: TrainingOptions, train: Dataset, change: Callable[[Recipe], Recipe] | None = None
+) -> Plan:
+    """Decide every setting: the user's option first, then the recipe, then a rule of the data and device.
+
+    Args:
+        change: what an experiment changes of the recipe that the options choose.
+    """
     reasons: list[tuple[str, str, str]] = []
     device = choose_device(options.device)
     if options.compile and device.type == "cpu":
         require_cpp_compiler()
     weights, why = find_pretrained(options)
     recipe = choose_recipe(options, weights, train.classes)
+    if change is not None:
+        recipe = change(recipe)
     starts = f"weights of {weights}" if weights else "scratch"
     reasons.append(("backbone", f"{options.backbone}, from {starts}", why))
     auto = f"auto: {'weights' if weights else 'no weights'} for the backbone"
@@ -148,12 +162,13 @@ def plan_run(options: TrainingOptions, train: Dataset) -> Plan:
         reasons.append(("backbone norm", norm, why))
     preprocessing = choose_preprocessing(recipe, options, train, device, reasons)
     anchors = choose_anchors(options, train, preprocessing, reasons)
+    max_detections = choose_max_detections(options, train, reasons)
     spec = dataclasses.replace(
         recipe.model,
         backbone=dataclasses.replace(backbone, norm=norm),
         anchors=anchors,
         preprocessing=preprocessing,
-        post_processing=PostProcessing(max_detections=options.max_detections),
+        post_processing=PostProcessing(max_detections=max_detections),
     )
     # The linear rule of SGD (Goyal et al., 2017), kept for every optimiser so that there is one.
     lr = recipe.lr * recipe.batch_size / 16

@@ -25,6 +25,7 @@ from retinanet.training.loop import train_network
 from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.progress import plain_console
+from retinanet.training.recipes import Recipe
 from retinanet.training.timing import fit_to_time
 
 P = ParamSpec("P")
@@ -75,8 +76,12 @@ def train(options: TrainingOptions) -> Run:
     return run
 
 
-def run_training(options: TrainingOptions, console: Console | None = None) -> Run | None:
-    """Plan, train and validate; return None after a dry run."""
+def run_training(
+    options: TrainingOptions,
+    console: Console | None = None,
+    change: Callable[[Recipe], Recipe] | None = None,
+) -> Run | None:
+    """Plan, train and validate; return None after a dry run. `change`: see `plan_run`."""
     began = time.monotonic()
     console = console or plain_console()
     if options.output:
@@ -88,7 +93,7 @@ def run_training(options: TrainingOptions, console: Console | None = None) -> Ru
             console.print(f"  {fault}", highlight=False, soft_wrap=True)
         if len(dataset.faults) > FAULTS_SHOWN:
             console.print(f"  and {len(dataset.faults) - FAULTS_SHOWN} more", highlight=False)
-    plan = plan_run(options, train_set)
+    plan = plan_run(options, train_set, change)
     network = build_network(plan)
     folder = None if options.dry_run else RunFolder.create(options.output, options)
     seconds = options.seconds()

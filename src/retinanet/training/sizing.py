@@ -115,6 +115,18 @@ def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> 
     return reached / len(chosen)
 
 
+def choose_max_detections(
+    options: TrainingOptions, train: Dataset, reasons: list[tuple[str, str, str]]
+) -> int:
+    """Return COCO's 100 detections an image, or the hundred above what the fullest image holds; append the reason."""
+    image = np.searchsorted(train.offsets, np.flatnonzero(train.ignore == Ignore.NO), side="right")
+    fullest = int(np.bincount(image).max(initial=0))
+    most = options.max_detections or max(100, 100 * (fullest // 100 + 1))
+    why = "asked for" if options.max_detections else f"the fullest image holds {fullest:,} objects"
+    reasons.append(("detections", f"at most {most} an image", why))
+    return most
+
+
 def choose_steps(recipe: Recipe, options: TrainingOptions, images: int) -> tuple[int, str]:
     """Return how many steps are asked for, or make the recipe's passes over the images; and why."""
     if options.steps is not None:

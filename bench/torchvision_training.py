@@ -1,6 +1,7 @@
 """Train torchvision's RetinaNet on a data set for a given time and judge it as `retinanet evaluate` does.
 
-    python bench/torchvision_shapes.py runs/demo-shapes-4000-0 --time 300
+    python bench/torchvision_training.py runs/demo-shapes-4000-0 --time 300
+    python bench/torchvision_training.py BCCD --backbone resnet18 --channels 256 --image-size 240 --time 1200
 
 The peer gets what is known to suit it from scratch: GroupNorm in pyramid and heads (and in a ResNet's backbone; timm's
 small `test_resnet` has BatchNorm only, here as in the demo), AdamW at 1e-3 with warm-up and cosine, flips, anchors
@@ -57,12 +58,20 @@ class Features(nn.Module):
         return self.pyramid({str(i): level for i, level in enumerate(self.body(images))})
 
 
-def build(name: str, channels: int, classes: int, size: int, smallest: int) -> RetinaNet:
+def build(name: str, channels: int, classes: int, size: int, smallest: int, most: int) -> RetinaNet:
     body = Features(name, channels)
     sizes = tuple(tuple(smallest * 2**level * 2 ** (i / 3) for i in range(3)) for level in range(5))
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
     head = RetinaNetHead(channels, 9, classes, norm_layer=partial(nn.GroupNorm, 32))
-    return RetinaNet(body, classes, min_size=size, max_size=2 * size, anchor_generator=anchors, head=head)
+    return RetinaNet(
+        body,
+        classes,
+        min_size=size,
+        max_size=2 * size,
+        anchor_generator=anchors,
+        head=head,
+        detections_per_img=most,
+    )
 
 
 def read(dataset: Dataset) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -90,6 +99,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--smallest-anchor", type=int, default=16)
+    parser.add_argument("--max-detections", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +109,12 @@ def main() -> None:
     examples = read(train)
     torch.manual_seed(options.seed)
     model = build(
-        options.backbone, options.channels, len(train.classes), options.image_size, options.smallest_anchor
+        options.backbone,
+        options.channels,
+        len(train.classes),
+        options.image_size,
+        options.smallest_anchor,
+        options.max_detections,
     )
     draw = np.random.default_rng(options.seed)
     order: list[int] = []
@@ -158,7 +173,7 @@ def main() -> None:
             )
     taken = time.monotonic() - began
     truths = [val.ground_truth(i) for i in range(len(val))]
-    metrics = evaluate_detections(truths, found, val.classes).to_json()
+    metrics = evaluate_detections(truths, found, val.classes, max_detections=options.max_detections).to_json()
     figures = {key: metrics[key] for key in ("ap", "ap50", "ap_small", "ap_medium", "ap_large")}
     settings = {**vars(options), "torch": torch.__version__, "torchvision": torchvision.__version__}
     print(
