@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 pytest.importorskip("numba")
+
+import numba
 
 from kernel_cases import random_boxes, random_mask, run_python, seeded
 from retinanet import boxes as boxes_module
@@ -16,6 +19,7 @@ from retinanet.boxes import nms
 from retinanet.inference import post_processing
 from retinanet.losses import sigmoid_focal_loss
 from retinanet.matching import match_anchors
+from retinanet.model.convolution import Convolution3x3
 
 
 @pytest.mark.parametrize(
@@ -55,27 +59,82 @@ def test_usable(tensors, dtypes, expected):
 
 def test_usable_on_cuda(monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda device_type: device_type == "cuda")
-    tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)  # there may be no device here
+    monkeypatch.setattr(kernels, "_is_transformed", lambda tensor: False)
+    tensor = SimpleNamespace(  # there may be no device here
+        device=torch.device("cuda"), dtype=torch.float32, is_floating_point=lambda: True
+    )
     assert kernels.usable(tensor)
     assert not kernels.usable(tensor, cuda=False)
 
 
-def test_what_fast_paths_need(monkeypatch):
-    for package, expected in (("numba", {"cpu"}), ("triton", {"cuda"})):
-        monkeypatch.setattr(
-            kernels, "find_spec", lambda name, package=package: package if name == package else None
-        )
-        assert {device for device, found in kernels._installed().items() if found} == expected
+def test_what_fast_paths_need():
+    assert kernels._needed == {"cpu": "numba", "cuda": "triton"}
 
 
-@pytest.mark.parametrize("found", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_a_missing_package_is_told_once(device, found, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "_available", {"cpu": found, "cuda": found})
-    monkeypatch.setattr(kernels, "_said", False)
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (None, None),
+        (
+            ModuleNotFoundError("No module", name="PACKAGE"),
+            "PACKAGE is not installed (pip install PACKAGE): ",
+        ),
+        (
+            ModuleNotFoundError("No module named 'x'", name="x"),
+            "PACKAGE cannot be imported (No module named 'x'): ",
+        ),
+        (ImportError("needs NumPy 2.4 or less"), "PACKAGE cannot be imported (needs NumPy 2.4 or less): "),
+    ],
+)
+def test_why_there_are_no_fast_paths_is_told_once(device, failure, reason, monkeypatch, caplog):
+    package = {"cpu": "numba", "cuda": "triton"}.get(device)
+    if failure is not None and failure.name == "PACKAGE":
+        failure = ModuleNotFoundError("No module", name=package)
+
+    def import_module(name):
+        assert name == package
+        if failure is not None:
+            raise failure
+        return SimpleNamespace(config=SimpleNamespace(DISABLE_JIT=0))
+
+    monkeypatch.setattr(kernels, "_available", {})
+    monkeypatch.setattr(kernels, "import_module", import_module)
     for _ in range(2):
-        assert kernels.available(device) is (found and device != "mps")
-    assert caplog.messages == ([kernels.MISSING] if device == "cpu" and not found else [])
+        assert kernels.available(device) is (failure is None and package is not None)
+    told = [] if failure is None or package is None else [reason.replace("PACKAGE", package)]
+    assert [message[: len(start)] for message, start in zip(caplog.messages, told, strict=True)] == told
+
+
+def test_without_compilation_the_plain_forms_run(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_available", {})
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert not kernels.available("cpu")
+    assert caplog.messages == [kernels.SLOW.format(problem="NUMBA_DISABLE_JIT is set")]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # of torch's own use of it
+@pytest.mark.parametrize("mode", ["torch.func", "forward_ad"])
+def test_forward_mode_takes_the_plain_forms(mode):
+    """Our operators have no rule for it, and torch would take their derivative for 0."""
+    torch.manual_seed(0)
+    x, direction = torch.randn(2, 5, 3).unbind()
+    classes = torch.tensor([0, -1, 2, 1, -1])
+    images, images_direction = torch.randn(2, 1, 96, 16, 16).unbind()
+    convolution = Convolution3x3(96, 96, 3, padding=1)
+    assert convolution._has_fast_path(images.to(memory_format=torch.channels_last))
+    cases = [
+        (lambda x: sigmoid_focal_loss(x, classes, reduction="sum"), x, direction),
+        (lambda x: convolution(x.to(memory_format=torch.channels_last)).sum(), images, images_direction),
+    ]
+    for function, at, along in cases:
+        if mode == "torch.func":
+            _, slope = torch.func.jvp(function, (at,), (along,))
+        else:
+            with forward_ad.dual_level():
+                slope = forward_ad.unpack_dual(function(forward_ad.make_dual(at, along))).tangent
+        (gradient,) = torch.autograd.grad(function(leaf := at.clone().requires_grad_()), leaf)
+        torch.testing.assert_close(slope, (gradient * along).sum(), rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------- without numba
@@ -164,7 +223,7 @@ def test_losses_without_numba_are_the_same(without_numba):
 
 def test_one_line_says_that_numba_is_missing(without_numba):
     (line,) = without_numba[2].splitlines()
-    assert line == kernels.MISSING
+    assert line == kernels.SLOW.format(problem="numba is not installed (pip install numba)")
     assert "pip install numba" in line
 
 

@@ -17,7 +17,8 @@ from test_kernels_focal import focal_case, fused
 
 @pytest.fixture
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(memory, "_kept", [])
+    monkeypatch.setattr(memory, "_results", [])
+    monkeypatch.setattr(memory, "_scratch", [])
 
 
 def floats(*shape: int) -> Tensor:
@@ -111,6 +112,14 @@ def test_what_is_kept_does_not_grow_with_the_shapes_seen():
 def test_the_smallest_that_fits_is_taken():
     addresses = [tensor.data_ptr() for tensor in [floats(size) for size in (199, 120, 110, 150)]]
     assert floats(100).data_ptr() == addresses[2]
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_scratch_of_other_shapes_does_not_cost_results_their_memory():
+    where = memory.recycled(torch.Size((1000,)), torch.float32).data_ptr()
+    for size in (10, 100_000, 30):
+        memory.recycled(torch.Size((size,)), torch.float32, scratch=True)
+    assert memory.recycled(torch.Size((1000,)), torch.float32).data_ptr() == where
 
 
 @pytest.mark.usefixtures("nothing_kept")

@@ -58,7 +58,7 @@ def match_anchors(
     images = boxes if boxes.ndim == 3 else boxes[None]
     regions = None if ignored is None else ignored.reshape(images.shape[:2])
     options = (positive_iou, negative_iou, low_quality, ignored_overlap)
-    if kernels.usable(anchors, images) and images.dtype == torch.float32:
+    if kernels.usable(anchors, images):
         state, index = kernels.match(anchors, images, regions, *options)
     else:
         state = torch.zeros((len(images), len(anchors)), dtype=torch.int8, device=anchors.device)

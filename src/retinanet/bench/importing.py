@@ -51,11 +51,7 @@ def contests() -> Iterator[Contest]:
             for last in (ours.class_head.last, theirs.head.classification_head.cls_logits):
                 nn.init.constant_(cast(nn.Parameter, last.bias), -2.9)
         save_model(place / "ours", Model(ours, spec))
-        # Its constructor builds BatchNorm that is not frozen, which has a counter besides.
-        state = dict(theirs.state_dict())
-        for name in [name for name in state if name.endswith("running_mean")]:
-            state[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
-        torch.save(state, place / "theirs.pth")
+        torch.save(theirs.state_dict(), place / "theirs.pth")
         pixels = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)
         Image.fromarray(pixels).save(place / "image.png")
 

@@ -15,41 +15,72 @@ Nothing is compiled at import: numba's first call of a kernel compiles it and ke
 
 import logging
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-MISSING = (
-    "numba is not installed: losses, matching and NMS run on the CPU many times slower, with the same results; "
-    "run: pip install numba"
-)
+SLOW = "{problem}: losses, matching and NMS run many times slower, with the same results"
 
-
-def _installed() -> dict[str, bool]:
-    return {"cpu": find_spec("numba") is not None, "cuda": find_spec("triton") is not None}
-
-
-_available = _installed()
-_said = False
+_needed = {"cpu": "numba", "cuda": "triton"}
+_installed = {device for device, package in _needed.items() if find_spec(package) is not None}
+_available: dict[str, bool] = {}
 
 
 def available(device_type: str) -> bool:
-    """Return whether there are fast paths for a type of device ("cpu", "cuda"); say so once where they are missing."""
-    global _said
-    found = _available.get(device_type, False)
-    if not found and not _said and device_type == "cpu" and not torch.compiler.is_compiling():
-        _said = True
-        logging.getLogger("retinanet").warning(MISSING)
-    return found
+    """Return whether there are fast paths for a type of device ("cpu", "cuda"); say once why there are none.
+
+    A package that is installed may still not work with the others: the first call imports it.
+    """
+    if torch.compiler.is_compiling():  # which cannot see an import
+        return _available.get(device_type, device_type in _installed)
+    if device_type not in _available:
+        problem = _problem(_needed[device_type]) if device_type in _needed else ""
+        _available[device_type] = device_type in _needed and not problem
+        if problem:
+            logging.getLogger("retinanet").warning(SLOW.format(problem=problem))
+    return _available[device_type]
+
+
+def _problem(package: str) -> str:
+    """Return why the fast paths of a package cannot be used, or nothing."""
+    try:
+        module = import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            return f"{package} is not installed (pip install {package})"
+        return f"{package} cannot be imported ({error})"
+    except ImportError as error:
+        return f"{package} cannot be imported ({error})"
+    if package == "numba" and module.config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT is set"
+    return ""
 
 
 def usable(*tensors: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,), cuda: bool = True) -> bool:
-    """Return whether fast paths take these tensors: all on one kind of device, the first of one of `dtypes`."""
+    """Return whether fast paths take these tensors: all on one kind of device, the first and
+    all that are floating of one of `dtypes`."""
     kinds = {tensor.device.type for tensor in tensors}
-    if len(kinds) != 1 or tensors[0].dtype not in dtypes or (kinds == {"cuda"} and not cuda):
+    if len(kinds) != 1 or (kinds == {"cuda"} and not cuda):
         return False
-    return available(kinds.pop())
+    floating = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    if tensors[0].dtype not in dtypes or not floating.issubset(dtypes):
+        return False
+    return available(kinds.pop()) and not any(map(_is_transformed, tensors))
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Return whether `torch.func` or forward-mode differentiation is at work, for which our operators have no rules.
+
+    Unasked, forward mode would take their derivative for 0.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def focal_sum(
@@ -124,10 +155,13 @@ def _scaled_gradient(ctx, of_total: Tensor | None, _of_gradient: Tensor | None):
         raise RuntimeError("the fused focal loss has no second derivative; use reduction='none' and sum it")
     # In training the factor is 1. Looking costs nothing on a CPU; elsewhere it would wait for the device.
     one = not traced and of_total.device.type == "cpu" and of_total.item() == 1
-    if one and torch._C._autograd._get_current_graph_task_keep_graph():
-        gradient = gradient.clone()  # asked for again later, and whoever gets it now may add to it
-    if not one:
+    if traced:
         gradient = (gradient * of_total.float()).to(gradient.dtype)
+    else:
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            gradient = gradient.clone()  # asked for again later, and whoever gets it now may add to it
+        if not one:
+            gradient.mul_(of_total)
     return gradient, None, None, None, None, None, None
 
 
@@ -189,6 +223,14 @@ def _keep_inputs(ctx, inputs, output) -> None:
 def _gradients_of_convolution(ctx, gradient: Tensor):
     images, weight = ctx.saved_tensors
     of_images, of_weight = ctx.needs_input_grad
+    if (
+        torch.is_grad_enabled() and type(gradient) is Tensor
+    ):  # create_graph: torch's own has a second derivative
+        ones, which = [1, 1], [of_images, of_weight, False]
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            gradient, images, weight, None, ones, ones, ones, False, [0, 0], 1, which
+        )
+        return dx, dw
     dx, dw = _convolve3x3_gradients(gradient, images, weight, of_images, of_weight)
     return dx if of_images else None, dw if of_weight else None
 

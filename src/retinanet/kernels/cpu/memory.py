@@ -1,4 +1,4 @@
-"""Memory for gradients, used again from step to step."""
+"""Memory for results and for scratch, used again from call to call."""
 
 from __future__ import annotations
 
@@ -21,36 +21,42 @@ class _Kept:
 
 
 _lock = Lock()
-_kept: list[_Kept] = []
+_results: list[_Kept] = []
+# Apart, because convolutions of many shapes come between one step's results and the next's.
+_scratch: list[_Kept] = []
 
 
-def recycled(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def recycled(shape: torch.Size, dtype: torch.dtype, *, scratch: bool = False) -> Tensor:
     """Return an uninitialised tensor, in memory of an earlier one that nobody holds any more if it fits.
 
     The system zeroes the pages that it hands out; for ten million logits that takes longer than their loss.
     What is kept between steps is one step's gradients: where nothing fits, all that is unused is let go.
+
+    Args:
+        scratch: for memory that is let go before the caller returns.
     """
+    kept_here = _scratch if scratch else _results
     size = shape.numel() * dtype.itemsize
     if size == 0:
         return torch.empty(shape, dtype=dtype)
     with _lock:
-        unused = [kept for kept in _kept if kept.lease() is None]
+        unused = [kept for kept in kept_here if kept.lease() is None]
         fitting = [kept for kept in unused if size <= len(kept.memory) <= 2 * size]
         if fitting:
             memory = min(fitting, key=lambda kept: len(kept.memory)).memory
         else:
             memory = np.empty(size, np.uint8)  # NumPy asks for huge pages, torch does not
-            _kept[:] = [kept for kept in _kept if kept.lease() is not None]
-        _kept[:] = [kept for kept in _kept if kept.memory is not memory]
+            kept_here[:] = [kept for kept in kept_here if kept.lease() is not None]
+        kept_here[:] = [kept for kept in kept_here if kept.memory is not memory]
         lease = memory[:size]
-        _kept.append(_Kept(memory, ref(lease)))
+        kept_here.append(_Kept(memory, ref(lease)))
         return torch.from_numpy(lease).view(dtype).view(shape)
 
 
 def kept_bytes() -> int:
     """Return how much memory is held, in use or not."""
     with _lock:
-        return sum(len(kept.memory) for kept in _kept)
+        return sum(len(kept.memory) for kept in (*_results, *_scratch))
 
 
 def _renew_lock() -> None:

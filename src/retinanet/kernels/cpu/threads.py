@@ -40,7 +40,7 @@ def in_parallel(work: Callable[[int, int, int], T], count: int, *, least: int) -
     edges = [count * part // parts for part in range(parts + 1)]
     if parts == 1:
         return [work(0, 0, count)]
-    results: list[T | None] = [None] * parts
+    results: dict[int, T] = {}
     failures: list[BaseException] = []
 
     def run(part: int) -> None:
@@ -51,7 +51,7 @@ def in_parallel(work: Callable[[int, int, int], T], count: int, *, least: int) -
 
     runtime = None if _in_forked_child else _openmp()
     if runtime is not None:
-        failures += _on_team(runtime, run, parts)
+        _on_team(runtime, run, parts)
     else:
         others = [_threads(parts - 1).submit(run, part) for part in range(parts - 1)]
         run(parts - 1)
@@ -59,7 +59,10 @@ def in_parallel(work: Callable[[int, int, int], T], count: int, *, least: int) -
             other.result()
     if failures:
         raise failures[0]
-    return results  # type: ignore[return-value]  # every part has run
+    if len(results) < parts:
+        # What a signal raises before a part has begun is printed by ctypes and dropped, and the part with it.
+        raise KeyboardInterrupt("a kernel was interrupted")
+    return [results[part] for part in range(parts)]
 
 
 @functools.cache
@@ -76,20 +79,13 @@ def _openmp() -> Any:
     return runtime
 
 
-def _on_team(runtime: Any, run: Callable[[int], None], parts: int) -> list[BaseException]:
-    """Run the parts; return what was raised between them, an interrupt say, which ctypes would drop with a print."""
-    failures: list[BaseException] = []
-
+def _on_team(runtime: Any, run: Callable[[int], None], parts: int) -> None:
     def of_thread(_: int | None) -> None:
-        try:
-            # The team may be smaller than asked for.
-            for part in range(runtime.omp_get_thread_num(), parts, runtime.omp_get_num_threads()):
-                run(part)
-        except BaseException as failure:
-            failures.append(failure)
+        # The team may be smaller than asked for.
+        for part in range(runtime.omp_get_thread_num(), parts, runtime.omp_get_num_threads()):
+            run(part)
 
     runtime.GOMP_parallel(_Callback(of_thread), None, parts, 0)
-    return failures
 
 
 def _threads(size: int) -> ThreadPoolExecutor:

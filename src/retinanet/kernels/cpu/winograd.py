@@ -24,7 +24,9 @@ from retinanet.kernels.cpu.threads import in_parallel
 
 # Tiles whose transforms are in memory at once: enough for fast matrix products, few enough for the last cache.
 TILES = 512
-_G = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
+_G = torch.tensor(
+    [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float32, device="cpu"
+)
 # g -> G g G^T as a matrix on the nine places of a filter, and the order of the sixteen after rotating it by 180
 # degrees, which exchanges the first and the last row of G g, and the first and the last column.
 FILTER_TRANSFORM = torch.kron(_G, _G)
@@ -46,10 +48,12 @@ def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
     batch, channels, height, width = images.shape
     outputs = gradient.shape[1]
     x, g = _pixels(images), _pixels(gradient)
-    total = torch.zeros((16, outputs, channels))
+    total = torch.zeros((16, outputs, channels), dtype=torch.float32, device="cpu")
     rows = -(-height // 2)
-    for first, last, tiles in _chunks(batch, height, width):
-        into, out = _matrices(tiles, channels), _matrices(tiles, outputs)
+    chunks = _chunks(batch, height, width)
+    of_images, of_gradient = _room(chunks, channels), _room(chunks, outputs)
+    for first, last, tiles in chunks:
+        into, out = _matrices(of_images, tiles, channels), _matrices(of_gradient, tiles, outputs)
         _spread(x, into, first, last)
         o = out.numpy()
         in_parallel(
@@ -72,12 +76,14 @@ def _filters(weight: Tensor) -> Tensor:
 
 def _convolve(images: Tensor, filters: Tensor) -> Tensor:
     batch, channels, height, width = images.shape
-    out = torch.empty((batch, height, width, filters.shape[2]))
+    outputs = filters.shape[2]
+    out = torch.empty((batch, height, width, outputs), dtype=torch.float32, device="cpu")
     x, y = _pixels(images), out.numpy()
-    for first, last, tiles in _chunks(batch, height, width):
-        into = _matrices(tiles, channels)
+    chunks = _chunks(batch, height, width)
+    of_images, of_output = _room(chunks, channels), _room(chunks, outputs)
+    for first, last, tiles in chunks:
+        into, product = _matrices(of_images, tiles, channels), _matrices(of_output, tiles, outputs)
         _spread(x, into, first, last)
-        product = _matrices(tiles, filters.shape[2])
         torch.bmm(into, filters, out=product)
         _gather(product, y, first, last)
     return out.permute(0, 3, 1, 2)
@@ -111,8 +117,14 @@ def _chunks(batch: int, height: int, width: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def _matrices(tiles: int, channels: int) -> Tensor:
-    return recycled(torch.Size((16, tiles, channels)), torch.float32)
+def _room(chunks: list[tuple[int, int, int]], channels: int) -> Tensor:
+    """Return memory for the matrices of the largest chunk."""
+    most = max((tiles for _, _, tiles in chunks), default=0)
+    return recycled(torch.Size((16 * most * channels,)), torch.float32, scratch=True)
+
+
+def _matrices(room: Tensor, tiles: int, channels: int) -> Tensor:
+    return room[: 16 * tiles * channels].view(16, tiles, channels)
 
 
 def _pixels(images: Tensor) -> NDArray[np.float32]:
