@@ -29,6 +29,7 @@ from retinanet.bench.measuring import Contest, machine, shown
 from retinanet.bench.step import cases
 
 ITEMS = ("loss", "matching", "nms", "postprocess", "convolution", "import", "step")
+IDLE_LOAD = 0.3
 DOCS = Path(__file__).parent.parent / "docs"
 # What each item is to reach at least (project goals), by a part of its case and its peer.
 GOALS = {
@@ -68,11 +69,14 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 8], help="of the training step")
     given = parser.parse_args()
     known = [json.loads(line) for line in given.keep.read_text().splitlines()] if given.keep.exists() else []
-    facts = next((line for line in known if "processor" in line), None) or {
-        **machine(),
-        "first_calls_s": first_calls(),
-    }
-    if not known:
+    facts = next((line for line in known if "processor" in line), None)
+    here = machine()
+    if facts and (facts["processor"], facts["versions"]) != (here["processor"], here["versions"]):
+        parser.error(
+            f"{given.keep} was measured on another machine or with other versions; give another --keep"
+        )
+    if facts is None:
+        facts = {**here, "first_calls_s": first_calls()}
         given.keep.write_text(json.dumps(facts) + "\n")
     rows = [line for line in known if "item" in line]
     steps = tuple(case for case in cases() if case.batch_size in given.batch_sizes)
@@ -82,11 +86,23 @@ def main() -> None:
             if any(row["item"] == item for row in rows):
                 continue
             print(item, flush=True)
-            for row in run([item], settings):
-                rows.append(row.to_json())
-                print(json.dumps(rows[-1]), file=file, flush=True)
+            wait_until_idle()
+            # All of an item's rows or none: an interrupted item is measured anew.
+            of_item = [row.to_json() for row in run([item], settings)]
+            rows += of_item
+            file.write("".join(json.dumps(row) + "\n" for row in of_item))
+            file.flush()
     draw_scaling(DOCS / "images" / "scaling.png")
     (DOCS / "performance.md").write_text(page(rows, facts))
+
+
+def wait_until_idle(longest: float = 300.0) -> None:
+    """Wait for the load of other jobs, and of what was measured before, to go down."""
+    until = time.monotonic() + longest
+    while os.getloadavg()[0] > IDLE_LOAD:
+        if time.monotonic() > until:
+            sys.exit(f"the load stays above {IDLE_LOAD}: nothing measured now would be true")
+        time.sleep(5)
 
 
 FIRST_CALLS = """

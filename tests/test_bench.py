@@ -272,6 +272,24 @@ def test_the_command_hands_its_device_on(monkeypatch, capsys):
     assert seen[-1] == CPU
 
 
+def test_a_step_with_a_wrong_gradient_is_not_equal():
+    ours = step.our_step(TINY, CPU)
+    assert step._agree(ours, step.their_step(TINY, CPU))
+    wrong = step.our_step(TINY, CPU)
+    wrong.network.box_head.last.weight.register_hook(lambda gradient: -gradient)
+    assert not step._agree(wrong, step.their_step(TINY, CPU))
+
+
+@pytest.mark.parametrize("more", [["--json"], ["nms"], ["step", "nms"]])
+def test_the_profile_refuses_what_it_would_leave_out(more, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--profile", *more])
+    assert (
+        "--profile prints the parts of bench step; leave out --json and other items"
+        in capsys.readouterr().err
+    )
+
+
 def test_profile_names_the_convolutions_and_the_utilisation():
     said = step.profile(TINY)
     assert "conv" in said

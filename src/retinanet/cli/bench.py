@@ -57,10 +57,13 @@ class Bench:
                 "bench step has resnet18 and resnet50 with batches of 2 and 8; "
                 f"got --backbone {self.backbone} --batch-size {self.batch_size}"
             )
+        if self.profile and (self.json or self.items not in ((), ("step",))):
+            raise ConfigError("--profile prints the parts of bench step; leave out --json and other items")
         if self.repeats < 1:
             raise ConfigError(f"--repeats needs at least 1; got {self.repeats}")
         if self.profile:
-            print(profile(chosen[0], device=device))
+            for case in chosen:
+                print(profile(case, device=device), flush=True)
             return 0
         facts = machine(device)
         console = Console(file=sys.stderr if self.json else sys.stdout)
