@@ -363,3 +363,12 @@ def test_spec_errors(make, message):
 def test_frozen_norm_without_batch_norm_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs a network with BatchNorm; 'convnext_atto' has none"):
         build_backbone(BackboneSpec("convnext_atto", norm="frozen"))
+
+
+@pytest.mark.parametrize("name", ["dla34", "hrnet_w18_small"])
+def test_a_backbone_whose_stages_cannot_be_told_apart_is_refused(name):
+    with (
+        torch.device("meta"),
+        pytest.raises(ConfigError, match=f"stages can be told apart; .* of timm's '{name}'"),
+    ):
+        build_backbone(BackboneSpec(name))

@@ -29,17 +29,9 @@ from retinanet.training import planning
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.step import TrainingStep
+from test_training import TINY as SMALL_RUN
 
-TINY = {
-    "backbone": "test_resnet",
-    "pretrained": "none",
-    "channels": 64,
-    "image_size": 96,
-    "batch_size": 2,
-    "device": "cpu",
-    "workers": 0,
-    "precision": "fp32",
-}
+TINY = {**SMALL_RUN, "backbone": "test_resnet", "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")

@@ -110,9 +110,8 @@ def load_model(path: str | Path) -> Model:
 
 
 def _network_of(spec: ModelSpec, state: dict[str, Tensor], file: Path) -> RetinaNet:
-    with torch.device(
-        "meta"
-    ):  # initial weights would be drawn for nothing, and take longer than reading these
+    # Without memory: initial weights would be drawn for nothing, and take longer than reading these.
+    with torch.device("meta"):
         network = build_retinanet(spec)
     wanted = network.state_dict()
     _check_state(wanted, state, file)

@@ -223,9 +223,8 @@ def _keep_inputs(ctx, inputs, output) -> None:
 def _gradients_of_convolution(ctx, gradient: Tensor):
     images, weight = ctx.saved_tensors
     of_images, of_weight = ctx.needs_input_grad
-    if (
-        torch.is_grad_enabled() and type(gradient) is Tensor
-    ):  # create_graph: torch's own has a second derivative
+    if torch.is_grad_enabled() and type(gradient) is Tensor:
+        # With create_graph: torch's own gradients have derivatives.
         ones, which = [1, 1], [of_images, of_weight, False]
         dx, dw, _ = torch.ops.aten.convolution_backward(
             gradient, images, weight, None, ones, ones, ones, False, [0, 0], 1, which

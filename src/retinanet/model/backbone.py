@@ -85,7 +85,7 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
             f"BackboneSpec.norm 'group' needs a network that timm builds with any norm, such as resnet50; "
             f"{spec.name!r} is none: use norm 'native'"
         ) from None
-    channels, stages = tuple(network.feature_info.channels()), _stages(network)
+    channels, stages = tuple(network.feature_info.channels()), _stages(network, spec.name)
     if spec.stride_in_1x1:
         _move_stride(network, spec.name)
     if spec.norm == "frozen":
@@ -130,19 +130,23 @@ def _indices_of_strides(name: str) -> tuple[int, ...]:
         ) from None
 
 
-def _stages(network: Any) -> dict[str, list[str]]:
+def _stages(network: Any, name: str) -> dict[str, list[str]]:
     """Cut the network's parts, in running order, behind each feature map."""
     parts = [
-        f"{name}.{inner}" if name == "blocks" else name
-        for name, child in network.named_children()
-        for inner in (dict(child.named_children()) if name == "blocks" else [""])
+        f"{outer}.{inner}" if outer == "blocks" else outer
+        for outer, child in network.named_children()
+        for inner in (dict(child.named_children()) if outer == "blocks" else [""])
     ]
     stages: dict[str, list[str]] = {}
     begin = 0
     for feature in network.feature_info.info:
-        end = (
-            next(i for i, part in enumerate(parts) if feature["module"] in (part, part.replace("_", "."))) + 1
-        )
+        ends = [i + 1 for i, part in enumerate(parts) if feature["module"] in (part, part.replace("_", "."))]
+        if not ends:
+            raise ConfigError(
+                f"--backbone needs a network whose stages can be told apart; {feature['module']!r} of timm's {name!r} "
+                "is none of its parts. Use resnet50, convnext_tiny or mobilenetv3_large_100 for instance"
+            )
+        end = ends[0]
         level = int(math.log2(feature["reduction"])) - 1
         stages.setdefault(f"stage{level}" if level else "stem", []).extend(parts[begin:end])
         begin = end

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from retinanet import kernels
 from retinanet.batches import Batch, RawPredictions
 from retinanet.devices import Precision, autocast
 from retinanet.model import RetinaNet
@@ -53,6 +54,8 @@ class TrainingStep:
         )
         self.forward: Callable[[torch.Tensor], RawPredictions] = network
         if compile:
+            # Known before it is traced: what is found out later makes torch compile again.
+            kernels.available(device.type)
             self.forward = torch.compile(network)
 
     @classmethod
