@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def main() -> None:
             rows += of_item
             file.write("".join(json.dumps(row) + "\n" for row in of_item))
             file.flush()
-    draw_scaling(DOCS / "images" / "scaling.png")
-    (DOCS / "performance.md").write_text(page(rows, facts))
+    lines = measure_growth()
+    draw_growth(lines, DOCS / "images" / "scaling.png")
+    (DOCS / "performance.md").write_text(page(rows, facts, lines))
 
 
 def wait_until_idle(longest: float = 300.0) -> None:
@@ -146,16 +148,22 @@ def goal_of(row: dict[str, Any]) -> float | None:
     return None
 
 
-def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+def with_least(row: dict[str, Any], side: str, unit: str) -> str:
+    """Return a median, and the least value in brackets where one was kept."""
+    least = row.get(f"{side}_min_{unit.lower()}")
+    return shown(row[f"{side}_{unit.lower()}"], unit) + (f" ({shown(least, unit)})" if least else "")
+
+
+def page(rows: list[dict[str, Any]], facts: dict[str, Any], growth: list[Growth]) -> str:
     """Return the page of all rows."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     lines = [
         "# Performance",
         "",
         "Made by `python bench/performance.py`; the same rows by `retinanet bench` (`--json`). Ours and the peer run",
-        "in one process, in turns, on the same inputs, after their outputs were compared. Times are medians; ratio is",
-        "peer / ours, so that above 1 we are ahead; *goal* is what the project asks for at least. Quote ratios, not",
-        "times.",
+        "in one process, in turns, on the same inputs, after their outputs were compared. Times are medians, with the",
+        "least in brackets; ratio is peer / ours of the medians, so that above 1 we are ahead; *goal* is what the",
+        "project asks for at least. Quote ratios, not times.",
         "",
         f"Machine: {facts['processor']} ({facts['instructions']}), {facts['threads']} threads, "
         f"load before {facts['load']}.",
@@ -173,7 +181,7 @@ def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
         for row in of_item:
             unit = "MiB" if "ours_mib" in row else "ms"
-            ours, theirs = row[f"ours_{unit.lower()}"], row[f"peer_{unit.lower()}"]
+            ours, theirs = (with_least(row, side, unit) for side in ("ours", "peer"))
             goal = goal_of(row)
             ratio = f"{row['ratio']:.2f}" if row["ratio"] < 10 else f"{row['ratio']:.0f}"
             equal = {True: "yes", False: "**no**", None: "-"}[row["equal"]]
@@ -181,7 +189,7 @@ def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
             if missed:
                 behind.append(f"{item}, {row['case']}: {ratio}, goal {goal:.2g}")
             lines.append(
-                f"| {row['case']} | {row['peer']} | {shown(ours, unit)} | {shown(theirs, unit)} | "
+                f"| {row['case']} | {row['peer']} | {ours} | {theirs} | "
                 f"{'**' + ratio + '**' if missed else ratio} | {'-' if goal is None else f'{goal:.2g}'} | {equal} |"
             )
         lines.append("")
@@ -194,7 +202,11 @@ def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         "![Time against the number of anchors, boxes and classes](images/scaling.png)",
         "",
-        "Nothing grows faster than its work, which is the dotted line through the last point.",
+        "Dotted: time in proportion to the work, through the last point. In the last step of each line:",
+        "",
+        "| operation | from | to | work grows | time grows |",
+        "| --- | --- | --- | --- | --- |",
+        *(line.row() for line in growth),
         "",
         "## Not in these figures",
         "",
@@ -212,32 +224,72 @@ def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_scaling(path: Path) -> None:
-    """Draw the time of our operations against the size of their inputs, in doubly logarithmic scale."""
+@dataclass(frozen=True)
+class Growth:
+    """The median times of one of our operations, in milliseconds, at growing sizes of its input.
+
+    Args:
+        power: of the size that its work goes with; an image's side counts twice.
+    """
+
+    name: str
+    of: str
+    sizes: tuple[int, ...]
+    milliseconds: tuple[float, ...]
+    power: int = 1
+
+    def work(self, i: int) -> float:
+        """Return the work at size i, that at the last size being 1."""
+        return float((self.sizes[i] / self.sizes[-1]) ** self.power)
+
+    def row(self) -> str:
+        """Return the last step as a row of the page."""
+        return (
+            f"| {self.name} | {self.sizes[-2]:,} {self.of} | {self.sizes[-1]:,} | {1 / self.work(-2):.1f}x | "
+            f"{self.milliseconds[-1] / self.milliseconds[-2]:.1f}x |"
+        )
+
+
+def measure_growth() -> list[Growth]:
+    """Time our operations over image sizes, boxes and classes."""
+    sides, counts, classes = (128, 256, 512, 1024), (10, 30, 100, 300, 1000, 3000), (1, 5, 20, 80, 320)
+
+    def timed(
+        name: str, of: str, sizes: tuple[int, ...], contest: Callable[[int], Contest], power: int = 1
+    ) -> Growth:
+        wait_until_idle()
+        return Growth(name, of, sizes, tuple(median_ms(contest(size).ours) for size in sizes), power)
+
+    return [
+        timed("class loss", "px", sides, lambda side: next(loss.contests(side=side, compiled=False)), 2),
+        timed("matching, 50 boxes", "px", sides, lambda side: next(matching.contests(side, (50,))), 2),
+        timed("logits to detections", "px", sides, lambda side: next(postprocess.contests(side)), 2),
+        timed("matching, 800 px", "boxes", counts, lambda count: next(matching.contests(counts=(count,)))),
+        timed("NMS, 80 classes", "boxes", counts, lambda count: next(nms.contests(counts=(count,)))),
+        timed(
+            "class loss, 512 px", "classes", classes, lambda k: next(loss.contests(512, k, compiled=False))
+        ),
+        timed(
+            "logits to detections, 512 px", "classes", classes, lambda k: next(postprocess.contests(512, k))
+        ),
+    ]
+
+
+def draw_growth(lines: list[Growth], path: Path) -> None:
+    """Draw the times against the sizes of the inputs, in doubly logarithmic scale."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sides, counts, classes = (128, 256, 512, 1024), (10, 30, 100, 300, 1000, 3000), (1, 5, 20, 80, 320)
-    lines: list[tuple[int, str, list[float], list[float]]] = [
-        (0, "class loss", *timed(sides, lambda side: next(loss.contests(side=side, compiled=False)))),
-        (0, "matching, 50 boxes", *timed(sides, lambda side: next(matching.contests(side, (50,))))),
-        (0, "logits to detections", *timed(sides, lambda side: next(postprocess.contests(side)))),
-        (1, "matching, 800 px", *timed(counts, lambda count: next(matching.contests(counts=(count,))))),
-        (1, "NMS, 80 classes", *timed(counts, lambda count: next(nms.contests(counts=(count,))))),
-        (2, "class loss, 512 px", *timed(classes, lambda k: next(loss.contests(512, k, compiled=False)))),
-        (2, "logits to detections, 512 px", *timed(classes, lambda k: next(postprocess.contests(512, k)))),
-    ]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
-    for panel, name, sizes, milliseconds in lines:
-        (line,) = axes[panel].loglog(sizes, milliseconds, "o-", label=name, markersize=4)
-        # An image's work goes with its area.
-        power = 2 if panel == 0 else 1
-        ideal = [milliseconds[-1] * (size / sizes[-1]) ** power for size in sizes]
-        axes[panel].loglog(sizes, ideal, ":", color=line.get_color(), alpha=0.7)
-    labels = ("side of the image, pixels", "boxes", "classes")
-    for axis, label, ticks in zip(axes, labels, (sides, counts, classes), strict=True):
+    labels = {"px": "side of the image, pixels", "boxes": "boxes", "classes": "classes"}
+    figure, axes = plt.subplots(1, len(labels), figsize=(11, 3.6), layout="constrained", sharey=True)
+    for axis, (of, label) in zip(axes, labels.items(), strict=True):
+        shown = [line for line in lines if line.of == of]
+        for line in shown:
+            (drawn,) = axis.loglog(line.sizes, line.milliseconds, "o-", label=line.name, markersize=4)
+            ideal = [line.milliseconds[-1] * line.work(i) for i in range(len(line.sizes))]
+            axis.loglog(line.sizes, ideal, ":", color=drawn.get_color(), alpha=0.7)
         axis.set_xlabel(label)
-        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_xticks(shown[0].sizes, [f"{size:,}" for size in shown[0].sizes])
         axis.minorticks_off()
         axis.legend(fontsize=8, frameon=False)
         axis.grid(alpha=0.25)
@@ -247,19 +299,14 @@ def draw_scaling(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def timed(sizes: tuple[int, ...], contest: Callable[[int], Contest]) -> tuple[list[float], list[float]]:
-    """Return the sizes and the median time of ours at each."""
-    medians = []
-    for size in sizes:
-        ours = contest(size).ours
-        ours()
-        taken = []
-        for _ in range(15):
-            began = time.perf_counter()
-            ours()
-            taken.append((time.perf_counter() - began) * 1e3)
-        medians.append(statistics.median(taken))
-    return [float(size) for size in sizes], medians
+def median_ms(call: Callable[[], object], repeats: int = 15) -> float:
+    call()
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        taken.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(taken)
 
 
 if __name__ == "__main__":
