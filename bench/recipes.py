@@ -30,6 +30,8 @@ from retinanet.training.run import run_training
 ROOT = Path(__file__).parents[1]
 KEPT, PAGE = ROOT / "bench" / "recipes.jsonl", ROOT / "docs" / "recipes.md"
 BASE = "base"
+# What the recipe was when a row was measured: to be changed with the recipe, so that like is compared with like.
+RECIPE = "4 images a step, 150 megapixels"
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ VARIANTS = {
     "adamw": Variant("AdamW at 2e-3 in place of Muon", {"optimizer": "adamw", "lr": 2e-3}),
     "rate-half": Variant("half the rate", {"lr": 0.002}),
     "rate-double": Variant("twice the rate", {"lr": 0.008}),
-    "batch-4": Variant("4 images a step, the rate a step kept", {"batch_size": 4, "lr": 0.008}),
-    "batch-16": Variant("16 images a step, the rate a step kept", {"batch_size": 16, "lr": 0.002}),
+    "batch-2": Variant("2 images a step", {"batch_size": 2}),
+    "batch-8": Variant("8 images a step", {"batch_size": 8}),
     "no-average": Variant("without averaged weights", {"average_decay": None}),
     "depth-2": Variant("heads of 2 convolutions", head={"depth": 2}),
     "channels-128": Variant("pyramid and heads 128 wide", options={"channels": 128}),
@@ -105,7 +107,9 @@ def main() -> None:
         run(Job(**json.loads(given.job)), folders, given.backbone, given.runs)
         return
     rows = known_rows()
-    done = {(row["data"], row["variant"], row["seed"], row["images"]) for row in rows}
+    done = {
+        (row["data"], row["variant"], row["seed"], row["images"]) for row in rows if row["recipe"] == RECIPE
+    }
     jobs = [
         Job(data, variant, seed, given.images)
         for seed in given.seeds  # a first look at everything before a second one at anything
@@ -131,6 +135,8 @@ def main() -> None:
             continue
         row = {**asdict(job), **result_of(job.folder(given.runs)), "seconds": round(time.monotonic() - began)}
         row |= {
+            "recipe": RECIPE,
+            "what": VARIANTS[job.variant].what,
             "backbone": given.backbone,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
@@ -176,27 +182,28 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Recipes: what was tried",
         "",
         "Made by `python bench/recipes.py` from `bench/recipes.jsonl`. Every row changes one thing of the recipe",
-        "`small`; AP is COCO's on the split val, mean and half the range over seeds; minutes are of the whole process.",
+        "`small` as it was then, which the heading says; AP is COCO's on the split val, mean and half the range over",
+        "seeds; minutes are of the whole process, on a machine that also did other work where they seem long.",
         "",
     ]
-    groups = sorted({(row["data"], row["images"] or 0) for row in rows})
-    for data, images in groups:
-        of_group = [row for row in rows if (row["data"], row["images"] or 0) == (data, images)]
+    groups = dict.fromkeys((row["recipe"], row["data"], row["images"]) for row in reversed(rows))
+    for recipe, data, images in groups:
+        of_group = [
+            row for row in rows if (row["recipe"], row["data"], row["images"]) == (recipe, data, images)
+        ]
         base = [row["ap"] for row in of_group if row["variant"] == BASE]
         length = f"{images:,} images seen" if images else "the recipe's length"
-        lines += [f"## {data}, {length}", ""]
+        lines += [f"## {recipe}: {data}, {length}", ""]
         lines += [
             "| variant | seeds | AP | against base | AP50 | minutes |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
-        for name, variant in VARIANTS.items():
+        for name in sorted({row["variant"] for row in of_group}, key=lambda name: (name != BASE, name)):
             found = [row for row in of_group if row["variant"] == name]
-            if not found:
-                continue
             ap = statistics.mean(row["ap"] for row in found)
             against = f"{ap - statistics.mean(base):+.3f}" if base and name != BASE else ""
             cells = [
-                f"{name}: {variant.what}",
+                f"{name}: {found[-1]['what']}",
                 str(len(found)),
                 spread([row["ap"] for row in found]),
                 against,

@@ -28,7 +28,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_every_variant_changes_one_thing_and_is_possible(sweep: ModuleType) -> None:
-    recipe, seen = small(Classes(("a",)), "resnet18"), []
+    recipe, seen = small(Classes(("a",)), "resnet18", "cpu"), []
     for name, variant in sweep.VARIANTS.items():
         options = TrainingOptions(data="x", **variant.options)
         changed = (variant(recipe), options)
@@ -72,16 +72,39 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are_told(
     assert started == [("x", "base", 0)]
     page = (tmp_path / "recipes.md").read_text()
     assert "| base: the recipe as it is | 2 | 0.550 ± 0.050 |  | 0.800 ± 0.000 |" in page
-    assert "## x, 800 images seen" in page
+    assert ": x, 800 images seen" in page
+
+
+def row(variant: str, ap: float, images: int | None = None, recipe: str = "now") -> dict[str, object]:
+    return {
+        "data": "x", "variant": variant, "seed": 0, "images": images, "ap": ap, "ap50": ap, "seconds": 90,
+        "recipe": recipe, "what": "what it changes",
+    }  # fmt: skip
 
 
 def test_the_table_compares_with_the_base_of_equal_length(sweep: ModuleType) -> None:
-    def row(variant: str, ap: float, images: int | None = None) -> dict[str, object]:
-        return {
-            "data": "x", "variant": variant, "seed": 0, "images": images, "ap": ap, "ap50": ap, "seconds": 90
-        }  # fmt: skip
-
-    page = sweep.page([row("base", 0.5), row("adamw", 0.4), row("base", 0.2, 800), row("adamw", 0.3, 800)])
-    longer, shorter = page.index("the recipe's length"), page.index("800 images seen")
-    assert "| 0.400 | -0.100 | 0.400 | 1.5 |" in page[longer:shorter]
+    page = sweep.page([row("base", 0.2, 800), row("adamw", 0.3, 800), row("base", 0.5), row("adamw", 0.4)])
+    longer, shorter = page.index("now: x, the recipe's length"), page.index("now: x, 800 images seen")
+    assert longer < shorter  # the latest first
+    assert "| adamw: what it changes | 1 | 0.400 | -0.100 | 0.400 | 1.5 |" in page[longer:shorter]
     assert "| 0.300 | +0.100 | 0.300 | 1.5 |" in page[shorter:]
+
+
+def test_rows_of_an_older_recipe_keep_their_own_base(sweep: ModuleType) -> None:
+    page = sweep.page(
+        [row("base", 0.2, recipe="before"), row("adamw", 0.3, recipe="before"), row("base", 0.5)]
+    )
+    assert "| 0.300 | +0.100 |" in page[page.index("before: x") :]
+
+
+def test_what_was_measured_with_an_older_recipe_is_measured_again(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep.KEPT.write_text(json.dumps(row("base", 0.2, recipe="before")) + "\n")
+    arguments = ["--data", "x=/x", "--variants", "base", "--runs", str(tmp_path), "--list"]
+    monkeypatch.setattr(sys, "argv", ["recipes.py", *arguments])
+    sweep.main()
+    assert "(done)" not in capsys.readouterr().out
+    sweep.KEPT.write_text(json.dumps(row("base", 0.2, recipe=sweep.RECIPE)) + "\n")
+    sweep.main()
+    assert "(done)" in capsys.readouterr().out

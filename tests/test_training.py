@@ -228,13 +228,48 @@ def test_no_option_is_ignored(data: Path, name: str, value: object, arrived: obj
     assert arrived(plan) == value  # type: ignore[operator]
 
 
-def test_lr_is_for_sixteen_images_and_epochs_become_steps(data: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "why"),
+    [
+        ("sgd", 0.04, "0.16 for 16 images, times 4/16"),
+        ("adamw", 0.08, "0.16 for 16 images, times the root of 4/16"),
+        ("muon", 0.08, "0.16 for 16 images, times the root of 4/16; Muon's own rate is 4 times that"),
+    ],
+)
+def test_lr_is_for_sixteen_images_and_epochs_become_steps(
+    data: Path, optimizer: Literal["sgd", "adamw", "muon"], lr: float, why: str
+) -> None:
     train = open_dataset(data, "train")
-    plan = plan_run(TrainingOptions(data=str(data), device="cpu", lr=0.16, batch_size=4, epochs=10), train)
-    assert plan.lr == pytest.approx(0.04)
+    options = TrainingOptions(
+        data=str(data), device="cpu", lr=0.16, optimizer=optimizer, batch_size=4, epochs=10
+    )
+    plan = plan_run(options, train)
+    assert plan.lr == pytest.approx(lr)
+    assert ("lr", f"{lr:g}", why) in plan.reasons
     assert plan.steps == 15  # 10 epochs of 6 images, 4 a step
-    lr = "0.16 for 16 images, times 4/16; Muon's own rate is 4 times that"
-    assert ("lr", "0.04", lr) in plan.reasons
+
+
+def test_from_scratch_a_run_sees_as_many_images_as_its_pixels_hold(data: Path) -> None:
+    """Twice the side, a quarter of the images; but no fewer than four passes."""
+    train = open_dataset(data, "train")
+
+    def plan(size: int) -> Plan:
+        return plan_run(
+            TrainingOptions(data=str(data), backbone="resnet18", device="cpu", image_size=size), train
+        )
+
+    small, large = plan(128), plan(256)
+    assert small.batch_size == 4
+    assert small.steps == round(150e6 / 128**2 / 4)
+    assert large.steps == round(150e6 / 256**2 / 4)
+    steps, why = next((value, why) for setting, value, why in large.reasons if setting == "steps")
+    assert steps == f"{large.steps:,}"
+    assert why.startswith("recipe small: 150 megapixels, of 0.066 an image; 381 passes over 6 images")
+
+
+def test_on_cuda_steps_from_scratch_take_more_images() -> None:
+    assert small(Classes(("a",)), "resnet18", "cpu").batch_size == 4
+    assert small(Classes(("a",)), "resnet18", "cuda").batch_size == 16
 
 
 def test_the_seed_decides_the_weights(data: Path) -> None:

@@ -142,7 +142,7 @@ def plan_run(
     if options.compile and device.type == "cpu":
         require_cpp_compiler()
     weights, why = find_pretrained(options)
-    recipe = choose_recipe(options, weights, train.classes)
+    recipe = choose_recipe(options, weights, train.classes, device.type)
     if change is not None:
         recipe = change(recipe)
     starts = f"weights of {weights}" if weights else "scratch"
@@ -170,11 +170,7 @@ def plan_run(
         preprocessing=preprocessing,
         post_processing=PostProcessing(max_detections=max_detections),
     )
-    # The linear rule of SGD (Goyal et al., 2017), kept for every optimiser so that there is one.
-    lr = recipe.lr * recipe.batch_size / 16
-    why = f"{recipe.lr:g} for 16 images, times {recipe.batch_size}/16"
-    if recipe.optimizer == "muon":
-        why += f"; Muon's own rate is {MUON_FACTOR:g} times that"
+    lr, why = choose_rate(recipe)
     reasons.append(("lr", f"{lr:g}", why))
     precision = resolve_precision(device, options.precision)
     reasons.append(
@@ -208,7 +204,7 @@ def plan_run(
         workers=workers,
         reasons=tuple(reasons),
     )
-    return plan.lasting(*choose_steps(recipe, options, len(train)))
+    return plan.lasting(*choose_steps(recipe, options, train, preprocessing))
 
 
 def require_cpp_compiler() -> None:
@@ -250,19 +246,36 @@ def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
     return None, f"no weights of {hub_id or options.backbone} in the cache; give a file with --pretrained"
 
 
-def choose_recipe(options: TrainingOptions, weights: Path | None, classes: Classes) -> Recipe:
+def choose_recipe(
+    options: TrainingOptions, weights: Path | None, classes: Classes, device_type: str
+) -> Recipe:
     """Return the recipe asked for; auto is `modern` with weights and `small` without."""
     name = options.recipe
     if name == "auto":
         name = "modern" if weights else "small"
     if name == "small":
-        return small(classes, options.backbone)
+        return small(classes, options.backbone, device_type)
     if not weights:
         raise ConfigError(
             f"--recipe {name} freezes BatchNorm and needs weights for {options.backbone}, of which there are none: "
             "give --pretrained FILE, or use --recipe small"
         )
     return (paper if name == "paper" else modern)(classes, options.backbone, weights.name)
+
+
+def choose_rate(recipe: Recipe) -> tuple[float, str]:
+    """Return the learning rate for the recipe's batch size, and why.
+
+    SGD's goes with the batch size (Goyal et al., 2017). Where steps have a size of their own, whatever the gradient's,
+    it goes with the root of it (Malladi et al., 2022).
+    """
+    ratio = recipe.batch_size / 16
+    if recipe.optimizer == "sgd":
+        return recipe.lr * ratio, f"{recipe.lr:g} for 16 images, times {recipe.batch_size}/16"
+    why = f"{recipe.lr:g} for 16 images, times the root of {recipe.batch_size}/16"
+    if recipe.optimizer == "muon":
+        why += f"; Muon's own rate is {MUON_FACTOR:g} times that"
+    return recipe.lr * math.sqrt(ratio), why
 
 
 def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[str, str, str]]) -> Recipe:

@@ -20,7 +20,9 @@ class Recipe:
 
     Args:
         model: the preset's model; the plan adds image size and anchors.
-        images_seen: training images in all, repetitions counted, unless `epochs` asks for more.
+        images_seen: training images in all, repetitions counted, unless what follows asks for more.
+        pixels_seen: the same in pixels of the network's input: with larger images fewer of them, each of which
+            shows more objects and costs more.
         epochs: passes over the data at least.
         lr: for 16 images a step; with Muon, that of the AdamW beside it.
         warmup_steps: the rate rises linearly over them; a twentieth of the run at most.
@@ -37,6 +39,7 @@ class Recipe:
     max_size: int | None = None
     batch_size: int = 16
     images_seen: int = 0
+    pixels_seen: int = 0
     epochs: float = 0
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     lr: float = 0.01
@@ -104,16 +107,20 @@ def modern(classes: Classes, backbone: str, weights: str | None) -> Recipe:
     )
 
 
-def small(classes: Classes, backbone: str) -> Recipe:
+def small(classes: Classes, backbone: str, device: str) -> Recipe:
     """From scratch on few images: GroupNorm throughout where the backbone allows it, nothing frozen, Muon, cosine,
-    averaged weights. Measured: docs/decisions/0006.
+    averaged weights. Measured: docs/recipes.md, docs/decisions/0006.
+
+    Args:
+        device: its type. On a CPU a step costs what its images cost, so that few images a step mean more steps for
+            the same work; elsewhere 4 small images cost nearly what 16 do.
     """
     return Recipe(
         name="small",
         model=presets.from_scratch(classes, backbone=backbone),
-        batch_size=8,
-        epochs=12,
-        images_seen=2_500,
+        batch_size=4 if device == "cpu" else 16,
+        epochs=4,
+        pixels_seen=150_000_000,
         optimizer="muon",
         lr=0.004,
         weight_decay=0.02,

@@ -18,6 +18,8 @@ from retinanet.training.recipes import Recipe
 COVERAGE_SAMPLE = 400
 # An object's side in the network input that anchors and stride 8 still resolve: two cells of P3.
 COMFORTABLE_SIDE = 16
+# Share of objects that some anchor reaches with IoU 0.5, for which images are enlarged beyond the comfortable.
+WELL_COVERED = 0.75
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
 
 
@@ -29,32 +31,48 @@ def choose_preprocessing(
     reasons: list[tuple[str, str, str]],
 ) -> Preprocessing:
     """Take the sides asked for or the recipe's, else those that the objects need; append the reason."""
-    size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
-    if size is None:
-        size, why = _image_size(train, device)
+    if recipe.image_size is None:
+        size, why = _image_size(recipe, options, train, device)
+    else:
+        size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
+    frame = _frame(recipe, size)
+    reasons.append(("image size", f"shortest side {frame.image_size}, longest {frame.max_size}", why))
+    return frame
+
+
+def _frame(recipe: Recipe, size: int) -> Preprocessing:
     # The paper's 800 / 1333 keeps a 3:5 picture at its shortest side; the same share holds at every size.
     longest = recipe.max_size or round(size * 1333 / 800)
     if longest < size:
         raise ConfigError(f"--max-size needs at least the shortest side, {size}; got {longest}")
-    reasons.append(("image size", f"shortest side {size}, longest {longest}", why))
     return Preprocessing(image_size=size, max_size=longest)
 
 
-def _image_size(train: Dataset, device: torch.device) -> tuple[int, str]:
-    """Choose the shortest side so that the usual object of every class gets a comfortable size, within the
-    device's means. Every class counts alike, as in AP: a rare class of small objects sets the size.
+def _image_size(
+    recipe: Recipe, options: TrainingOptions, train: Dataset, device: torch.device
+) -> tuple[int, str]:
+    """Choose the shortest side so that the usual object of every class gets a comfortable size and most objects
+    have an anchor, within the device's means. Every class counts alike, as in AP: a rare class of small objects
+    sets the size.
     """
     native = int(np.median(np.minimum(train.widths, train.heights)))
     smallest = _smallest_class(train)
-    most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
+    most = min(LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"], 2 * native)
+    if recipe.max_size is not None:
+        most = min(most, recipe.max_size)
     if smallest is None:
         return min(native, most), "no objects to go by"
     name, side = smallest
     wanted = native * COMFORTABLE_SIDE / side
-    size = int(np.clip(32 * round(wanted / 32), 128, min(most, 2 * native)))
-    return size, (
-        f"half of class {name} is below {side:.0f} px in images of {native}; {most} at most on {device.type}"
-    )
+    size = comfortable = max(128, min(32 * round(wanted / 32), 32 * (most // 32)))
+    why = f"half of class {name} is below {side:.0f} px in images of {native}"
+    covered = at_first = _best_coverage(options, train, _frame(recipe, size))
+    while covered < WELL_COVERED and size + 32 <= most:
+        size += 32
+        covered = _best_coverage(options, train, _frame(recipe, size))
+    if size > comfortable:
+        why += f"; from {comfortable}, where anchors reach {at_first:.0%} of objects, to {size}, where {covered:.0%}"
+    return size, f"{why}; {most} at most on {device.type}"
 
 
 def _smallest_class(train: Dataset) -> tuple[str, float] | None:
@@ -76,23 +94,30 @@ def choose_anchors(
     preprocessing: Preprocessing,
     reasons: list[tuple[str, str, str]],
 ) -> AnchorSpec:
-    """Take the paper's anchors, or half or a quarter of their size where that covers more objects; append the
-    reason.
-    """
-    asked = options.anchor_sizes()
-    if asked is not None:
-        spec = AnchorSpec(sizes=asked)
-        share = coverage(spec, train, preprocessing)
-        reasons.append(("anchors", options.anchors or "", f"asked for; {share:.0%} of objects reach IoU 0.5"))
-        return spec
-    specs = [AnchorSpec(sizes=tuple(size * f for size in AnchorSpec().sizes)) for f in (1.0, 0.5, 0.25)]
+    """Take the anchors asked for, else those of `_anchor_choices` that cover most objects; append the reason."""
+    specs = _anchor_choices(options)
     shares = [coverage(spec, train, preprocessing) for spec in specs]
     # Smaller anchors must earn their place: with equal coverage the paper's stand.
     best = max(range(len(specs)), key=lambda i: shares[i] - 0.01 * i)
-    sizes = ", ".join(f"{size:g}" for size in specs[best].sizes)
-    compared = ", ".join(f"{s:.0%} from {spec.sizes[0]:g}" for s, spec in zip(shares, specs, strict=True))
-    reasons.append(("anchors", sizes, f"objects that reach IoU 0.5: {compared}"))
+    if options.anchors:
+        reasons.append(("anchors", options.anchors, f"asked for; {shares[0]:.0%} of objects reach IoU 0.5"))
+    else:
+        sizes = ", ".join(f"{size:g}" for size in specs[best].sizes)
+        compared = ", ".join(f"{s:.0%} from {spec.sizes[0]:g}" for s, spec in zip(shares, specs, strict=True))
+        reasons.append(("anchors", sizes, f"objects that reach IoU 0.5: {compared}"))
     return specs[best]
+
+
+def _anchor_choices(options: TrainingOptions) -> list[AnchorSpec]:
+    """Return the anchors asked for alone, or the paper's and those of half and of a quarter of their size."""
+    asked = options.anchor_sizes()
+    if asked is not None:
+        return [AnchorSpec(sizes=asked)]
+    return [AnchorSpec(sizes=tuple(size * f for size in AnchorSpec().sizes)) for f in (1.0, 0.5, 0.25)]
+
+
+def _best_coverage(options: TrainingOptions, train: Dataset, preprocessing: Preprocessing) -> float:
+    return max(coverage(spec, train, preprocessing) for spec in _anchor_choices(options))
 
 
 def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> float:
@@ -127,12 +152,20 @@ def choose_max_detections(
     return most
 
 
-def choose_steps(recipe: Recipe, options: TrainingOptions, images: int) -> tuple[int, str]:
-    """Return how many steps are asked for, or make the recipe's passes over the images; and why."""
+def choose_steps(
+    recipe: Recipe, options: TrainingOptions, train: Dataset, preprocessing: Preprocessing
+) -> tuple[int, str]:
+    """Return how many steps are asked for, or those of the recipe; and why."""
     if options.steps is not None:
         return options.steps, "asked for"
     if options.epochs is not None:
-        steps = round(options.epochs * images / recipe.batch_size)
+        steps = round(options.epochs * len(train) / recipe.batch_size)
         return max(1, steps), f"{options.epochs:g} epochs asked for"
-    steps = round(max(recipe.images_seen, recipe.epochs * images) / recipe.batch_size)
-    return max(1, steps), f"recipe {recipe.name}"
+    sizes = [preprocessing.resized_size(*train.size(i)) for i in range(len(train))]
+    pixels = float(np.mean([width * height for width, height in sizes]))
+    by_pixels, by_epochs = recipe.pixels_seen / pixels, recipe.epochs * len(train)
+    images = max(recipe.images_seen, by_pixels, by_epochs)
+    why = f"recipe {recipe.name}"
+    if images == by_pixels:
+        why += f": {recipe.pixels_seen / 1e6:,.0f} megapixels, of {pixels / 1e6:.3f} an image"
+    return max(1, round(images / recipe.batch_size)), why
