@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -34,9 +35,15 @@ from retinanet.training import recipes, timing
 from retinanet.training.configuration import TrainingOptions, read_config, write_config
 from retinanet.training.muon import Muon
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
-from retinanet.training.planning import plan_run
-from retinanet.training.run import build_network, run_training
-from retinanet.training.sizing import choose_max_detections, coverage
+from retinanet.training.planning import Plan, plan_run
+from retinanet.training.run import run_training
+from retinanet.training.sizing import (
+    anchor_choices,
+    choose_max_detections,
+    choose_preprocessing,
+    coverage,
+)
+from retinanet.training.starting import build_network
 
 TINY = {
     "backbone": "resnet18",
@@ -172,7 +179,7 @@ def test_impossible_options_are_refused(options: dict, message: str) -> None:
     [
         ("batchsize: 4", "unknown|has no field 'batchsize'. Did you mean 'batch_size'"),
         ("batch_size: four", "batch_size needs a whole number or nothing; got 'four'"),
-        ("recipe: papr", "recipe needs one of auto, paper, modern, small; got 'papr'"),
+        ("recipe: papr", "recipe needs one of auto, paper, paper-jitter, modern, small; got 'papr'"),
         ("lr: 1e-3", r"lr needs a number \(such as 0.001\) or nothing; got '1e-3'"),
         ("- 1", "one `option: value` a line; got list"),
         ("a: b: c", "is not YAML"),
@@ -268,8 +275,8 @@ def test_from_scratch_a_run_sees_as_many_images_as_its_pixels_hold(data: Path) -
 
 
 def test_on_cuda_steps_from_scratch_take_more_images() -> None:
-    assert small(Classes(("a",)), "resnet18", "cpu").batch_size == 4
-    assert small(Classes(("a",)), "resnet18", "cuda").batch_size == 16
+    assert recipes.small(Classes(("a",)), "resnet18", "cpu").batch_size == 4
+    assert recipes.small(Classes(("a",)), "resnet18", "cuda").batch_size == 16
 
 
 def test_the_seed_decides_the_weights(data: Path) -> None:
@@ -341,6 +348,17 @@ def test_recipe_paper_is_the_paper() -> None:
     assert recipe.model.backbone.norm == "frozen"
     assert recipe.model.pyramid.channels == 256
     assert recipe.model.head == HeadSpec(depth=4, norm="none")
+
+
+def test_recipe_paper_jitter_is_longer_and_from_several_scales_only() -> None:
+    classes = Classes(("a",))
+    jitter = recipes.paper_jitter(classes, "resnet101", "a1_in1k")
+    assert jitter.images_seen == 135_000 * 16
+    assert jitter.augmentation.image_sizes(800) == (640, 672, 704, 736, 768, 800)
+    usual = recipes.paper(classes, "resnet101", "a1_in1k")
+    assert usual == dataclasses.replace(
+        jitter, name="paper", images_seen=usual.images_seen, augmentation=usual.augmentation
+    )
 
 
 @pytest.mark.parametrize("backbone", ["convnext_atto", "mobilenetv3_small_100"])
@@ -684,6 +702,56 @@ def test_twenty_images_are_learned_by_heart(tmp_path: Path, classes: int, steps:
     )
     detector = Detector(load_model(run.path), device="cpu")
     assert (validate(detector, open_dataset(data, "train")).ap or 0) >= 0.95
+
+
+def squares(side: float, native: int = 256) -> SimpleNamespace:
+    """A data set of one image with 16 squares of one size, far apart and at odd places."""
+    corners = (
+        np.array([(x, y) for x in (5, 69, 131, 197) for y in (7, 71, 133, 195)], np.float32) * native / 256
+    )
+    return SimpleNamespace(
+        widths=np.array([native]),
+        heights=np.array([native]),
+        boxes=np.hstack([corners, corners + np.float32(side)]),
+        labels=np.zeros(16, np.int64),
+        ignore=np.zeros(16, np.int8),
+        offsets=np.array([0, 16]),
+        classes=Classes(("a",)),
+        size=lambda _: (native, native),
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "native", "device", "anchors", "size", "why"),
+    [
+        # 16 px in the network's frame are comfortable, but no image is below 128.
+        (40, 256, "cpu", None, 128, "half of class a is below 40 px in images of 256; 256 at most on cpu"),
+        # Comfortable at 192, where the anchors are too large.
+        (
+            21, 256, "cuda", "32,64,128,256,512", 288,
+            "half of class a is below 21 px in images of 256; "
+            "from 192, where anchors reach 0% of objects, to 288, where 100%; 512 at most on cuda",
+        ),
+        # As far as the device allows, and no more than twice the native size.
+        (5, 256, "cpu", None, 256, "half of class a is below 5 px in images of 256; 256 at most on cpu"),
+        (5, 100, "cuda", None, 192, "half of class a is below 5 px in images of 100; 200 at most on cuda"),
+    ],
+)  # fmt: skip
+def test_images_are_as_large_as_objects_and_anchors_need(
+    side: float, native: int, device: str, anchors: str | None, size: int, why: str
+) -> None:
+    reasons: list[tuple[str, str, str]] = []
+    recipe = recipes.small(Classes(("a",)), "resnet18", device)
+    choices = anchor_choices(TrainingOptions(data="x", anchors=anchors), recipe.model.anchors, fixed=False)
+    chosen = choose_preprocessing(
+        recipe,
+        TrainingOptions(data="x", anchors=anchors),
+        squares(side, native),  # type: ignore[arg-type]
+        choices,
+        torch.device(device),
+        reasons,
+    )
+    assert (chosen.image_size, reasons[0][2]) == (size, why)
 
 
 @pytest.mark.parametrize(("fullest", "most"), [(0, 100), (99, 100), (100, 200), (369, 400)])

@@ -73,6 +73,19 @@ class Classes:
     def __len__(self) -> int:
         return len(self.names)
 
+    def changes_from(self, known: Classes) -> str:
+        """Say what becomes of a model's classes when it is to know these.
+
+        >>> Classes(("dog", "horse")).changes_from(Classes(("cat", "dog")))
+        'kept: dog; new: horse; dropped: cat'
+        """
+        parts = {
+            "kept": [name for name in self.names if name in known.names],
+            "new": [name for name in self.names if name not in known.names],
+            "dropped": [name for name in known.names if name not in self.names],
+        }
+        return "; ".join(f"{what}: {', '.join(names) or 'none'}" for what, names in parts.items())
+
     def index_of_id(self) -> dict[int, int]:
         """Map the data set's id of a class to its index."""
         return {category: index for index, category in enumerate(self.ids)}

@@ -42,10 +42,12 @@ class TrainingOptions:
     """Data set: a Pascal VOC folder or a COCO folder."""
     output: Annotated[str | None, OPTIONAL_FOLDER] = None
     """Run directory, made new; runs/train-N by default."""
-    recipe: Literal["auto", "paper", "modern", "small"] = "auto"
+    recipe: Literal["auto", "paper", "paper-jitter", "modern", "small"] = "auto"
     """Set of defaults. auto: modern with pretrained weights for the backbone, else small."""
     backbone: Annotated[str, tyro.conf.arg(metavar="NAME")] = "resnet50"
     """timm model with features at strides 8, 16 and 32."""
+    weights: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint=shown)] = None
+    """Model to go on from: a run directory or model file; classes of the same name keep what it knows of them."""
     pretrained: Annotated[str, tyro.conf.arg(metavar="FILE")] = "auto"
     """ImageNet weights of the backbone: auto (those in timm's cache), none, or a file."""
     image_size: Annotated[int | None, OPTIONAL] = None
@@ -106,7 +108,7 @@ class TrainingOptions:
     """Print what would be done, and stop."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "pretrained"):
+        for name in ("data", "output", "weights", "pretrained"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         for name, least in (
@@ -140,6 +142,10 @@ class TrainingOptions:
         if len(given) > 1:
             raise ConfigError(
                 f"one of --epochs, --steps and --time says how long; got --{' and --'.join(given)}"
+            )
+        if self.weights is not None and self.pretrained != "auto":
+            raise ConfigError(
+                f"--weights brings a backbone's weights, too: leave out --pretrained; got {self.pretrained}"
             )
         if self.time is not None:
             self.seconds()

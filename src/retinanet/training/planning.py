@@ -17,18 +17,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from retinanet.checkpoint import Model, load_model
 from retinanet.data import Dataset
 from retinanet.data.transforms import Augmentation
 from retinanet.devices import choose_device, resolve_precision
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
-from retinanet.model import ModelSpec, PostProcessing, fitting_norm
+from retinanet.model import ModelSpec, fitting_norm
 from retinanet.objective import BoxLoss, Objective, focal, giou_of_boxes, smooth_l1_of_deltas
 from retinanet.records import Classes
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.optimizer import MUON_FACTOR
-from retinanet.training.recipes import Recipe, modern, paper, small
+from retinanet.training.recipes import Recipe, modern, paper, paper_jitter, small
 from retinanet.training.sizing import (
+    anchor_choices,
     choose_anchors,
     choose_max_detections,
     choose_preprocessing,
@@ -45,12 +47,16 @@ COMPILED_DIVISOR = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, decided. `reasons` explains it line by line: (setting, value, why)."""
+    """A run, decided. `reasons` explains it line by line: (setting, value, why).
+
+    `start` is the model of `--weights`, `weights_file` that of the backbone alone.
+    """
 
     options: TrainingOptions
     recipe: Recipe
     spec: ModelSpec
     objective: Objective
+    start: Model | None
     weights_file: Path | None
     device: torch.device
     batch_size: int
@@ -106,6 +112,7 @@ class Plan:
             "warmup_steps": self.warmup_steps,
             "validate_every": self.validate_every,
             "workers": self.workers,
+            "weights": self.options.weights,
             "weights_file": str(self.weights_file) if self.weights_file else None,
             "augmentation": dataclasses.asdict(self.augmentation),
             # The recipe's model went into the spec.
@@ -141,16 +148,21 @@ def plan_run(
     device = choose_device(options.device)
     if options.compile and device.type == "cpu":
         require_cpp_compiler()
+    start = None if options.weights is None else load_model(options.weights)
     weights, why = find_pretrained(options)
-    recipe = choose_recipe(options, weights, train.classes, device.type)
+    recipe = choose_recipe(options, start, weights, train.classes, device.type)
     if change is not None:
         recipe = change(recipe)
-    starts = f"weights of {weights}" if weights else "scratch"
-    reasons.append(("backbone", f"{options.backbone}, from {starts}", why))
+    origin = f"model {options.weights}" if start else f"weights of {weights}" if weights else "scratch"
+    reasons.append(("backbone", f"{recipe.model.backbone.name}, from {origin}", why))
+    if start:
+        reasons.append(("classes", train.classes.changes_from(start.spec.classes), "by name"))
     auto = f"auto: {'weights' if weights else 'no weights'} for the backbone"
+    if start:
+        auto = f"auto: the model's norm is {start.spec.backbone.norm}"
     reasons.append(("recipe", recipe.name, auto if options.recipe == "auto" else "asked for"))
     recipe = _with_options(recipe, options, reasons)
-    if recipe.freeze != "none" and not weights:
+    if recipe.freeze != "none" and not weights and start is None:
         raise ConfigError(
             f"--freeze {recipe.freeze} keeps a stage as loaded and needs weights, of which there are none: "
             "give --pretrained FILE, or leave --freeze out"
@@ -160,15 +172,16 @@ def plan_run(
     if norm != backbone.norm:
         why = f"recipe {recipe.name} wants {backbone.norm}, which {backbone.name} cannot have"
         reasons.append(("backbone norm", norm, why))
-    preprocessing = choose_preprocessing(recipe, options, train, device, reasons)
-    anchors = choose_anchors(options, train, preprocessing, reasons)
+    choices = anchor_choices(options, recipe.model.anchors, fixed=start is not None)
+    preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons)
+    anchors = choose_anchors(options, train, choices, preprocessing, reasons)
     max_detections = choose_max_detections(options, train, reasons)
     spec = dataclasses.replace(
         recipe.model,
         backbone=dataclasses.replace(backbone, norm=norm),
         anchors=anchors,
         preprocessing=preprocessing,
-        post_processing=PostProcessing(max_detections=max_detections),
+        post_processing=dataclasses.replace(recipe.model.post_processing, max_detections=max_detections),
     )
     lr, why = choose_rate(recipe)
     reasons.append(("lr", f"{lr:g}", why))
@@ -196,6 +209,7 @@ def plan_run(
             normalizer=recipe.normalizer,
             low_quality=recipe.low_quality,
         ),
+        start=start,
         weights_file=weights,
         device=device,
         batch_size=recipe.batch_size,
@@ -220,6 +234,8 @@ def require_cpp_compiler() -> None:
 
 def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
     """Return the backbone's weights file, or None, and why. Nothing is ever downloaded here."""
+    if options.weights is not None:
+        return None, "--weights"
     if options.recipe == "small":
         if options.pretrained not in ("auto", "none"):
             raise ConfigError(
@@ -247,20 +263,44 @@ def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
 
 
 def choose_recipe(
-    options: TrainingOptions, weights: Path | None, classes: Classes, device_type: str
+    options: TrainingOptions, start: Model | None, weights: Path | None, classes: Classes, device_type: str
 ) -> Recipe:
-    """Return the recipe asked for; auto is `modern` with weights and `small` without."""
+    """Return the recipe asked for; auto is `modern` with weights and `small` without. A model to start from says
+    which network it is; of its recipe it only knows whether BatchNorm was frozen, as in `modern`.
+    """
     name = options.recipe
     if name == "auto":
-        name = "modern" if weights else "small"
-    if name == "small":
-        return small(classes, options.backbone, device_type)
-    if not weights:
+        modern_alike = weights if start is None else start.spec.backbone.norm == "frozen"
+        name = "modern" if modern_alike else "small"
+    if name != "small" and not weights and start is None:
         raise ConfigError(
             f"--recipe {name} freezes BatchNorm and needs weights for {options.backbone}, of which there are none: "
             "give --pretrained FILE, or use --recipe small"
         )
-    return (paper if name == "paper" else modern)(classes, options.backbone, weights.name)
+    backbone = options.backbone if start is None else start.spec.backbone.name
+    if name == "small":
+        recipe = small(classes, backbone, device_type)
+    else:
+        with_weights = {"paper": paper, "paper-jitter": paper_jitter, "modern": modern}[name]
+        recipe = with_weights(classes, backbone, weights.name if weights else None)
+    if start is None:
+        return recipe
+    _refuse_another_network(options, start)
+    return dataclasses.replace(recipe, model=dataclasses.replace(start.spec, classes=classes))
+
+
+def _refuse_another_network(options: TrainingOptions, start: Model) -> None:
+    """Raise where an option asks for another network than the model's."""
+    default = TrainingOptions(data="").backbone
+    for option, asked, has in (
+        ("--backbone", options.backbone if options.backbone != default else None, start.spec.backbone.name),
+        ("--channels", options.channels, start.spec.pyramid.channels),
+    ):
+        if asked not in (None, has):
+            raise ConfigError(
+                f"{option} needs to be that of the model of --weights or left out: {options.weights} has {has}; "
+                f"got {asked}"
+            )
 
 
 def choose_rate(recipe: Recipe) -> tuple[float, str]:

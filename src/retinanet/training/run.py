@@ -16,7 +16,6 @@ from retinanet.devices import deterministic_algorithms
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import require_new, write_json
 from retinanet.inference import Detector, Validation, load
-from retinanet.model import RetinaNet, build_retinanet, load_backbone
 from retinanet.report.curves import draw_curves
 from retinanet.report.page import write_page
 from retinanet.training.configuration import TrainingOptions
@@ -26,6 +25,7 @@ from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.progress import plain_console
 from retinanet.training.recipes import Recipe
+from retinanet.training.starting import build_network
 from retinanet.training.timing import fit_to_time
 
 P = ParamSpec("P")
@@ -125,7 +125,7 @@ def _report(plan: Plan, best: Validation, val_set: Dataset, folder: RunFolder) -
     write_page(
         folder.path / "report.html",
         title=f"RetinaNet run {folder.path.name}",
-        lead=f"{plan.options.backbone}, {plan.steps:,} steps of {plan.batch_size} images, data {val_set.name}; "
+        lead=f"{plan.spec.backbone.name}, {plan.steps:,} steps of {plan.batch_size} images, data {val_set.name}; "
         "figures and pictures are of the best model on the split val.",
         metrics=best.metrics.to_json(),
         pictures=[("Curves", curves), ("Ground truth and detections", pictures)],
@@ -151,14 +151,3 @@ def open_splits(data: str) -> tuple[Dataset, Dataset]:
                 f"training needs boxes; the {dataset.split} split of {data} has none in {len(dataset)} images"
             )
     return train_set, val_set
-
-
-def build_network(plan: Plan) -> RetinaNet:
-    """Build the plan's network: fresh weights by the seed, then the backbone's file where there is one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.options.seed)
-        network = build_retinanet(plan.spec, prior=plan.recipe.prior)
-    if plan.weights_file is not None:
-        load_backbone(network.backbone, plan.weights_file)
-    network.backbone.freeze(plan.recipe.freeze)
-    return network

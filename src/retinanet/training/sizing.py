@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -27,12 +30,13 @@ def choose_preprocessing(
     recipe: Recipe,
     options: TrainingOptions,
     train: Dataset,
+    choices: Sequence[AnchorSpec],
     device: torch.device,
     reasons: list[tuple[str, str, str]],
 ) -> Preprocessing:
     """Take the sides asked for or the recipe's, else those that the objects need; append the reason."""
     if recipe.image_size is None:
-        size, why = _image_size(recipe, options, train, device)
+        size, why = _image_size(recipe, train, choices, device)
     else:
         size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
     frame = _frame(recipe, size)
@@ -45,11 +49,11 @@ def _frame(recipe: Recipe, size: int) -> Preprocessing:
     longest = recipe.max_size or round(size * 1333 / 800)
     if longest < size:
         raise ConfigError(f"--max-size needs at least the shortest side, {size}; got {longest}")
-    return Preprocessing(image_size=size, max_size=longest)
+    return replace(recipe.model.preprocessing, image_size=size, max_size=longest)
 
 
 def _image_size(
-    recipe: Recipe, options: TrainingOptions, train: Dataset, device: torch.device
+    recipe: Recipe, train: Dataset, choices: Sequence[AnchorSpec], device: torch.device
 ) -> tuple[int, str]:
     """Choose the shortest side so that the usual object of every class gets a comfortable size and most objects
     have an anchor, within the device's means. Every class counts alike, as in AP: a rare class of small objects
@@ -66,10 +70,10 @@ def _image_size(
     wanted = native * COMFORTABLE_SIDE / side
     size = comfortable = max(128, min(32 * round(wanted / 32), 32 * (most // 32)))
     why = f"half of class {name} is below {side:.0f} px in images of {native}"
-    covered = at_first = _best_coverage(options, train, _frame(recipe, size))
+    covered = at_first = _best_coverage(choices, train, _frame(recipe, size))
     while covered < WELL_COVERED and size + 32 <= most:
         size += 32
-        covered = _best_coverage(options, train, _frame(recipe, size))
+        covered = _best_coverage(choices, train, _frame(recipe, size))
     if size > comfortable:
         why += f"; from {comfortable}, where anchors reach {at_first:.0%} of objects, to {size}, where {covered:.0%}"
     return size, f"{why}; {most} at most on {device.type}"
@@ -88,36 +92,44 @@ def _smallest_class(train: Dataset) -> tuple[str, float] | None:
     return min(medians.items(), key=lambda item: item[1]) if medians else None
 
 
+def anchor_choices(options: TrainingOptions, usual: AnchorSpec, *, fixed: bool) -> list[AnchorSpec]:
+    """Return the anchors asked for alone; else the usual ones and, unless `fixed`, those of half and of a quarter of
+    their size.
+    """
+    asked = options.anchor_sizes()
+    if asked is not None:
+        return [replace(usual, sizes=asked)]
+    factors = (1.0,) if fixed else (1.0, 0.5, 0.25)
+    return [replace(usual, sizes=tuple(size * f for size in usual.sizes)) for f in factors]
+
+
 def choose_anchors(
     options: TrainingOptions,
     train: Dataset,
+    choices: Sequence[AnchorSpec],
     preprocessing: Preprocessing,
     reasons: list[tuple[str, str, str]],
 ) -> AnchorSpec:
-    """Take the anchors asked for, else those of `_anchor_choices` that cover most objects; append the reason."""
-    specs = _anchor_choices(options)
-    shares = [coverage(spec, train, preprocessing) for spec in specs]
-    # Smaller anchors must earn their place: with equal coverage the paper's stand.
-    best = max(range(len(specs)), key=lambda i: shares[i] - 0.01 * i)
-    if options.anchors:
-        reasons.append(("anchors", options.anchors, f"asked for; {shares[0]:.0%} of objects reach IoU 0.5"))
-    else:
-        sizes = ", ".join(f"{size:g}" for size in specs[best].sizes)
-        compared = ", ".join(f"{s:.0%} from {spec.sizes[0]:g}" for s, spec in zip(shares, specs, strict=True))
+    """Take the anchors that cover most objects; append the reason."""
+    shares = [coverage(spec, train, preprocessing) for spec in choices]
+    # Smaller anchors must earn their place: with equal coverage the usual ones stand.
+    best = max(range(len(choices)), key=lambda i: shares[i] - 0.01 * i)
+    sizes = ", ".join(f"{size:g}" for size in choices[best].sizes)
+    if len(choices) > 1:
+        compared = ", ".join(
+            f"{share:.0%} from {spec.sizes[0]:g}" for share, spec in zip(shares, choices, strict=True)
+        )
         reasons.append(("anchors", sizes, f"objects that reach IoU 0.5: {compared}"))
-    return specs[best]
+    else:
+        why = "asked for" if options.anchors else "the model's"
+        reasons.append(
+            ("anchors", options.anchors or sizes, f"{why}; {shares[0]:.0%} of objects reach IoU 0.5")
+        )
+    return choices[best]
 
 
-def _anchor_choices(options: TrainingOptions) -> list[AnchorSpec]:
-    """Return the anchors asked for alone, or the paper's and those of half and of a quarter of their size."""
-    asked = options.anchor_sizes()
-    if asked is not None:
-        return [AnchorSpec(sizes=asked)]
-    return [AnchorSpec(sizes=tuple(size * f for size in AnchorSpec().sizes)) for f in (1.0, 0.5, 0.25)]
-
-
-def _best_coverage(options: TrainingOptions, train: Dataset, preprocessing: Preprocessing) -> float:
-    return max(coverage(spec, train, preprocessing) for spec in _anchor_choices(options))
+def _best_coverage(choices: Sequence[AnchorSpec], train: Dataset, preprocessing: Preprocessing) -> float:
+    return max(coverage(spec, train, preprocessing) for spec in choices)
 
 
 def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> float:
