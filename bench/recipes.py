@@ -56,6 +56,7 @@ VARIANTS = {
     "rate-double": Variant("twice the rate", {"lr": 0.008}),
     "batch-2": Variant("2 images a step", {"batch_size": 2}),
     "batch-8": Variant("8 images a step", {"batch_size": 8}),
+    "batch-8-linear": Variant("8 images a step, twice the rate", {"batch_size": 8, "lr": 0.004 * 2**0.5}),
     "no-average": Variant("without averaged weights", {"average_decay": None}),
     "depth-2": Variant("heads of 2 convolutions", head={"depth": 2}),
     "channels-128": Variant("pyramid and heads 128 wide", options={"channels": 128}),

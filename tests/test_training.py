@@ -735,6 +735,7 @@ def squares(side: float, native: int = 256) -> SimpleNamespace:
         # As far as the device allows, and no more than twice the native size.
         (5, 256, "cpu", None, 256, "half of class a is below 5 px in images of 256; 256 at most on cpu"),
         (5, 100, "cuda", None, 192, "half of class a is below 5 px in images of 100; 200 at most on cuda"),
+        (20, 40, "cpu", None, 80, "half of class a is below 20 px in images of 40; 80 at most on cpu"),
     ],
 )  # fmt: skip
 def test_images_are_as_large_as_objects_and_anchors_need(

@@ -68,7 +68,7 @@ def _image_size(
         return min(native, most), "no objects to go by"
     name, side = smallest
     wanted = native * COMFORTABLE_SIDE / side
-    size = comfortable = max(128, min(32 * round(wanted / 32), 32 * (most // 32)))
+    size = comfortable = max(min(128, most), min(32 * round(wanted / 32), 32 * (most // 32)))
     why = f"half of class {name} is below {side:.0f} px in images of {native}"
     covered = at_first = _best_coverage(choices, train, _frame(recipe, size))
     while covered < WELL_COVERED and size + 32 <= most:
