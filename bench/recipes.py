@@ -159,7 +159,11 @@ def run(job: Job, folders: dict[str, str], backbone: str, runs: Path) -> None:
 
     def change(recipe: Recipe) -> Recipe:
         changed = variant(recipe)
-        return changed if job.images is None else replace(changed, images_seen=job.images, epochs=0)
+        return (
+            changed
+            if job.images is None
+            else replace(changed, images_seen=job.images, pixels_seen=0, epochs=0)
+        )
 
     options = TrainingOptions(
         data=folders[job.data],

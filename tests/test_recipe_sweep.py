@@ -3,14 +3,18 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from retinanet.data import open_dataset
+from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.records import Classes
 from retinanet.training.configuration import TrainingOptions
-from retinanet.training.recipes import small
+from retinanet.training.planning import plan_run
+from retinanet.training.recipes import Recipe, small
 
 
 @pytest.fixture
@@ -108,3 +112,21 @@ def test_what_was_measured_with_an_older_recipe_is_measured_again(
     sweep.KEPT.write_text(json.dumps(row("base", 0.2, recipe=sweep.RECIPE)) + "\n")
     sweep.main()
     assert "(done)" in capsys.readouterr().out
+
+
+def test_a_shortened_run_sees_that_many_images(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else says how long a recipe's run is."""
+    data = generate_shapes(tmp_path / "shapes", train=2, val=1, spec=ShapesSpec(image_size=96))
+    planned = []
+
+    def run_training(options: TrainingOptions, change: Callable[[Recipe], Recipe]) -> None:
+        planned.append(plan_run(options, open_dataset(data, "train"), change))
+
+    monkeypatch.setattr(sweep, "run_training", run_training)
+    for images in (800, None):
+        sweep.run(sweep.Job("x", "batch-8", 0, images), {"x": str(data)}, "resnet18", tmp_path / "runs")
+    shortened, whole = planned
+    assert (shortened.batch_size, shortened.steps) == (8, 100)
+    assert whole.steps > 1000
