@@ -5,7 +5,8 @@
 The training images are halved. The first half, with all classes but the last, gives a model; the second half, with all
 classes but the first, is trained from scratch and from that model, `--time` each. Both are judged on the split val with
 the second half's classes. So the last class is new, the first is dropped, what lies between is kept. Objects of a
-class that a half does not have stay visible and unannotated, as in anyone's data.
+class that a half does not have stay visible and unannotated, as in anyone's data. Every run keeps the best of its
+validations on val, the first model's with other classes.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main() -> None:
         "--runs", type=Path, default=ROOT / "runs" / "fine-tuning", help="a new folder for all of it"
     )
     given = parser.parse_args()
+    if given.runs.exists():
+        parser.error(f"--runs needs a new folder; {given.runs} exists")
     given.runs.mkdir(parents=True)
     halves = write_halves(given.data, given.runs)
     common = ["--time", given.time]

@@ -170,6 +170,7 @@ def run(job: Job, folders: dict[str, str], backbone: str, runs: Path) -> None:
         output=str(job.folder(runs)),
         backbone=backbone,
         recipe="small",
+        device="cpu",
         seed=job.seed,
         **variant.options,
     )

@@ -379,9 +379,11 @@ def test_help_of_train_names_every_option_and_its_default(
     assert "--config FILE" in said
     assert "--debug" in said
     assert (
-        "--lr FLOAT Learning rate for 16 images a step; scaled to the batch size. (default: the recipe's)"
-        in said
-    )
+        "--lr FLOAT Learning rate for 16 images a step; scaled to the batch size, for AdamW and Muon by its root. "
+        "(default: the recipe's)"
+    ) in said
+    assert "--backbone NAME" in said
+    assert "with --weights, the model's. (default: resnet50)" in said
     (tmp_path / "c.yaml").write_text("lr: 0.5\n")
     _, out, _ = run(capsys, "train", "--config", tmp_path / "c.yaml", "--help")
     assert "(default: 0.5)" in " ".join(out.replace("│", " ").split())

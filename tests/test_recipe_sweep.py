@@ -114,6 +114,12 @@ def test_what_was_measured_with_an_older_recipe_is_measured_again(
     assert "(done)" in capsys.readouterr().out
 
 
+def test_the_label_is_that_of_the_recipe(sweep: ModuleType) -> None:
+    recipe = small(Classes(("a",)), "resnet18", "cpu")
+    said = f"{recipe.batch_size} images a step, {recipe.pixels_seen / 1e6:.0f} megapixels"
+    assert said == sweep.RECIPE  # else rows of two recipes would be compared
+
+
 def test_a_shortened_run_sees_that_many_images(
     sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

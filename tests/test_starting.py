@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     torch.manual_seed(1)
     network = build_retinanet(SMALL)
     torch.nn.init.normal_(network.class_head.last.bias)
-    return Model(network, SMALL)
+    return Model(network, SMALL, training={"recipe": "small"})
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,9 @@ def test_the_plan_says_what_it_starts_from_and_keeps_the_model(train: Dataset, s
     rows = said(found)
     assert rows["backbone"] == (f"resnet18, from model {saved}", "--weights")
     assert rows["classes"] == ("kept: disk, square; new: triangle; dropped: cube", "by name")
-    assert rows["recipe"] == ("small", "auto: the model's norm is group")
-    assert rows["channels"][0] == "64"
+    assert rows["recipe"] == ("small", "auto: the model was trained by small")
+    assert rows["channels"] == ("64", "the model's")
+    assert rows["image size"][1].endswith("; the model had 800")
     assert rows["anchors"][0] == "12, 24, 48, 96, 192"
     assert rows["anchors"][1].startswith("the model's; ")
     assert found.spec.head == SMALL.head
@@ -108,10 +109,10 @@ def test_anchors_may_be_others_of_the_same_number(train: Dataset, saved: str) ->
     assert plan(train, saved, anchors="8,16,32,64,128").spec.anchors.sizes == (8, 16, 32, 64, 128)
 
 
-def test_a_model_with_frozen_norms_goes_on_with_modern(train: Dataset, tmp_path: Path) -> None:
+def test_a_model_that_small_did_not_make_goes_on_with_modern(train: Dataset, tmp_path: Path) -> None:
     frozen = dataclasses.replace(SMALL, backbone=BackboneSpec("resnet18", norm="frozen"))
     file = str(save_model(tmp_path, Model(build_retinanet(frozen), frozen)))
-    assert said(plan(train, file))["recipe"] == ("modern", "auto: the model's norm is frozen")
+    assert said(plan(train, file))["recipe"] == ("modern", "auto: the model was trained by a recipe unknown")
     assert plan(train, file, recipe="paper").recipe.freeze == "stage1"
 
 
@@ -119,10 +120,11 @@ def test_a_model_with_frozen_norms_goes_on_with_modern(train: Dataset, tmp_path:
     ("more", "message"),
     [
         ({"backbone": "resnet34"}, "--backbone needs to be that of the model .* has resnet18; got resnet34"),
+        ({"backbone": "resnet50"}, "has resnet18; got resnet50"),  # the default, where it is asked for
         ({"channels": 128}, "--channels needs to be that of the model .* has 64; got 128"),
         (
             {"pretrained": "none"},
-            "--weights brings a backbone's weights, too: leave out --pretrained; got none",
+            "--weights brings a backbone's weights, too, and needs --pretrained auto; got none",
         ),
     ],
 )
@@ -142,16 +144,21 @@ def test_a_missing_model_is_named(train: Dataset) -> None:
         plan(train, "nowhere")
 
 
-def test_a_run_goes_on_from_another(data: Path, saved: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_another(data: Path, model: Model, saved: str, tmp_path: Path) -> None:
     run = retinanet.train(
         data=data,
         output=tmp_path / "run",
         weights=saved,
         image_size=96,
         steps=2,
+        lr=1e-7,  # so that what it started from is still to be seen
         batch_size=2,
         device="cpu",
         workers=0,
     )
     assert run.detector.spec.classes == open_dataset(data, "train").classes
     assert (run.path / "config.yaml").read_text().count(f"weights: {saved}") == 1
+    assert run.detector.model.training["weights"] == saved
+    name = "backbone.network.layer1.0.conv1.weight"
+    mine, first = run.detector.model.network.state_dict()[name], model.network.state_dict()[name]
+    torch.testing.assert_close(mine.cpu(), first, atol=1e-5, rtol=0)

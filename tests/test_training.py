@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -267,11 +268,31 @@ def test_from_scratch_a_run_sees_as_many_images_as_its_pixels_hold(data: Path) -
 
     small, large = plan(128), plan(256)
     assert small.batch_size == 4
-    assert small.steps == round(150e6 / 128**2 / 4)
-    assert large.steps == round(150e6 / 256**2 / 4)
+    assert small.steps == math.ceil(150e6 / 128**2 / 4)
+    assert large.steps == math.ceil(150e6 / 256**2 / 4)
     steps, why = next((value, why) for setting, value, why in large.reasons if setting == "steps")
     assert steps == f"{large.steps:,}"
-    assert why.startswith("recipe small: 150 megapixels, of 0.066 an image; 381 passes over 6 images")
+    assert why.startswith("recipe small: 150 megapixels, of 0.066 an image; 382 passes over 6 images")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "why"),
+    [
+        ({"images_seen": 0, "pixels_seen": 1, "epochs": 4}, 6, "4 passes"),  # 24 images
+        ({"images_seen": 25, "pixels_seen": 1, "epochs": 4}, 7, "4.7 passes"),  # none of them is left out
+    ],
+)
+def test_a_run_sees_at_least_the_recipes_passes_and_images(
+    data: Path, recipe: dict[str, Any], steps: int, why: str
+) -> None:
+    def change(usual: recipes.Recipe) -> recipes.Recipe:
+        return dataclasses.replace(usual, **recipe)
+
+    options = TrainingOptions(data=str(data), backbone="resnet18", device="cpu", image_size=128)
+    plan = plan_run(options, open_dataset(data, "train"), change)
+    said = {setting: (value, reason) for setting, value, reason in plan.reasons}
+    assert said["steps"] == (f"{steps}", f"recipe small; {why} over 6 images")
+    assert "zoom" in said["augmentation"][0]  # four passes are not few
 
 
 def test_on_cuda_steps_from_scratch_take_more_images() -> None:
@@ -704,6 +725,19 @@ def test_twenty_images_are_learned_by_heart(tmp_path: Path, classes: int, steps:
     assert (validate(detector, open_dataset(data, "train")).ap or 0) >= 0.95
 
 
+def test_no_anchor_reaching_enough_objects_does_not_make_images_large() -> None:
+    """Thin lines have no anchor at any size."""
+    lines = squares(40)
+    lines.boxes[:, 3] = lines.boxes[:, 1] + 4
+    recipe = recipes.small(Classes(("a",)), "resnet18", "cuda")
+    options = TrainingOptions(data="x")
+    choices = anchor_choices(options, recipe.model.anchors, fixed=False)
+    reasons: list[tuple[str, str, str]] = []
+    size = choose_preprocessing(recipe, options, lines, choices, torch.device("cuda"), reasons).image_size  # type: ignore[arg-type]
+    assert size == 320  # 16 px for the root of 40 x 4
+    assert "reach" not in reasons[0][2]
+
+
 def squares(side: float, native: int = 256) -> SimpleNamespace:
     """A data set of one image with 16 squares of one size, far apart and at odd places."""
     corners = (
@@ -728,14 +762,14 @@ def squares(side: float, native: int = 256) -> SimpleNamespace:
         (40, 256, "cpu", None, 128, "half of class a is below 40 px in images of 256; 256 at most on cpu"),
         # Comfortable at 192, where the anchors are too large.
         (
-            21, 256, "cuda", "32,64,128,256,512", 288,
+            21, 256, "cuda", "32,64,128,256,512", 320,
             "half of class a is below 21 px in images of 256; "
-            "from 192, where anchors reach 0% of objects, to 288, where 100%; 512 at most on cuda",
+            "from 192, where anchors reach 0% of objects, to 320, where 100%; at most twice their size",
         ),
         # As far as the device allows, and no more than twice the native size.
         (5, 256, "cpu", None, 256, "half of class a is below 5 px in images of 256; 256 at most on cpu"),
-        (5, 100, "cuda", None, 192, "half of class a is below 5 px in images of 100; 200 at most on cuda"),
-        (20, 40, "cpu", None, 80, "half of class a is below 20 px in images of 40; 80 at most on cpu"),
+        (5, 100, "cuda", None, 192, "half of class a is below 5 px in images of 100; at most twice their size"),
+        (20, 40, "cpu", None, 80, "half of class a is below 20 px in images of 40; at most twice their size"),
     ],
 )  # fmt: skip
 def test_images_are_as_large_as_objects_and_anchors_need(

@@ -17,6 +17,8 @@ from retinanet.errors import ConfigError
 from retinanet.folders import write_text
 from retinanet.plain import from_plain
 
+DEFAULT_BACKBONE = "resnet50"
+
 
 def shown(default: str) -> str:
     """Return what `--help` says of a default: nothing where it says nothing."""
@@ -43,9 +45,12 @@ class TrainingOptions:
     output: Annotated[str | None, OPTIONAL_FOLDER] = None
     """Run directory, made new; runs/train-N by default."""
     recipe: Literal["auto", "paper", "paper-jitter", "modern", "small"] = "auto"
-    """Set of defaults. auto: modern with pretrained weights for the backbone, else small."""
-    backbone: Annotated[str, tyro.conf.arg(metavar="NAME")] = "resnet50"
-    """timm model with features at strides 8, 16 and 32."""
+    """Set of defaults. auto: modern with pretrained weights for the backbone, else small; with --weights, that of the
+    model."""
+    backbone: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=f"(default: {DEFAULT_BACKBONE})")
+    ] = None
+    """timm model with features at strides 8, 16 and 32; with --weights, the model's."""
     weights: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint=shown)] = None
     """Model to go on from: a run directory or model file; classes of the same name keep what it knows of them."""
     pretrained: Annotated[str, tyro.conf.arg(metavar="FILE")] = "auto"
@@ -67,13 +72,13 @@ class TrainingOptions:
     batch_size: Annotated[int | None, BY_RECIPE] = None
     """Images a step."""
     lr: Annotated[float | None, BY_RECIPE] = None
-    """Learning rate for 16 images a step; scaled to the batch size."""
+    """Learning rate for 16 images a step; scaled to the batch size, for AdamW and Muon by its root."""
     optimizer: Annotated[Literal["sgd", "adamw", "muon"] | None, BY_RECIPE] = None
     """Optimiser; muon is Muon for the convolutions inside and AdamW for the rest."""
     schedule: Annotated[Literal["step", "cosine"] | None, BY_RECIPE] = None
     """step: a tenth at 2/3 and at 8/9 of the run; cosine: down to nothing."""
     weight_decay: Annotated[float | None, BY_RECIPE] = None
-    """Weight decay of convolutions; norms and biases have none, except in recipe paper."""
+    """Weight decay of convolutions; norms and biases have none, except in recipes paper and paper-jitter."""
     freeze: Annotated[str | None, tyro.conf.arg(metavar="STAGE", help_behavior_hint=shown_or_recipe)] = None
     """Backbone stages that stay as loaded: none, stem, stage1 .. stage4, backbone."""
     alpha: Annotated[float | None, BY_RECIPE] = None
@@ -81,7 +86,7 @@ class TrainingOptions:
     gamma: Annotated[float | None, BY_RECIPE] = None
     """Focal loss: how fast easy examples lose weight, 0 or more."""
     prior: Annotated[float | None, BY_RECIPE] = None
-    """Probability that every class score starts at."""
+    """Probability that every class score starts at; with --weights, those of new classes."""
     box_loss: Annotated[Literal["smooth-l1", "l1", "giou"] | None, BY_RECIPE] = None
     """Box loss."""
     beta: Annotated[float | None, BY_RECIPE] = None
@@ -145,7 +150,7 @@ class TrainingOptions:
             )
         if self.weights is not None and self.pretrained != "auto":
             raise ConfigError(
-                f"--weights brings a backbone's weights, too: leave out --pretrained; got {self.pretrained}"
+                f"--weights brings a backbone's weights, too, and needs --pretrained auto; got {self.pretrained}"
             )
         if self.time is not None:
             self.seconds()

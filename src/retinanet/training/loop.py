@@ -130,6 +130,8 @@ class Judge:
             "recipe": self.plan.recipe.name,
             "data": self.val.name,
         }
+        if self.plan.options.weights is not None:
+            summary["weights"] = self.plan.options.weights
         if found is None:
             return Model(self.network, self.plan.spec, training=summary)
         return Model(

@@ -26,7 +26,7 @@ from retinanet.images import Preprocessing
 from retinanet.model import ModelSpec, fitting_norm
 from retinanet.objective import BoxLoss, Objective, focal, giou_of_boxes, smooth_l1_of_deltas
 from retinanet.records import Classes
-from retinanet.training.configuration import TrainingOptions
+from retinanet.training.configuration import DEFAULT_BACKBONE, TrainingOptions
 from retinanet.training.optimizer import MUON_FACTOR
 from retinanet.training.recipes import Recipe, modern, paper, paper_jitter, small
 from retinanet.training.sizing import (
@@ -159,7 +159,7 @@ def plan_run(
         reasons.append(("classes", train.classes.changes_from(start.spec.classes), "by name"))
     auto = f"auto: {'weights' if weights else 'no weights'} for the backbone"
     if start:
-        auto = f"auto: the model's norm is {start.spec.backbone.norm}"
+        auto = f"auto: the model was trained by {start.training.get('recipe', 'a recipe unknown')}"
     reasons.append(("recipe", recipe.name, auto if options.recipe == "auto" else "asked for"))
     recipe = _with_options(recipe, options, reasons)
     if recipe.freeze != "none" and not weights and start is None:
@@ -249,9 +249,10 @@ def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
         if not path.is_file():
             raise ConfigError(f"--pretrained needs auto, none or a weights file; {path} is no file")
         return path, f"--pretrained {path}"
-    if not timm.is_model(options.backbone):
+    backbone = options.backbone or DEFAULT_BACKBONE
+    if not timm.is_model(backbone):
         return None, "unknown backbone"  # refused with its nearest name when the network is built
-    hub = timm.get_pretrained_cfg(options.backbone)
+    hub = timm.get_pretrained_cfg(backbone)
     hub_id = getattr(hub, "hf_hub_id", None)
     if hub_id:
         from huggingface_hub import try_to_load_from_cache
@@ -259,25 +260,25 @@ def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
         found = try_to_load_from_cache(hub_id, "model.safetensors")
         if isinstance(found, str):
             return Path(found), f"found in the cache: {hub_id}"
-    return None, f"no weights of {hub_id or options.backbone} in the cache; give a file with --pretrained"
+    return None, f"no weights of {hub_id or backbone} in the cache; give a file with --pretrained"
 
 
 def choose_recipe(
     options: TrainingOptions, start: Model | None, weights: Path | None, classes: Classes, device_type: str
 ) -> Recipe:
     """Return the recipe asked for; auto is `modern` with weights and `small` without. A model to start from says
-    which network it is; of its recipe it only knows whether BatchNorm was frozen, as in `modern`.
+    which network it is, and goes on with `small` where that made it, else with `modern`.
     """
     name = options.recipe
     if name == "auto":
-        modern_alike = weights if start is None else start.spec.backbone.norm == "frozen"
-        name = "modern" if modern_alike else "small"
+        pretrained = weights if start is None else start.training.get("recipe") != "small"
+        name = "modern" if pretrained else "small"
+    backbone = (options.backbone or DEFAULT_BACKBONE) if start is None else start.spec.backbone.name
     if name != "small" and not weights and start is None:
         raise ConfigError(
-            f"--recipe {name} freezes BatchNorm and needs weights for {options.backbone}, of which there are none: "
+            f"--recipe {name} freezes BatchNorm and needs weights for {backbone}, of which there are none: "
             "give --pretrained FILE, or use --recipe small"
         )
-    backbone = options.backbone if start is None else start.spec.backbone.name
     if name == "small":
         recipe = small(classes, backbone, device_type)
     else:
@@ -291,9 +292,8 @@ def choose_recipe(
 
 def _refuse_another_network(options: TrainingOptions, start: Model) -> None:
     """Raise where an option asks for another network than the model's."""
-    default = TrainingOptions(data="").backbone
     for option, asked, has in (
-        ("--backbone", options.backbone if options.backbone != default else None, start.spec.backbone.name),
+        ("--backbone", options.backbone, start.spec.backbone.name),
         ("--channels", options.channels, start.spec.pyramid.channels),
     ):
         if asked not in (None, has):
@@ -340,7 +340,8 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         )
     why = f"recipe {recipe.name}"
     channels = changed.model.pyramid.channels
-    reasons.append(("channels", f"{channels}", why if options.channels is None else "asked for"))
+    of_model = why if options.weights is None else "the model's"
+    reasons.append(("channels", f"{channels}", of_model if options.channels is None else "asked for"))
     reasons += [
         (name.replace("_", " "), _in_words(getattr(changed, name)), "asked for" if name in asked else why)
         for name in ("optimizer", "schedule", "batch_size", "box_loss", "box_weight", "freeze")

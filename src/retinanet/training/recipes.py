@@ -21,8 +21,8 @@ class Recipe:
     Args:
         model: the preset's model; the plan adds image size and anchors.
         images_seen: training images in all, repetitions counted, unless what follows asks for more.
-        pixels_seen: the same in pixels of the network's input: with larger images fewer of them, each of which
-            shows more objects and costs more.
+        pixels_seen: the same in pixels of resized images, without their padding: with larger images fewer of
+            them, each of which shows more objects and costs more.
         epochs: passes over the data at least.
         lr: for 16 images a step; with Muon, that of the AdamW beside it.
         warmup_steps: the rate rises linearly over them; a twentieth of the run at most.
@@ -125,18 +125,21 @@ def modern(classes: Classes, backbone: str, weights: str | None) -> Recipe:
 
 def small(classes: Classes, backbone: str, device: str) -> Recipe:
     """From scratch on few images: GroupNorm throughout where the backbone allows it, nothing frozen, Muon, cosine,
-    averaged weights. Measured: docs/recipes.md, docs/decisions/0006.
+    averaged weights. What was measured, on two cores: docs/recipes.md, docs/decisions/0006 and 0008.
 
     Args:
         device: its type. On a CPU a step costs what its images cost, so that few images a step mean more steps for
-            the same work; elsewhere 4 small images cost nearly what 16 do.
+            the same work, and 150 megapixels are half an hour of two cores with ResNet-18. What other devices get is
+            not measured: 4 small images cost them nearly what 16 do, and pixels little.
     """
+    on_cpu = device == "cpu"
     return Recipe(
         name="small",
         model=presets.from_scratch(classes, backbone=backbone),
-        batch_size=4 if device == "cpu" else 16,
+        batch_size=4 if on_cpu else 16,
         epochs=4,
-        pixels_seen=150_000_000,
+        images_seen=1_500,
+        pixels_seen=150_000_000 if on_cpu else 4_000_000_000,
         optimizer="muon",
         lr=0.004,
         weight_decay=0.02,

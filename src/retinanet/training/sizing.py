@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,6 +24,8 @@ COVERAGE_SAMPLE = 400
 COMFORTABLE_SIDE = 16
 # Share of objects that some anchor reaches with IoU 0.5, for which images are enlarged beyond the comfortable.
 WELL_COVERED = 0.75
+# What a larger image must add to that share, and how many sides are tried.
+WORTH_LARGER, SIDES_TRIED = 0.02, 6
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
 
 
@@ -39,6 +42,8 @@ def choose_preprocessing(
         size, why = _image_size(recipe, train, choices, device)
     else:
         size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
+    if options.weights is not None:
+        why += f"; the model had {recipe.model.preprocessing.image_size}"
     frame = _frame(recipe, size)
     reasons.append(("image size", f"shortest side {frame.image_size}, longest {frame.max_size}", why))
     return frame
@@ -61,22 +66,39 @@ def _image_size(
     """
     native = int(np.median(np.minimum(train.widths, train.heights)))
     smallest = _smallest_class(train)
-    most = min(LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"], 2 * native)
+    of_device = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
+    limits = [(of_device, f"{of_device} at most on {device.type}"), (2 * native, "at most twice their size")]
     if recipe.max_size is not None:
-        most = min(most, recipe.max_size)
+        limits.append((recipe.max_size, f"--max-size {recipe.max_size}"))
+    most, limit = min(limits)
     if smallest is None:
         return min(native, most), "no objects to go by"
     name, side = smallest
     wanted = native * COMFORTABLE_SIDE / side
-    size = comfortable = max(min(128, most), min(32 * round(wanted / 32), 32 * (most // 32)))
+    comfortable = max(min(128, most), min(32 * round(wanted / 32), 32 * (most // 32)))
+    size, at_first, covered = _covering_size(recipe, train, choices, comfortable, most)
     why = f"half of class {name} is below {side:.0f} px in images of {native}"
-    covered = at_first = _best_coverage(choices, train, _frame(recipe, size))
-    while covered < WELL_COVERED and size + 32 <= most:
-        size += 32
-        covered = _best_coverage(choices, train, _frame(recipe, size))
     if size > comfortable:
         why += f"; from {comfortable}, where anchors reach {at_first:.0%} of objects, to {size}, where {covered:.0%}"
-    return size, f"{why}; {most} at most on {device.type}"
+    return size, f"{why}; {limit}"
+
+
+def _covering_size(
+    recipe: Recipe, train: Dataset, choices: Sequence[AnchorSpec], least: int, most: int
+) -> tuple[int, float, float]:
+    """Return the smallest side from `least` on at which anchors reach `WELL_COVERED` of the objects or, if none does,
+    nearly as many as at the best; and the shares that they reach at `least` and there.
+    """
+    step = 32 * max(1, -(-(most - least) // (32 * SIDES_TRIED)))
+    shares: dict[int, float] = {}
+    for size in range(least, most + 1, step):
+        frame = _frame(recipe, size)
+        shares[size] = max(coverage(spec, train, frame) for spec in choices)
+        if shares[size] >= WELL_COVERED:
+            break
+    enough = min(WELL_COVERED, max(shares.values()) - WORTH_LARGER)
+    size = next(size for size, share in shares.items() if share >= enough)
+    return size, shares[least], shares[size]
 
 
 def _smallest_class(train: Dataset) -> tuple[str, float] | None:
@@ -128,10 +150,6 @@ def choose_anchors(
     return choices[best]
 
 
-def _best_coverage(choices: Sequence[AnchorSpec], train: Dataset, preprocessing: Preprocessing) -> float:
-    return max(coverage(spec, train, preprocessing) for spec in choices)
-
-
 def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> float:
     """Return the share of a sample of objects whose best anchor reaches IoU 0.5, in the network's frame."""
     objects = np.flatnonzero(train.ignore == Ignore.NO)
@@ -171,13 +189,17 @@ def choose_steps(
     if options.steps is not None:
         return options.steps, "asked for"
     if options.epochs is not None:
-        steps = round(options.epochs * len(train) / recipe.batch_size)
-        return max(1, steps), f"{options.epochs:g} epochs asked for"
-    sizes = [preprocessing.resized_size(*train.size(i)) for i in range(len(train))]
-    pixels = float(np.mean([width * height for width, height in sizes]))
-    by_pixels, by_epochs = recipe.pixels_seen / pixels, recipe.epochs * len(train)
-    images = max(recipe.images_seen, by_pixels, by_epochs)
+        return _steps(options.epochs * len(train), recipe), f"{options.epochs:g} epochs asked for"
     why = f"recipe {recipe.name}"
-    if images == by_pixels:
-        why += f": {recipe.pixels_seen / 1e6:,.0f} megapixels, of {pixels / 1e6:.3f} an image"
-    return max(1, round(images / recipe.batch_size)), why
+    images = max(recipe.images_seen, recipe.epochs * len(train))
+    if recipe.pixels_seen:
+        sizes = [preprocessing.resized_size(*train.size(i)) for i in range(len(train))]
+        pixels = float(np.mean([width * height for width, height in sizes]))
+        if recipe.pixels_seen / pixels > images:
+            images = recipe.pixels_seen / pixels
+            why += f": {recipe.pixels_seen / 1e6:,.0f} megapixels, of {pixels / 1e6:.3f} an image"
+    return _steps(images, recipe), why
+
+
+def _steps(images: float, recipe: Recipe) -> int:
+    return max(1, math.ceil(images / recipe.batch_size))
