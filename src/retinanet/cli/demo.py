@@ -41,6 +41,7 @@ class Demo:
             recipe="small",
             channels=64,
             image_size=160,
+            batch_size=8,  # with so small a network a step costs more than its images (decision 0008)
             time=self.time,
             seed=self.seed,
         )
