@@ -129,8 +129,8 @@ def small(classes: Classes, backbone: str, device: str) -> Recipe:
 
     Args:
         device: its type. On a CPU a step costs what its images cost, so that few images a step mean more steps for
-            the same work, and 150 megapixels are half an hour of two cores with ResNet-18. What other devices get is
-            not measured: 4 small images cost them nearly what 16 do, and pixels little.
+            the same work, and 150 megapixels are half an hour of two cores with ResNet-18 at 192 px. What other
+            devices get is not measured: 4 small images cost them nearly what 16 do, and pixels little.
     """
     on_cpu = device == "cpu"
     return Recipe(
