@@ -337,7 +337,10 @@ def test_pretrained_file_chooses_recipe_modern_and_arrives_frozen(data: Path, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pretrained": "none", "freeze": "stem"}, "--freeze stem keeps a stage as loaded and needs weights"),
+        (
+            {"pretrained": "none", "freeze": "stem"},
+            "--freeze stem keeps a stage as loaded and needs .* or --weights MODEL, or leave --freeze out",
+        ),
         ({"pretrained": "none", "beta": 0.1}, "--beta belongs to --box-loss smooth-l1; recipe small has"),
         (
             {"pretrained": "nowhere.pth"},
@@ -345,7 +348,10 @@ def test_pretrained_file_chooses_recipe_modern_and_arrives_frozen(data: Path, tm
         ),
         ({"recipe": "small", "pretrained": "x.pth"}, "--recipe small starts from scratch"),
         ({"recipe": "paper", "pretrained": "none"}, "freezes BatchNorm and needs weights for resnet50"),
-        ({"recipe": "modern", "pretrained": "none"}, "give --pretrained FILE, or use --recipe small"),
+        (
+            {"recipe": "modern", "pretrained": "none"},
+            "give --pretrained FILE or --weights MODEL, or use --recipe small",
+        ),
     ],
 )
 def test_impossible_weights_are_refused(data: Path, options: dict, message: str) -> None:

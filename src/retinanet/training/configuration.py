@@ -166,6 +166,10 @@ class TrainingOptions:
         if self.anchors is not None:
             self.anchor_sizes()
 
+    def backbone_name(self) -> str:
+        """Return `--backbone`, or its default where it is left out."""
+        return self.backbone or DEFAULT_BACKBONE
+
     def seconds(self) -> float | None:
         """Return `--time` in seconds."""
         if self.time is None:

@@ -26,7 +26,7 @@ from retinanet.images import Preprocessing
 from retinanet.model import ModelSpec, fitting_norm
 from retinanet.objective import BoxLoss, Objective, focal, giou_of_boxes, smooth_l1_of_deltas
 from retinanet.records import Classes
-from retinanet.training.configuration import DEFAULT_BACKBONE, TrainingOptions
+from retinanet.training.configuration import TrainingOptions
 from retinanet.training.optimizer import MUON_FACTOR
 from retinanet.training.recipes import Recipe, modern, paper, paper_jitter, small
 from retinanet.training.sizing import (
@@ -165,7 +165,7 @@ def plan_run(
     if recipe.freeze != "none" and not weights and start is None:
         raise ConfigError(
             f"--freeze {recipe.freeze} keeps a stage as loaded and needs weights, of which there are none: "
-            "give --pretrained FILE, or leave --freeze out"
+            "give --pretrained FILE or --weights MODEL, or leave --freeze out"
         )
     backbone = recipe.model.backbone
     norm = fitting_norm(backbone.name, backbone.norm)
@@ -249,7 +249,7 @@ def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
         if not path.is_file():
             raise ConfigError(f"--pretrained needs auto, none or a weights file; {path} is no file")
         return path, f"--pretrained {path}"
-    backbone = options.backbone or DEFAULT_BACKBONE
+    backbone = options.backbone_name()
     if not timm.is_model(backbone):
         return None, "unknown backbone"  # refused with its nearest name when the network is built
     hub = timm.get_pretrained_cfg(backbone)
@@ -273,11 +273,11 @@ def choose_recipe(
     if name == "auto":
         pretrained = weights if start is None else start.training.get("recipe") != "small"
         name = "modern" if pretrained else "small"
-    backbone = (options.backbone or DEFAULT_BACKBONE) if start is None else start.spec.backbone.name
+    backbone = options.backbone_name() if start is None else start.spec.backbone.name
     if name != "small" and not weights and start is None:
         raise ConfigError(
             f"--recipe {name} freezes BatchNorm and needs weights for {backbone}, of which there are none: "
-            "give --pretrained FILE, or use --recipe small"
+            "give --pretrained FILE or --weights MODEL, or use --recipe small"
         )
     if name == "small":
         recipe = small(classes, backbone, device_type)
