@@ -57,6 +57,7 @@ def test_ties(seed, rows, thresholds, low_quality, share, number):
         options["ignored_overlap"] = share
     with torch_threads(number), pytest.MonkeyPatch.context() as patch:
         patch.setattr(matching, "LEAST_BLOCKS", 1)
+        patch.setattr(matching, "LEAST_BOXES", 1)
         check_match(anchors, boxes, ignored, **options)
 
 
@@ -71,7 +72,7 @@ def test_numbers_of_anchors_around_a_block(low_quality):
 @pytest.mark.usefixtures("any_threads")
 @pytest.mark.parametrize("in_order", [True, False])
 def test_many_anchors(in_order):
-    # Enough that three threads share both passes.
+    # Enough that three threads share the first pass.
     anchors = torch.cat(anchors_of_image(AnchorSpec(), 640, 896))
     assert len(anchors) > 3 * 4 * matching.LEAST_BLOCKS * matching.BLOCK
     if not in_order:
@@ -98,13 +99,28 @@ def test_a_threshold_that_is_an_iou(seed, low_quality):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_low_quality_finds_the_best_of_boxes_of_every_size(seed):
-    # Sizes over six orders of magnitude: where areas alone rule a block out, and where they do not.
+    # Sizes over six orders of magnitude.
     generator = seeded(seed)
     corner = torch.rand(600, 2, generator=generator) * 100
     size = 10 ** (torch.rand(600, 2, generator=generator) * 3 - 1)
     every = torch.cat((corner, corner + size), dim=1)
     state = check_match(every[:500], every[500:].reshape(2, 50, 4), low_quality=True)
     assert MatchState.POSITIVE in state
+
+
+@pytest.mark.usefixtures("any_threads", "small_parts")
+@pytest.mark.parametrize(
+    "blocks", [1, matching.REMEMBERED, matching.REMEMBERED + 1, 3 * matching.REMEMBERED + 1]
+)
+def test_low_quality_finds_every_block_that_ties(blocks):
+    # One anchor a block reaches the best IoU of the first box, after a block that was better than those before it.
+    anchors = torch.tensor([0.0, 0, 4, 4]).repeat((1 + blocks) * matching.BLOCK, 1)
+    anchors[matching.BLOCK + 7 :: matching.BLOCK] = torch.tensor([0.0, 0, 5, 5])
+    anchors[3] = torch.tensor([0.0, 0, 4, 5])
+    boxes = torch.tensor([[[0.0, 0, 9, 9], [0, 0, 1, 1], [50, 50, 60, 60]]])
+    state = check_match(anchors, boxes, low_quality=True)
+    assert (state[0, matching.BLOCK :] == MatchState.POSITIVE).sum() >= blocks
+    check_match(anchors, boxes.flip(1), low_quality=True)
 
 
 def test_an_infinite_box_is_as_in_the_plain_matcher():

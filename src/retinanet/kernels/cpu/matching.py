@@ -17,8 +17,10 @@ from retinanet.kernels.cpu.threads import in_parallel
 BLOCK = 128
 # Blocks that are worth a second thread.
 LEAST_BLOCKS = 64
-# The bound on an IoU is computed with rounding of its own; this keeps it a bound.
-SLACK = np.float32(1.0001)
+# Blocks remembered for a box, those in which it reached its best IoU so far. Where more tie, all are looked at again.
+REMEMBERED = 16
+# Boxes whose low-quality matches are worth a second thread.
+LEAST_BOXES = 64
 
 f32 = np.float32
 MOST, LEAST = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
@@ -56,30 +58,33 @@ def match(
     positive, negative, share = f32(positive_iou), f32(negative_iou), f32(ignored_overlap)
 
     objects, regions = (np.ascontiguousarray(of.transpose(0, 2, 1)) for of in (objects, regions))
-    bounds = np.empty((blocks, 6), np.float32)
+    shape = (images, objects.shape[2])
 
-    def first(_: int, start: int, stop: int) -> NDArray[np.float32]:
-        best_of_box = np.zeros((images, objects.shape[2]), np.float32)
-        _match(a, objects, regions, start, stop, positive, negative, share, s, i, bounds, best_of_box)
-        return best_of_box
+    def first(
+        _: int, start: int, stop: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32], tuple[int, int]]:
+        best_of_box = np.zeros(shape, np.float32)
+        reached = np.zeros((*shape, 1 + REMEMBERED), np.int32)
+        _match(a, objects, regions, start, stop, positive, negative, share, s, i, best_of_box, reached)
+        return best_of_box, reached, (start, stop)
 
     parts = in_parallel(first, blocks, least=LEAST_BLOCKS)
     if low_quality and objects.shape[2]:
-        best_of_box = np.maximum.reduce(parts)
+        best, reached, edges = (np.stack(of) for of in zip(*parts, strict=True))
         in_parallel(
-            lambda _, start, stop: _low_quality(a, objects, start, stop, bounds, best_of_box, s),
-            blocks,
-            least=LEAST_BLOCKS * 64 // (16 + objects.shape[2]),  # most of them are only compared
+            lambda _, start, stop: _low_quality(a, objects, start, stop, best, reached, edges, s),
+            images * objects.shape[2],
+            least=LEAST_BOXES,
         )
     return state, index
 
 
 @compiled()
 def _match(
-    anchors, objects, regions, start, stop, positive, negative, share, state, index, bounds, best_of_box
+    anchors, objects, regions, start, stop, positive, negative, share, state, index, best_of_box, reached
 ):
     bits = anchors.view(np.int32)
-    columns = np.empty((7, BLOCK), np.float32)
+    columns, bound = np.empty((7, BLOCK), np.float32), np.empty(4, np.float32)
     which_of_anchor, inside = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.bool_)
     most = max(objects.shape[2], regions.shape[2])
     meets, listed = np.empty(most, np.bool_), np.empty(most + 1, np.int32)
@@ -90,7 +95,6 @@ def _match(
         n = min(BLOCK, len(anchors) - first)
         x1, y1, x2, y2, area = columns[0, :n], columns[1, :n], columns[2, :n], columns[3, :n], columns[4, :n]
         overlap, best, which = columns[5, :n], columns[6, :n], which_of_anchor[:n]
-        bound = bounds[block]
         _bound(bits, first, first + n, bound)
         unpacked = False
         for image in range(len(objects)):
@@ -102,7 +106,6 @@ def _match(
             else:
                 if not unpacked:
                     _unpack(anchors[first : first + n], x1, y1, x2, y2, area)
-                    _bound_areas(area, bound)
                     unpacked = True
                 best[:] = 0
                 which[:] = 0
@@ -111,13 +114,12 @@ def _match(
                     g = listed[at]
                     _meet(x1, y1, x2, y2, area, boxes[0, g], boxes[1, g], boxes[2, g], boxes[3, g], overlap)
                     _improve(overlap, best, which, g)
-                    best_of_box[image, g] = max(best_of_box[image, g], _highest(overlap))
+                    _remember(block, _highest(overlap), best_of_box[image], g, reached[image, g])
                 _decide(best, which, positive, negative, s, i)
             boxes = regions[image]
             for at in range(_near(boxes, bound, meets, listed)):
                 if not unpacked:
                     _unpack(anchors[first : first + n], x1, y1, x2, y2, area)
-                    _bound_areas(area, bound)
                     unpacked = True
                 g = listed[at]
                 a, b, c, d = boxes[0, g], boxes[1, g], boxes[2, g], boxes[3, g]
@@ -128,32 +130,54 @@ def _match(
 
 
 @compiled()
-def _low_quality(anchors, objects, start, stop, bounds, best_of_box, state):
-    """Make positive the anchors that reach a box's best IoU."""
+def _remember(block, highest, best_of_box, g, reached):
+    """Write to reached[1:] the blocks in which box g has its best IoU so far, and to reached[0] how many."""
+    if highest > best_of_box[g]:
+        best_of_box[g] = highest
+        reached[0] = 0
+    if highest == best_of_box[g] and highest > 0:
+        if reached[0] < REMEMBERED:
+            reached[1 + reached[0]] = block
+        reached[0] += 1
+
+
+@compiled()
+def _low_quality(anchors, objects, start, stop, best, reached, edges, state):
+    """Make positive the anchors that reach the best IoU of the boxes start..stop, counted over the images.
+
+    Args:
+        best, reached: `[T, B, G]` and `[T, B, G, 1 + REMEMBERED]`, what each of T threads found.
+        edges: `[T, 2]`, the blocks that it looked at.
+    """
     columns = np.empty((6, BLOCK), np.float32)
-    meets, listed = np.empty(objects.shape[2], np.bool_), np.empty(objects.shape[2] + 1, np.int32)
-    for block in range(start, stop):
-        first = block * BLOCK
-        n = min(BLOCK, len(anchors) - first)
-        bound = bounds[block]
-        unpacked = False
-        for image in range(len(objects)):
-            boxes = objects[image]
-            for at in range(_near(boxes, bound, meets, listed)):
-                g = listed[at]
-                best = best_of_box[image, g]
-                a, b, c, d = boxes[0, g], boxes[1, g], boxes[2, g], boxes[3, g]
-                own = (c - a) * (d - b)
-                # IoU <= smaller area / larger area, so that sizes alone tell that most blocks cannot reach it.
-                limit = own / bound[4] if own < bound[4] else (bound[5] / own if own > bound[5] else f32(1))
-                if best > 0 and limit * SLACK >= best:
-                    x1, y1, x2, y2 = columns[0, :n], columns[1, :n], columns[2, :n], columns[3, :n]
-                    area, overlap = columns[4, :n], columns[5, :n]
-                    if not unpacked:
-                        _unpack(anchors[first : first + n], x1, y1, x2, y2, area)
-                        unpacked = True
-                    _meet(x1, y1, x2, y2, area, a, b, c, d, overlap)
-                    _reach(overlap, best, state[image, first : first + n])
+    for number in range(start, stop):
+        image, g = number // objects.shape[2], number % objects.shape[2]
+        highest = best[:, image, g].max()
+        if highest > 0:
+            for part in range(len(best)):
+                if best[part, image, g] == highest:
+                    blocks = reached[part, image, g]
+                    if blocks[0] <= REMEMBERED:
+                        for at in range(blocks[0]):
+                            _reach(
+                                anchors, blocks[1 + at], objects[image, :, g], highest, columns, state[image]
+                            )
+                    else:
+                        for block in range(edges[part, 0], edges[part, 1]):
+                            _reach(anchors, block, objects[image, :, g], highest, columns, state[image])
+
+
+@compiled()
+def _reach(anchors, block, box, best, columns, state):
+    first = block * BLOCK
+    n = min(BLOCK, len(anchors) - first)
+    x1, y1, x2, y2, area = columns[0, :n], columns[1, :n], columns[2, :n], columns[3, :n], columns[4, :n]
+    overlap = columns[5, :n]
+    _unpack(anchors[first : first + n], x1, y1, x2, y2, area)
+    _meet(x1, y1, x2, y2, area, box[0], box[1], box[2], box[3], overlap)
+    for k in range(n):
+        if overlap[k] == best:
+            state[first + k] = POSITIVE
 
 
 @compiled()
@@ -175,17 +199,6 @@ def _bound(bits, start, stop, bound):
     bound[0], bound[1], bound[2], bound[3] = _least(left), _least(top), _most(right), _most(bottom)
 
 
-@compiled()
-def _bound_areas(area, bound):
-    bits = area.view(np.int32)
-    least, most = MOST, LEAST
-    for k in range(len(bits)):
-        value = _ordered(bits[k])
-        least = value if value < least else least
-        most = value if value > most else most
-    bound[4], bound[5] = _least(least), _most(most)
-
-
 @compiled(inline=True)
 def _ordered(bits):
     """Map the bits of floats to integers of the same order, and back."""
@@ -202,12 +215,6 @@ def _least(least):
 def _most(most):
     value = np.int32(_ordered(most)).view(np.float32)
     return value if value == value else f32(np.inf)
-
-
-@compiled()
-def _reach(overlap, best, state):
-    for k in range(len(overlap)):
-        state[k] = POSITIVE if overlap[k] == best else state[k]
 
 
 @compiled()
