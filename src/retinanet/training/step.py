@@ -89,6 +89,7 @@ class TrainingStep:
         losses = self.objective(
             predictions, batch.targets.to(self.device), height=images.shape[2], width=images.shape[3]
         )
+        del predictions  # the losses keep the gradients of the logits, and the way back needs no others
         losses.total.backward()
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm, foreach=True)
