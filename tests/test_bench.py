@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,11 +12,23 @@ from torchvision.ops import batched_nms, sigmoid_focal_loss
 
 from retinanet import kernels
 from retinanet.anchors import CPU, anchors_of_image
-from retinanet.bench import convolution, inputs, loss, matching, memory, nms, postprocess, step, utilisation
+from retinanet.bench import (
+    convolution,
+    inputs,
+    loss,
+    matching,
+    measuring,
+    memory,
+    nms,
+    postprocess,
+    step,
+    utilisation,
+)
 from retinanet.bench.items import Settings, run
 from retinanet.bench.measuring import Contest, Row, machine, measure, table
 from retinanet.cli import main
 from retinanet.cli.bench import ALL
+from retinanet.errors import ConfigError
 from retinanet.model.convolution import Convolution3x3
 
 TINY = step.StepCase("resnet18", side=128, batch_size=1, boxes=3)
@@ -264,9 +277,10 @@ def test_the_command_hands_its_device_on(monkeypatch, capsys):
     seen = []
     for module in (loss, matching, nms, postprocess, convolution):
         monkeypatch.setattr(module, "contests", lambda *, device: seen.append(device) or iter(()))
-    monkeypatch.setattr(step, "contests", lambda _, *, device: seen.append(device) or iter(()))
+    for contests in ("contests", "compiled_contests"):
+        monkeypatch.setattr(step, contests, lambda _, *, device: seen.append(device) or iter(()))
     list(run([item for item in ALL if item != "import"], Settings(device=CUDA)))
-    assert seen == [CUDA] * 6
+    assert seen == [CUDA] * 7
     monkeypatch.setattr("retinanet.bench.items.run", lambda _, settings: seen.append(settings.device) or ())
     assert result_of("bench", "nms", "--device", "cpu") == 0
     assert seen[-1] == CPU
@@ -278,6 +292,25 @@ def test_a_step_with_a_wrong_gradient_is_not_equal():
     wrong = step.our_step(TINY, CPU)
     wrong.network.box_head.last.weight.register_hook(lambda gradient: -gradient)
     assert not step._agree(wrong, step.their_step(TINY, CPU))
+
+
+def test_the_compiled_step_is_compared_once_a_batch_size(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    monkeypatch.setattr(measuring, "require_cpp_compiler", lambda: None)
+    (contest,) = step.compiled_contests([TINY, replace(TINY, boxes=9)])
+    assert (contest.case, contest.equal) == (str(TINY), {"ours compiled": True})
+    assert len(compiled) == 1
+
+
+def test_nothing_is_compiled_without_a_compiler(monkeypatch):
+    def missing() -> None:
+        raise ConfigError("--compile needs a C++ compiler")
+
+    monkeypatch.setattr(measuring, "require_cpp_compiler", missing)
+    assert list(step.compiled_contests([TINY])) == []
+    (contest,) = loss.contests(side=64, classes=3, count=2)
+    assert list(contest.peers) == ["torchvision"]
 
 
 @pytest.mark.parametrize("more", [["--json"], ["nms"], ["step", "nms"]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -36,7 +37,10 @@ def run(items: Sequence[str], settings: Settings) -> Iterator[Row]:
         "nms": lambda: nms.contests(device=device),
         "postprocess": lambda: postprocess.contests(device=device),
         "convolution": lambda: convolution.contests(device=device),
-        "step": lambda: step.contests(settings.step_cases(), device=device),
+        "step": lambda: chain(
+            step.contests(settings.step_cases(), device=device),
+            step.compiled_contests(settings.step_cases(), device=device),
+        ),
         "import": importing.contests,
     }
     for item in items:

@@ -12,7 +12,7 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from retinanet.anchors import CPU
 from retinanet.batches import MatchState
 from retinanet.bench.inputs import CLASSES, SIDE, boxes, labels, levels_of, logits
-from retinanet.bench.measuring import Contest
+from retinanet.bench.measuring import Contest, can_compile
 from retinanet.losses import sigmoid_focal_loss
 from retinanet.matching import Matches, match_anchors
 
@@ -59,7 +59,7 @@ def contests(
         return loss
 
     peers = {"torchvision": theirs}
-    if compiled:
+    if compiled and can_compile(device):
         peers["torchvision compiled"] = torch.compile(theirs)
     of_fvcore = _focal_loss_of_fvcore()
     if of_fvcore is not None:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 
 from retinanet.anchors import CPU
+from retinanet.errors import ConfigError
+from retinanet.training.planning import require_cpp_compiler
 
 PACKAGES = (
     "retinanet",
@@ -122,6 +124,16 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     call()
     _wait(device)
     return time.perf_counter() - start
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether `torch.compile` has what it needs: on a CPU a C++ compiler."""
+    if device.type == "cpu":
+        try:
+            require_cpp_compiler()
+        except ConfigError:
+            return False
+    return True
 
 
 def _wait(device: torch.device) -> None:

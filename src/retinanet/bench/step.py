@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 from retinanet.anchors import CPU
 from retinanet.batches import Batch, Targets
 from retinanet.bench.inputs import CLASSES, boxes, labels
-from retinanet.bench.measuring import Contest
+from retinanet.bench.measuring import Contest, can_compile
 from retinanet.bench.torchvision_model import our_name, twins
 from retinanet.bench.utilisation import utilisation
 from retinanet.devices import Precision, autocast, resolve_precision
@@ -66,6 +66,18 @@ def contests(chosen: list[StepCase], *, device: torch.device = CPU) -> Iterator[
         )
 
 
+def compiled_contests(chosen: list[StepCase], *, device: torch.device = CPU) -> Iterator[Contest]:
+    """Our step with `train --compile` beside our step without: where the ratio is above 1, compiling does not pay.
+
+    Of each backbone and batch size the case with fewest boxes, as what is compiled sees none.
+    """
+    fewest = {(case.backbone, case.batch_size): case for case in sorted(chosen, key=lambda case: -case.boxes)}
+    for case in fewest.values() if can_compile(device) else []:
+        ours, compiled = our_step(case, device), our_step(case, device, compile=True)
+        peer = "ours compiled"
+        yield Contest("step", str(case), ours, {peer: compiled}, {peer: _agree(ours, compiled, str)})
+
+
 @dataclass(frozen=True)
 class Stepper:
     """A training step that returns the loss before it, and what it trains."""
@@ -85,7 +97,7 @@ class Stepper:
         }
 
 
-def our_step(case: StepCase, device: torch.device) -> Stepper:
+def our_step(case: StepCase, device: torch.device, *, compile: bool = False) -> Stepper:
     """Return our training step."""
     network, _, spec = twins(case.backbone, CLASSES, case.side)
     objective = Objective(
@@ -99,6 +111,7 @@ def our_step(case: StepCase, device: torch.device) -> Stepper:
         decay_all=True,
         device=device,
         precision=case.precision,
+        compile=compile,
     )
     batch = batch_of(case, device)
     (optimizer,) = train_on.optimizers
@@ -148,16 +161,18 @@ def batch_of(case: StepCase, device: torch.device) -> Batch:
     return Batch(images.to(device), Targets(given, classes, ignored), tuple(seeds))
 
 
-def _agree(ours: Stepper, theirs: Stepper) -> bool:
-    """Take the first step of both; return whether loss and every parameter's gradient are equal to rounding."""
+def _agree(ours: Stepper, theirs: Stepper, ours_of: Callable[[str], str] = our_name) -> bool:
+    """Take the first step of both; return whether loss and every parameter's gradient are equal to rounding.
+
+    Args:
+        ours_of: their name of a parameter -> ours.
+    """
     losses = ours(), theirs()
-    found, wanted = ours.directions(), theirs.directions()
-    if found.keys() != {our_name(name) for name in wanted}:
+    found, wanted = ours.directions(), {ours_of(name): of for name, of in theirs.directions().items()}
+    if found.keys() != wanted.keys():
         return False
     # ReLUs at the edge of 0 open in one and not in the other, and a gradient of few large terms shows it.
-    near = (
-        float((found[our_name(name)] - of).norm()) <= 1e-2 * float(of.norm()) for name, of in wanted.items()
-    )
+    near = (float((found[name] - of).norm()) <= 1e-2 * float(of.norm()) for name, of in wanted.items())
     return abs(losses[0] - losses[1]) <= 1e-3 * abs(losses[1]) and all(near)
 
 
