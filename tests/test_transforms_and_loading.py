@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
-from retinanet.data import Dataset, open_dataset
+from retinanet.batches import Batch
+from retinanet.data import Dataset, loading, open_dataset
 from retinanet.data.loading import Requests, generator, training_batches
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.data.transforms import Augmentation, cut, flip, zoom
@@ -140,6 +144,36 @@ def test_batches_do_not_depend_on_workers_or_on_where_the_run_began(shapes: Path
         assert torch.equal(first.targets.classes, second.targets.classes)
         assert torch.equal(first.targets.ignored, second.targets.ignored)
         assert first.indices == second.indices
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_batches_for_cuda_are_pinned(shapes: Path, monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    """Every tensor of a batch, by the function that torch's loader calls where it finds a device."""
+    pinned = []
+
+    def pin(tensor: torch.Tensor, *_: object) -> torch.Tensor:
+        pinned.append(tensor.shape)
+        return tensor.clone()
+
+    def loader(*given: object, pin_memory: bool, **options: object) -> Iterator[Batch]:
+        batches = DataLoader(*given, **options)  # type: ignore[arg-type]
+        return map(torch_pin_memory, batches) if pin_memory else iter(batches)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(loading, "DataLoader", loader)
+    (batch,) = training_batches(
+        open_dataset(shapes, "train"),
+        Preprocessing(64, 64),
+        Augmentation(),
+        batch_size=2,
+        seed=0,
+        steps=1,
+        pin_memory=asked,
+    )
+    assert isinstance(batch, Batch)
+    targets = batch.targets
+    every = [x.shape for x in (batch.images, targets.boxes, targets.classes, targets.ignored)]
+    assert pinned == (every if asked else [])
 
 
 def test_a_picture_changes_from_epoch_to_epoch(shapes: Path) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -43,6 +43,9 @@ class Targets:
             self.ignored.to(device, non_blocking=True),
         )
 
+    def pin_memory(self) -> Targets:
+        return Targets(self.boxes.pin_memory(), self.classes.pin_memory(), self.ignored.pin_memory())
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -59,6 +62,10 @@ class Batch:
     targets: Targets
     indices: tuple[int, ...]
     failed: tuple[str, ...] = ()
+
+    def pin_memory(self) -> Batch:
+        """Return it in memory that a CUDA device reads by itself; from any other memory the host waits for the copy."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
 
 @dataclass(frozen=True)

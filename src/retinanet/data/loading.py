@@ -182,8 +182,13 @@ def training_batches(
     workers: int = 0,
     rank: int = 0,
     processes: int = 1,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Yield one batch a step; what it gives does not depend on `workers`."""
+    """Yield one batch a step; what it gives does not depend on `workers`.
+
+    Args:
+        pin_memory: for a CUDA device, which then copies while the host goes on.
+    """
     requests = Requests(
         len(dataset),
         batch_size=batch_size,
@@ -200,6 +205,7 @@ def training_batches(
         num_workers=workers,
         collate_fn=_Collate(preprocessing.divisor),
         prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
     )
     for batch in loader:
         if isinstance(batch, RetinaNetError):

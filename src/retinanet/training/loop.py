@@ -45,6 +45,7 @@ def train_network(
         seed=seed,
         steps=plan.steps,
         workers=plan.workers,
+        pin_memory=plan.device.type == "cuda",
     )
     judge = Judge(plan, train_on.shipped, val, folder)
     meter = Meter()

@@ -70,6 +70,7 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
         seed=plan.options.seed,
         steps=sys.maxsize,  # the time ends it
         workers=plan.workers,
+        pin_memory=plan.device.type == "cuda",
     )
     taken: list[float] = []
     began = None
