@@ -29,6 +29,7 @@ from retinanet.data import open_dataset, write_coco
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.data.transforms import Augmentation
 from retinanet.errors import ConfigError, DataError, TrainingError
+from retinanet.images import Preprocessing
 from retinanet.inference import Detector, validate
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
 from retinanet.records import Classes, GroundTruth, Ignore
@@ -43,6 +44,7 @@ from retinanet.training.sizing import (
     choose_max_detections,
     choose_preprocessing,
     coverage,
+    padded_pixels,
 )
 from retinanet.training.starting import build_network
 
@@ -258,7 +260,7 @@ def test_lr_is_for_sixteen_images_and_epochs_become_steps(
 
 
 def test_from_scratch_a_run_sees_as_many_images_as_its_pixels_hold(data: Path) -> None:
-    """Twice the side, a quarter of the images; but no fewer than four passes."""
+    """Twice the side, a quarter of the images; but no fewer than three passes."""
     train = open_dataset(data, "train")
 
     def plan(size: int) -> Plan:
@@ -272,7 +274,30 @@ def test_from_scratch_a_run_sees_as_many_images_as_its_pixels_hold(data: Path) -
     assert large.steps == math.ceil(150e6 / 256**2 / 4)
     steps, why = next((value, why) for setting, value, why in large.reasons if setting == "steps")
     assert steps == f"{large.steps:,}"
-    assert why.startswith("recipe small: 150 megapixels, of 0.066 an image; 382 passes over 6 images")
+    assert why.startswith(
+        "recipe small: 150 megapixels, of 0.066 an image with its padding; 382 passes over 6 images"
+    )
+
+
+def test_pixels_are_those_of_padded_batches() -> None:
+    """Images of two shapes pad each other, and the loader pads to multiples of 32."""
+    wide, high = np.array([(96, 48)] * 8), np.array([(48, 96)] * 8)
+    frame = Preprocessing(image_size=64, max_size=128, divisor=32)
+
+    class Sized:
+        def __init__(self, sizes: np.ndarray) -> None:
+            self.sizes = sizes
+
+        def __len__(self) -> int:
+            return len(self.sizes)
+
+        def size(self, index: int) -> tuple[int, int]:
+            return tuple(self.sizes[index])
+
+    assert padded_pixels(Sized(wide), frame, 4) == 128 * 64
+    mixed = padded_pixels(Sized(np.concatenate((wide, high))), frame, 2)
+    assert 128 * 64 < mixed < 128 * 128
+    assert padded_pixels(Sized(wide[:1]), frame, 4) == 128 * 64  # fewer images than a batch
 
 
 @pytest.mark.parametrize(
@@ -292,7 +317,7 @@ def test_a_run_sees_at_least_the_recipes_passes_and_images(
     plan = plan_run(options, open_dataset(data, "train"), change)
     said = {setting: (value, reason) for setting, value, reason in plan.reasons}
     assert said["steps"] == (f"{steps}", f"recipe small; {why} over 6 images")
-    assert "zoom" in said["augmentation"][0]  # four passes are not few
+    assert "zoom" in said["augmentation"][0]  # they are not few
 
 
 def test_on_cuda_steps_from_scratch_take_more_images() -> None:
@@ -466,8 +491,8 @@ def test_the_trial_ends_on_a_slow_machine(data: Path, monkeypatch: pytest.Monkey
 
 def test_zoom_waits_until_images_come_back(data: Path) -> None:
     train = open_dataset(data, "train")  # 6 images, 2 a step
-    few = plan_run(TrainingOptions(data=str(data), steps=11, **TINY), train)
-    many = few.lasting(12, "asked for")
+    few = plan_run(TrainingOptions(data=str(data), steps=8, **TINY), train)
+    many = few.lasting(9, "asked for")
     assert (few.augmentation.zoom, many.augmentation.zoom) == ((1.0, 1.0), (0.8, 1.4))
     assert any(
         setting == "augmentation" and "every image is still new" in why for setting, _, why in few.reasons
@@ -481,7 +506,7 @@ def test_the_plan_says_no_more_than_there_is_to_say(data: Path) -> None:
     for steps, passes in ((1, "0.33 passes"), (3, "1 pass"), (12, "4 passes"), (310, "103 passes")):
         said = {setting: (value, why) for setting, value, why in plan.lasting(steps, "asked for").reasons}
         assert said["steps"] == (f"{steps}", f"asked for; {passes} over 6 images")
-        assert said["augmentation"][0] == ("flip 0.5" if steps < 12 else "flip 0.5, zoom 0.8 to 1.4")
+        assert said["augmentation"][0] == ("flip 0.5" if steps < 9 else "flip 0.5, zoom 0.8 to 1.4")
     assert said["box weight"][0] == "2"
     assert said["held in check by"][0] == "weight decay 0.02, gradient norm 10, average of weights 0.998"
 

@@ -40,7 +40,7 @@ from retinanet.training.sizing import (
 # Validations in a run, unless --validate-every-steps says otherwise or --time leaves no time for as many.
 VALIDATIONS = 5
 # With fewer passes over the images each is new often enough, and zooming only makes it harder.
-FEW_PASSES = 4
+FEW_PASSES = 3
 # Padded sides of training images are multiples of this with --compile.
 COMPILED_DIVISOR = 128
 

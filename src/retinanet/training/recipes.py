@@ -21,8 +21,8 @@ class Recipe:
     Args:
         model: the preset's model; the plan adds image size and anchors.
         images_seen: training images in all, repetitions counted, unless what follows asks for more.
-        pixels_seen: the same in pixels of resized images, without their padding: with larger images fewer of
-            them, each of which shows more objects and costs more.
+        pixels_seen: the same in pixels of resized images with their padding: with larger images fewer of them, each
+            of which shows more objects and costs more.
         epochs: passes over the data at least.
         lr: for 16 images a step; with Muon, that of the AdamW beside it.
         warmup_steps: the rate rises linearly over them; a twentieth of the run at most.
@@ -137,7 +137,7 @@ def small(classes: Classes, backbone: str, device: str) -> Recipe:
         name="small",
         model=presets.from_scratch(classes, backbone=backbone),
         batch_size=4 if on_cpu else 16,
-        epochs=4,
+        epochs=3,
         images_seen=1_500,
         pixels_seen=150_000_000 if on_cpu else 4_000_000_000,
         optimizer="muon",

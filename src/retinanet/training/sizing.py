@@ -193,12 +193,21 @@ def choose_steps(
     why = f"recipe {recipe.name}"
     images = max(recipe.images_seen, recipe.epochs * len(train))
     if recipe.pixels_seen:
-        sizes = [preprocessing.resized_size(*train.size(i)) for i in range(len(train))]
-        pixels = float(np.mean([width * height for width, height in sizes]))
+        pixels = padded_pixels(train, preprocessing, recipe.batch_size)
         if recipe.pixels_seen / pixels > images:
             images = recipe.pixels_seen / pixels
-            why += f": {recipe.pixels_seen / 1e6:,.0f} megapixels, of {pixels / 1e6:.3f} an image"
+            why += f": {recipe.pixels_seen / 1e6:,.0f} megapixels, of {pixels / 1e6:.3f} an image with its padding"
     return _steps(images, recipe), why
+
+
+def padded_pixels(train: Dataset, preprocessing: Preprocessing, batch_size: int) -> float:
+    """Return the mean pixels of an image as the network sees it: padded to the largest of its batch."""
+    sizes = np.array([preprocessing.resized_size(*train.size(i)) for i in range(len(train))])
+    # Batches of some epoch: the padding of images of many shapes is a matter of who comes together.
+    order = np.random.default_rng(0).permutation(max(len(train), batch_size)) % len(train)
+    batches = sizes[order[: len(order) // batch_size * batch_size]].reshape(-1, batch_size, 2)
+    sides = -(-batches.max(axis=1) // preprocessing.divisor) * preprocessing.divisor
+    return float(sides.prod(axis=1).mean())
 
 
 def _steps(images: float, recipe: Recipe) -> int:
