@@ -20,9 +20,13 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from assignment import AdaptiveObjective
 
+from retinanet.objective import Objective
+from retinanet.training import planning
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import run_training
@@ -36,12 +40,13 @@ RECIPE = "4 images a step, 150 megapixels"
 
 @dataclass(frozen=True)
 class Variant:
-    """One change to the recipe: of its fields, of its model's, or of the command's options."""
+    """One change to the recipe: of its fields, of its model's, of the command's options, or of how losses are made."""
 
     what: str
     recipe: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    objective: type[Objective] = Objective
 
     def __call__(self, recipe: Recipe) -> Recipe:
         model = replace(recipe.model, head=replace(recipe.model.head, **self.head))
@@ -67,6 +72,7 @@ VARIANTS = {
     "box-weight-4": Variant("box loss weighed 4", {"box_weight": 4.0}),
     "by-image": Variant("losses divided by the positives of the image", {"normalizer": "image"}),
     "no-low-quality": Variant("no low-quality matches", {"low_quality": False}),
+    "atss": Variant("anchors assigned by ATSS", objective=AdaptiveObjective),
     "no-zoom": Variant("flips alone", {"augmentation": {"zoom": (1.0, 1.0)}}),
     "zoom-wide": Variant("zoom 0.5 to 2", {"augmentation": {"zoom": (0.5, 2.0)}}),
     "gamma-1.5": Variant("gamma 1.5", {"gamma": 1.5}),
@@ -174,7 +180,8 @@ def run(job: Job, folders: dict[str, str], backbone: str, runs: Path) -> None:
         seed=job.seed,
         **variant.options,
     )
-    run_training(options, change=change)
+    with patch.object(planning, "Objective", variant.objective):
+        run_training(options, change=change)
 
 
 def result_of(folder: Path) -> dict[str, float]:

@@ -8,10 +8,16 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
+from retinanet.anchors import AnchorSpec, anchors_of_image
+from retinanet.batches import MatchState, Targets
+from retinanet.boxes import BoxCoding, iou, pairwise
 from retinanet.data import open_dataset
 from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.objective import Objective
 from retinanet.records import Classes
+from retinanet.training import planning
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe, small
@@ -24,6 +30,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert loaded is not None
     assert loaded.loader is not None
     module = importlib.util.module_from_spec(loaded)
+    monkeypatch.syspath_prepend(script.parent)  # as for a script
     monkeypatch.setitem(sys.modules, "recipe_sweep", module)  # dataclasses look their module up
     loaded.loader.exec_module(module)
     monkeypatch.setattr(module, "KEPT", tmp_path / "recipes.jsonl")
@@ -35,10 +42,63 @@ def test_every_variant_changes_one_thing_and_is_possible(sweep: ModuleType) -> N
     recipe, seen = small(Classes(("a",)), "resnet18", "cpu"), []
     for name, variant in sweep.VARIANTS.items():
         options = TrainingOptions(data="x", **variant.options)
-        changed = (variant(recipe), options)
-        assert (changed == (recipe, TrainingOptions(data="x"))) is (name == sweep.BASE), name
+        changed = (variant(recipe), options, variant.objective)
+        assert (changed == (recipe, TrainingOptions(data="x"), Objective)) is (name == sweep.BASE), name
         assert changed not in seen, name
         seen.append(changed)
+
+
+def test_adaptive_assignment_is_that_of_the_paper(sweep: ModuleType) -> None:
+    """Against the same object by object and anchor by anchor."""
+    spec = AnchorSpec(sizes=(16, 32, 64, 128, 256))
+    levels = anchors_of_image(spec, 96, 128)
+    anchors = torch.cat(levels)
+    corner = torch.tensor([[10.0, 12], [11, 14], [50, 30], [0, 0], [90, 60]])
+    side = torch.tensor([[30.0, 22], [28, 22], [5, 5], [120, 90], [0, 0]])
+    boxes = torch.cat((corner, corner + side), dim=1)
+    ignored = torch.tensor([False, False, False, True, False])
+    targets = Targets(boxes[None], torch.arange(5)[None], ignored[None])
+    found = sweep.AdaptiveObjective(anchors=spec, coding=BoxCoding(), nearest=3).assign(anchors, targets)
+
+    overlaps = pairwise(iou, boxes, anchors)
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    wanted: dict[int, int] = {}
+    for number in (0, 1, 2):  # the fourth is ignored, the fifth is padding
+        middle = (boxes[number, :2] + boxes[number, 2:]) / 2
+        candidates, first = [], 0
+        for level in levels:
+            distance = (centres[first : first + len(level) : 9] - middle).norm(dim=1)
+            for location in distance.argsort(stable=True)[:3].tolist():
+                candidates += range(first + 9 * location, first + 9 * location + 9)
+            first += len(level)
+        reached = overlaps[number, candidates]
+        enough = reached.mean() + reached.std()
+        positive = [
+            anchor
+            for anchor in candidates
+            if overlaps[number, anchor] >= enough
+            and (centres[anchor] > boxes[number, :2]).all()
+            and (centres[anchor] < boxes[number, 2:]).all()
+        ]
+        for anchor in positive or [candidates[int(reached.argmax())]]:
+            if anchor not in wanted or overlaps[number, anchor] > overlaps[wanted[anchor], anchor]:
+                wanted[anchor] = number
+    assert {0, 1, 2} == {*wanted.values()}
+    positive = torch.nonzero(found.state[0] == MatchState.POSITIVE).squeeze(1).tolist()
+    assert {anchor: int(found.box[0, anchor]) for anchor in positive} == wanted
+    assert found.classes[0, positive].tolist() == [wanted[anchor] for anchor in positive]
+    assert set(found.state.unique().tolist()) == {MatchState.NEGATIVE, MatchState.POSITIVE}
+
+
+def test_a_variant_trains_with_its_objective(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(sweep, "run_training", lambda *_, **__: seen.append(planning.Objective))
+    for name in ("atss", sweep.BASE):
+        sweep.run(sweep.Job("d", name, 0, None), {"d": "x"}, "resnet18", tmp_path)
+    assert seen == [sweep.AdaptiveObjective, Objective]
+    assert planning.Objective is Objective
 
 
 def test_finished_runs_are_not_repeated_and_failed_ones_are_told(
