@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,16 +18,18 @@ class AdaptiveObjective(Objective):
     a location.
 
     Candidates of an object are the anchors at the `nearest` locations of every level. Those are positive whose IoU
-    reaches mean + standard deviation of the candidates' and whose centre lies inside; if there is none, the best
-    one is. An anchor wanted by several objects goes to that of the highest IoU; all others are background.
+    reaches mean + standard deviation of the candidates' and whose centre lies inside; if there is none (which ATSS
+    leaves at that), the best one is. An anchor wanted by several objects goes to that of the highest IoU. The others
+    are background, or ignored where regions say so.
     """
 
     nearest: int = 9
 
     @torch.no_grad()
     def assign(self, anchors: Tensor, targets: Targets) -> Assignment:
-        state = torch.full((len(targets.boxes), len(anchors)), int(MatchState.NEGATIVE), dtype=torch.int8)
-        classes, box = torch.full(state.shape, -1), torch.zeros(state.shape, dtype=torch.int64)
+        # Without objects the regions alone speak.
+        regions = replace(targets, boxes=targets.boxes * targets.ignored[..., None])
+        state, classes, box = super().assign(anchors, regions)
         near = self._locations(anchors)
         for image, boxes in enumerate(targets.boxes):
             objects = torch.nonzero((area(boxes) > 0) & ~targets.ignored[image]).squeeze(1)
@@ -41,14 +43,14 @@ class AdaptiveObjective(Objective):
     def _locations(self, anchors: Tensor) -> list[tuple[int, Tensor]]:
         """Return for every level the number of its first anchor and the centres of its locations."""
         first = anchors[:: self.anchors.per_location]
-        # The smallest anchor of a location tells the level, whose sizes double.
+        # A location's smallest anchor tells the level.
         side = torch.stack(
             [area(anchors[i :: self.anchors.per_location]) for i in range(self.anchors.per_location)]
         )
-        level = (side.amin(dim=0).sqrt() / self.anchors.sizes[0]).log2().round()
+        smallest = side.amin(dim=0)
         centre = (first[:, :2] + first[:, 2:]) / 2
-        starts = torch.nonzero(torch.diff(level, prepend=level.new_tensor([-1.0]))).squeeze(1).tolist()
-        ends = [*starts[1:], len(level)]
+        starts = [0, *(1 + torch.nonzero(smallest[1:] > 1.01 * smallest[:-1]).squeeze(1)).tolist()]
+        ends = [*starts[1:], len(centre)]
         return [
             (start * self.anchors.per_location, centre[start:end])
             for start, end in zip(starts, ends, strict=True)
@@ -78,4 +80,7 @@ class AdaptiveObjective(Objective):
         anchor, reached = candidates[which, at], overlap[which, at]
         best = torch.zeros(len(anchors)).scatter_reduce(0, anchor, reached, "amax")
         kept = reached == best[anchor]
-        return anchor[kept], which[kept]
+        anchor, which = anchor[kept], which[kept]
+        first = torch.full((len(anchors),), len(boxes)).scatter_reduce(0, anchor, which, "amin")
+        alone = which == first[anchor]
+        return anchor[alone], which[alone]

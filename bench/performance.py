@@ -55,7 +55,7 @@ TITLES = {
     "postprocess": "Logits and deltas to detections",
     "convolution": "A 3x3 convolution, forward and backward; 64 channels and 8 x 8 are left to torch's",
     "import": "A fresh process from its start to the first boxes, caches warm",
-    "step": "A training step: forward, losses, backward, SGD; and its peak memory",
+    "step": "A training step: forward, losses, backward, SGD; the same compiled; and its peak memory",
 }
 
 

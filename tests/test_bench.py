@@ -297,18 +297,22 @@ def test_a_step_with_a_wrong_gradient_is_not_equal():
 def test_the_compiled_step_is_compared_once_a_batch_size(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: compiled.append("reset"))
     monkeypatch.setattr(measuring, "require_cpp_compiler", lambda: None)
-    (contest,) = step.compiled_contests([TINY, replace(TINY, boxes=9)])
-    assert (contest.case, contest.equal) == (str(TINY), {"ours compiled": True})
-    assert len(compiled) == 1
+    found = list(step.compiled_contests([TINY, replace(TINY, boxes=9), replace(TINY, batch_size=2)]))
+    assert [contest.case for contest in found] == [str(TINY), str(replace(TINY, batch_size=2))]
+    assert [contest.equal for contest in found] == [{"ours compiled": True}] * 2
+    # Each forgets what was compiled for another batch size.
+    assert [entry == "reset" for entry in compiled] == [True, False] * 2
 
 
-def test_nothing_is_compiled_without_a_compiler(monkeypatch):
+def test_nothing_is_compiled_without_a_compiler(monkeypatch, caplog):
     def missing() -> None:
         raise ConfigError("--compile needs a C++ compiler")
 
     monkeypatch.setattr(measuring, "require_cpp_compiler", missing)
     assert list(step.compiled_contests([TINY])) == []
+    assert caplog.messages == ["no compiled rows: --compile needs a C++ compiler"]
     (contest,) = loss.contests(side=64, classes=3, count=2)
     assert list(contest.peers) == ["torchvision"]
 

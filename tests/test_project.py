@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import dis
 import doctest
 import importlib
 import os
@@ -10,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
@@ -65,6 +68,23 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_files_named_in_the_readme_exist() -> None:
     for target in re.findall(r"`(src/[^`]+|docs/[^`]+)`", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("folder", ["src", "bench"])
+def test_every_global_name_is_defined(folder: str) -> None:
+    """jaxtyping's shapes look like undefined names to ruff and mypy, for which neither is asked about them."""
+    sources = sorted((ROOT / folder).rglob("*.py"))
+    assert sources
+    for source in sources:
+        module = compile(source.read_text(), str(source), "exec")
+        known = {i.argval for i in dis.get_instructions(module) if i.opname in ("STORE_NAME", "STORE_GLOBAL")}
+        known |= {*dir(builtins), "__file__", "__name__"}
+        inner = [constant for constant in module.co_consts if isinstance(constant, CodeType)]
+        while inner:
+            code = inner.pop()
+            inner += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+            asked = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+            assert asked <= known, f"{source}, {code.co_name}: {asked - known}"
 
 
 @pytest.mark.parametrize(

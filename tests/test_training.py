@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -24,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import retinanet
+from retinanet.batches import RawPredictions
 from retinanet.checkpoint import load_model
 from retinanet.data import open_dataset, write_coco
+from retinanet.data.loading import training_batches
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.data.transforms import Augmentation
 from retinanet.errors import ConfigError, DataError, TrainingError
@@ -33,7 +36,7 @@ from retinanet.images import Preprocessing
 from retinanet.inference import Detector, validate
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
 from retinanet.records import Classes, GroundTruth, Ignore
-from retinanet.training import recipes, timing
+from retinanet.training import loop, recipes, timing
 from retinanet.training.configuration import TrainingOptions, read_config, write_config
 from retinanet.training.muon import Muon
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
@@ -47,6 +50,7 @@ from retinanet.training.sizing import (
     padded_pixels,
 )
 from retinanet.training.starting import build_network
+from retinanet.training.step import TrainingStep
 
 TINY = {
     "backbone": "resnet18",
@@ -279,6 +283,48 @@ def test_from_scratch_a_run_sees_as_many_images_as_its_pixels_hold(data: Path) -
     )
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_batches_are_pinned_for_cuda_alone(data: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    train, val = open_dataset(data, "train"), open_dataset(data, "val")
+    plan = dataclasses.replace(
+        plan_run(TrainingOptions(data=str(data), **TINY), train), device=torch.device(kind)
+    )
+    asked = []
+
+    def batches(*_: object, pin_memory: bool, **__: object) -> None:
+        asked.append(pin_memory)
+        raise InterruptedError
+
+    for module in (loop, timing):
+        monkeypatch.setattr(module, "training_batches", batches)
+    monkeypatch.setattr(TrainingStep, "of", lambda *_: None)
+    with pytest.raises(InterruptedError):
+        loop.train_network(plan, None, train, val, None, None)  # type: ignore[arg-type]
+    with pytest.raises(InterruptedError):
+        timing._step_seconds(plan, None, train, 1.0)  # type: ignore[arg-type]
+    assert asked == [kind == "cuda"] * 2
+
+
+def test_logits_are_let_go_before_the_way_back(data: Path) -> None:
+    train = open_dataset(data, "train")
+    plan = plan_run(TrainingOptions(data=str(data), **TINY), train)
+    network = build_network(plan)
+    train_on = TrainingStep.of(plan, network)
+    logits: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def forward(images: torch.Tensor) -> RawPredictions:
+        found = network(images)
+        logits.extend(map(weakref.ref, found.logits))
+        return found
+
+    train_on.forward = forward
+    network.class_head.last.weight.register_hook(lambda _: alive.extend(ref() is not None for ref in logits))
+    (batch,) = training_batches(train, plan.preprocessing, plan.augmentation, batch_size=2, seed=0, steps=1)
+    train_on(batch, 1e-3)
+    assert alive == [False] * 5
+
+
 def test_pixels_are_those_of_padded_batches() -> None:
     """Images of two shapes pad each other, and the loader pads to multiples of 32."""
     wide, high = np.array([(96, 48)] * 8), np.array([(48, 96)] * 8)
@@ -298,6 +344,13 @@ def test_pixels_are_those_of_padded_batches() -> None:
     mixed = padded_pixels(Sized(np.concatenate((wide, high))), frame, 2)
     assert 128 * 64 < mixed < 128 * 128
     assert padded_pixels(Sized(wide[:1]), frame, 4) == 128 * 64  # fewer images than a batch
+    assert padded_pixels(Sized(wide), dataclasses.replace(frame, image_size=72, max_size=144), 4) == 160 * 96
+    one = padded_pixels(
+        Sized(np.array([(48, 48)] * 4 + [(480, 48)])), dataclasses.replace(frame, max_size=640), 4
+    )
+    assert one == pytest.approx(
+        0.2 * 64 * 64 + 0.8 * 640 * 64, rel=0.1
+    )  # the large one in four batches of five
 
 
 @pytest.mark.parametrize(

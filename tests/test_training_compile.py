@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 import retinanet
+from retinanet import devices
 from retinanet.batches import Batch, Targets
 from retinanet.checkpoint import load_model
 from retinanet.cli import main
@@ -25,7 +26,6 @@ from retinanet.errors import ConfigError
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
 from retinanet.objective import Objective
 from retinanet.records import Classes
-from retinanet.training import planning
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.step import TrainingStep
@@ -51,8 +51,8 @@ def compilers(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Which programs are installed, whatever this machine has; a test may change it."""
     installed = {"g++"}
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(planning, "sys", SimpleNamespace(platform="linux"))
-    monkeypatch.setattr(planning.shutil, "which", lambda name: name if name in installed else None)
+    monkeypatch.setattr(devices, "sys", SimpleNamespace(platform="linux"))
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name if name in installed else None)
     return installed
 
 
@@ -123,7 +123,7 @@ def test_a_cpu_needs_the_compiler_that_torch_would_take(
 ) -> None:
     compilers.clear()
     compilers.update(present)
-    monkeypatch.setattr(planning, "sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(devices, "sys", SimpleNamespace(platform=platform))
     if named is not None:
         monkeypatch.setenv("CXX", named)
     if missing is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
@@ -30,6 +33,17 @@ def choose_device(name: str) -> torch.device:
             f"--device {name} does not exist; torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
+
+
+def require_cpp_compiler() -> None:
+    """Refuse where torch.compile would find no C++ compiler: it tries the one in CXX, or else one by platform."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", usual)
+    if not any(map(shutil.which, (compiler, *compiler.split()[:1]))):  # the latter for "ccache g++"
+        raise ConfigError(
+            f"--compile needs a C++ compiler on a CPU; found no {compiler or usual}. "
+            "Install it, name another in CXX, or leave out --compile"
+        )
 
 
 def resolve_precision(device: torch.device, precision: Precision) -> Literal["fp32", "bf16"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import statistics
@@ -13,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 
+from retinanet import kernels
 from retinanet.anchors import CPU
+from retinanet.devices import require_cpp_compiler
 from retinanet.errors import ConfigError
-from retinanet.training.planning import require_cpp_compiler
 
 PACKAGES = (
     "retinanet",
@@ -127,12 +129,14 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return whether `torch.compile` has what it needs: on a CPU a C++ compiler."""
-    if device.type == "cpu":
-        try:
-            require_cpp_compiler()
-        except ConfigError:
-            return False
+    """Return whether `torch.compile` has what it needs: on a CPU a C++ compiler, on CUDA Triton. Log what it lacks."""
+    if device.type == "cuda":
+        return kernels.available("cuda")
+    try:
+        require_cpp_compiler()
+    except ConfigError as error:
+        logging.getLogger("retinanet").warning("no compiled rows: %s", error)
+        return False
     return True
 
 

@@ -73,6 +73,8 @@ def compiled_contests(chosen: list[StepCase], *, device: torch.device = CPU) -> 
     """
     fewest = {(case.backbone, case.batch_size): case for case in sorted(chosen, key=lambda case: -case.boxes)}
     for case in fewest.values() if can_compile(device) else []:
+        # Otherwise torch takes the batch size for one that varies, once it has compiled for another.
+        torch.compiler.reset()
         ours, compiled = our_step(case, device), our_step(case, device, compile=True)
         peer = "ours compiled"
         yield Contest("step", str(case), ours, {peer: compiled}, {peer: _agree(ours, compiled, str)})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ from rich.table import Table
 from retinanet.checkpoint import Model, load_model
 from retinanet.data import Dataset
 from retinanet.data.transforms import Augmentation
-from retinanet.devices import choose_device, resolve_precision
+from retinanet.devices import choose_device, require_cpp_compiler, resolve_precision
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
 from retinanet.model import ModelSpec, fitting_norm
@@ -218,18 +216,7 @@ def plan_run(
         workers=workers,
         reasons=tuple(reasons),
     )
-    return plan.lasting(*choose_steps(recipe, options, train, preprocessing))
-
-
-def require_cpp_compiler() -> None:
-    """Refuse where torch.compile would find no C++ compiler: it tries the one in CXX, or else one by platform."""
-    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    compiler = os.environ.get("CXX", usual)
-    if not any(map(shutil.which, (compiler, *compiler.split()[:1]))):  # the latter for "ccache g++"
-        raise ConfigError(
-            f"--compile needs a C++ compiler on a CPU; found no {compiler or usual}. "
-            "Install it, name another in CXX, or leave out --compile"
-        )
+    return plan.lasting(*choose_steps(recipe, options, train, plan.preprocessing))
 
 
 def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:

@@ -27,6 +27,8 @@ WELL_COVERED = 0.75
 # What a larger image must add to that share, and how many sides are tried.
 WORTH_LARGER, SIDES_TRIED = 0.02, 6
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
+# Images from which the padding of batches is estimated, at least.
+LEAST_SAMPLE = 1000
 
 
 def choose_preprocessing(
@@ -203,8 +205,9 @@ def choose_steps(
 def padded_pixels(train: Dataset, preprocessing: Preprocessing, batch_size: int) -> float:
     """Return the mean pixels of an image as the network sees it: padded to the largest of its batch."""
     sizes = np.array([preprocessing.resized_size(*train.size(i)) for i in range(len(train))])
-    # Batches of some epoch: the padding of images of many shapes is a matter of who comes together.
-    order = np.random.default_rng(0).permutation(max(len(train), batch_size)) % len(train)
+    # Of random batches, as the padding of images of many shapes is a matter of who comes together.
+    random, epochs = np.random.default_rng(0), -(-max(LEAST_SAMPLE, batch_size) // len(train))
+    order = np.concatenate([random.permutation(len(train)) for _ in range(epochs)])
     batches = sizes[order[: len(order) // batch_size * batch_size]].reshape(-1, batch_size, 2)
     sides = -(-batches.max(axis=1) // preprocessing.divisor) * preprocessing.divisor
     return float(sides.prod(axis=1).mean())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from retinanet.batches import MatchState
@@ -18,7 +17,7 @@ BLOCK = 128
 # Blocks that are worth a second thread.
 LEAST_BLOCKS = 64
 # Blocks remembered for a box, those in which it reached its best IoU so far. Where more tie, all are looked at again.
-REMEMBERED = 16
+REMEMBERED = 32
 # Boxes whose low-quality matches are worth a second thread.
 LEAST_BOXES = 64
 
@@ -58,19 +57,16 @@ def match(
     positive, negative, share = f32(positive_iou), f32(negative_iou), f32(ignored_overlap)
 
     objects, regions = (np.ascontiguousarray(of.transpose(0, 2, 1)) for of in (objects, regions))
-    shape = (images, objects.shape[2])
+    # Of each thread what it found.
+    shape = (torch.get_num_threads(), images, objects.shape[2])
+    best, reached = np.zeros(shape, np.float32), np.zeros((*shape, 1 + REMEMBERED), np.int32)
 
-    def first(
-        _: int, start: int, stop: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32], tuple[int, int]]:
-        best_of_box = np.zeros(shape, np.float32)
-        reached = np.zeros((*shape, 1 + REMEMBERED), np.int32)
-        _match(a, objects, regions, start, stop, positive, negative, share, s, i, best_of_box, reached)
-        return best_of_box, reached, (start, stop)
+    def first(part: int, start: int, stop: int) -> tuple[int, int]:
+        _match(a, objects, regions, start, stop, positive, negative, share, s, i, best[part], reached[part])
+        return start, stop
 
-    parts = in_parallel(first, blocks, least=LEAST_BLOCKS)
+    edges = np.array(in_parallel(first, blocks, least=LEAST_BLOCKS))
     if low_quality and objects.shape[2]:
-        best, reached, edges = (np.stack(of) for of in zip(*parts, strict=True))
         in_parallel(
             lambda _, start, stop: _low_quality(a, objects, start, stop, best, reached, edges, s),
             images * objects.shape[2],
@@ -146,10 +142,11 @@ def _low_quality(anchors, objects, start, stop, best, reached, edges, state):
     """Make positive the anchors that reach the best IoU of the boxes start..stop, counted over the images.
 
     Args:
-        best, reached: `[T, B, G]` and `[T, B, G, 1 + REMEMBERED]`, what each of T threads found.
-        edges: `[T, 2]`, the blocks that it looked at.
+        best, reached: `[T, B, G]` and `[T, B, G, 1 + REMEMBERED]`, what each thread found; zeros where it had no part.
+        edges: `[parts, 2]`, the blocks that it looked at.
     """
-    columns = np.empty((6, BLOCK), np.float32)
+    columns, bound = np.empty((6, BLOCK), np.float32), np.empty(4, np.float32)
+    bits = anchors.view(np.int32)
     for number in range(start, stop):
         image, g = number // objects.shape[2], number % objects.shape[2]
         highest = best[:, image, g].max()
@@ -163,8 +160,16 @@ def _low_quality(anchors, objects, start, stop, best, reached, edges, state):
                                 anchors, blocks[1 + at], objects[image, :, g], highest, columns, state[image]
                             )
                     else:
+                        box = objects[image, :, g]
                         for block in range(edges[part, 0], edges[part, 1]):
-                            _reach(anchors, block, objects[image, :, g], highest, columns, state[image])
+                            _bound(bits, block * BLOCK, min(len(bits), (block + 1) * BLOCK), bound)
+                            if (
+                                box[0] < bound[2]
+                                and box[2] > bound[0]
+                                and box[1] < bound[3]
+                                and box[3] > bound[1]
+                            ):
+                                _reach(anchors, block, box, highest, columns, state[image])
 
 
 @compiled()
