@@ -17,13 +17,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from assignment import AdaptiveObjective
+from objectives import AdaptiveObjective, AdaptiveVarifocalObjective, VarifocalObjective
 
 from retinanet.objective import Objective
 from retinanet.training import planning
@@ -46,7 +48,7 @@ class Variant:
     recipe: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    objective: type[Objective] = Objective
+    objective: Callable[..., Objective] = Objective
 
     def __call__(self, recipe: Recipe) -> Recipe:
         model = replace(recipe.model, head=replace(recipe.model.head, **self.head))
@@ -73,6 +75,12 @@ VARIANTS = {
     "by-image": Variant("losses divided by the positives of the image", {"normalizer": "image"}),
     "no-low-quality": Variant("no low-quality matches", {"low_quality": False}),
     "atss": Variant("anchors assigned by ATSS", objective=AdaptiveObjective),
+    "varifocal": Variant("class targets that say how good the box is", objective=VarifocalObjective),
+    "atss-varifocal": Variant("ATSS and varifocal", objective=AdaptiveVarifocalObjective),
+    "iou-0.4": Variant(
+        "positive from IoU 0.4, negative below 0.3",
+        objective=partial(Objective, positive_iou=0.4, negative_iou=0.3),
+    ),
     "no-zoom": Variant("flips alone", {"augmentation": {"zoom": (1.0, 1.0)}}),
     "zoom-wide": Variant("zoom 0.5 to 2", {"augmentation": {"zoom": (0.5, 2.0)}}),
     "gamma-1.5": Variant("gamma 1.5", {"gamma": 1.5}),
