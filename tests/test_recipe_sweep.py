@@ -222,7 +222,8 @@ def test_what_was_measured_with_an_older_recipe_is_measured_again(
 
 def test_the_label_is_that_of_the_recipe(sweep: ModuleType) -> None:
     recipe = small(Classes(("a",)), "resnet18", "cpu")
-    said = f"{recipe.batch_size} images a step, {recipe.pixels_seen / 1e6:.0f} megapixels"
+    length = f"{recipe.pixels_seen / 1e6:.0f} megapixels, {recipe.epochs} passes"
+    said = f"{recipe.batch_size} images a step, {length}"
     assert said == sweep.RECIPE  # else rows of two recipes would be compared
 
 
