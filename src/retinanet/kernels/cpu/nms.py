@@ -13,6 +13,8 @@ from retinanet.kernels.cpu.compiled import compiled
 BLOCK = 64
 
 f32 = np.float32
+MOST, LEAST = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+INFINITE = np.int32(0x7F800000)  # bits of infinity; above it are those of NaN
 
 
 @torch.compiler.disable
@@ -28,14 +30,27 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_kep
 
 def by_score(scores: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the order by score descending, then index ascending; NaN last, as `argsort` has it."""
-    bits = (-scores).view(np.int32)
-    # As integers these bits sort like the floats; with the index below them every key is different, and any
-    # sort is a stable one: NumPy's for integers is several times faster than its stable one for floats.
-    key = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64)
-    key = np.where(np.isnan(scores), np.int64(0x7FFFFFFF), np.where(scores == 0, np.int64(0), key))
-    key = (key << np.int64(32)) | np.arange(len(scores), dtype=np.int64)
+    key = np.empty(len(scores), np.int64)
+    _keys(np.ascontiguousarray(scores).view(np.int32), key)
+    # Every key is different, and so any sort is a stable one: NumPy's for integers is several times faster than its
+    # stable one for floats.
     key.sort()
-    return key & np.int64(0xFFFFFFFF)
+    key &= 0xFFFFFFFF
+    return key
+
+
+@compiled()
+def _keys(bits, key):
+    """Write integers that sort by score descending, each with its index in the lower half.
+
+    Bits of the negated scores, those of negative numbers turned over, have the order of the numbers.
+    """
+    for i in range(len(bits)):
+        negated = np.int32(bits[i] ^ LEAST)
+        ordered = np.int32(negated ^ (np.int32(negated >> np.int32(31)) & MOST))
+        magnitude = np.int32(bits[i] & MOST)
+        ordered = np.int32(0) if magnitude == 0 else (MOST if magnitude > INFINITE else ordered)
+        key[i] = (np.int64(ordered) << np.int64(32)) | np.int64(i)
 
 
 @compiled()
