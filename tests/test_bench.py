@@ -75,7 +75,7 @@ def test_every_input_is_asked_for_on_the_device(item, monkeypatch):
     """Whoever draws an input has to say where; here it is said, and the input drawn on the CPU all the same."""
     module = {"loss": loss, "matching": matching, "nms": nms, "postprocess": postprocess}[item]
     asked = []
-    for name in ("levels_of", "boxes", "labels", "logits", "distinct_scores"):
+    for name in ("levels_of", "anchors_of", "boxes", "labels", "logits", "distinct_scores"):
         draw = getattr(inputs, name)
 
         def on_cpu(*sizes, device, draw=draw, **options):
@@ -89,6 +89,7 @@ def test_every_input_is_asked_for_on_the_device(item, monkeypatch):
 
 INPUTS = {
     "levels_of": lambda device: inputs.levels_of(64, device=device)[0],
+    "anchors_of": lambda device: inputs.anchors_of(64, device=device),
     "boxes": lambda device: inputs.boxes(3, 64, device=device),
     "labels": lambda device: inputs.labels(3, 5, device=device),
     "logits": lambda device: inputs.logits(3, 5, 0.0, 1.0, device=device),

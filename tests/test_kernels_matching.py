@@ -1,5 +1,6 @@
 """Matching on a CPU: state and index are those of the plain matcher, ties, thresholds and odd boxes included."""
 
+import gc
 import math
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from kernel_cases import random_boxes, random_mask, seeded, torch_threads
-from retinanet.anchors import AnchorSpec, anchors_of_image
+from retinanet import kernels
+from retinanet.anchors import AnchorSpec, all_anchors_of_image, anchors_of_image
 from retinanet.batches import MatchState
 from retinanet.boxes import iou, pairwise
 from retinanet.kernels.cpu import matching
@@ -84,6 +86,29 @@ def test_many_anchors(in_order):
     ignored = random_mask(2, 12, seed=2)
     state = check_match(anchors, boxes, ignored, low_quality=True)
     assert state.unique().tolist() == sorted(MatchState)  # nothing of this is vacuous
+
+
+@pytest.mark.usefixtures("any_threads", "small_parts")
+def test_prepared_anchors_match_as_others_do():
+    for rows in (1, 128, 5 * matching.BLOCK + 3):
+        anchors, boxes = random_boxes(rows, seed=rows), random_boxes(2, 7, seed=rows + 1)
+        kernels.prepare(anchors)
+        check_match(anchors, boxes, random_mask(2, 7, seed=rows), low_quality=True)
+
+
+def test_anchors_of_an_image_are_prepared_and_only_they():
+    anchors = all_anchors_of_image(AnchorSpec(), 96, 64)
+    assert matching._prepared[anchors].shape == (-(-len(anchors) // matching.BLOCK), 4)
+    assert anchors.clone() not in matching._prepared
+    own = random_boxes(300, seed=0)
+    kernels.prepare(own)
+    # What was prepared is what is used: nothing is near rectangles without size.
+    matching._prepared[own][:] = 0
+    assert not match_anchors(own, own[None]).index.any()
+    count = len(matching._prepared)
+    del own
+    gc.collect()
+    assert len(matching._prepared) == count - 1
 
 
 @pytest.mark.parametrize("low_quality", [False, True])

@@ -8,8 +8,10 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
+from retinanet import kernels
 from retinanet.errors import ConfigError
 
 
@@ -98,11 +100,22 @@ def anchors_of_image(
     Rows run over y, then x, then the anchors of a location, the order of `RawPredictions`. Anchors may
     reach over the border. The result is cached by its arguments and shared: do not write to it.
     """
+    per_level = [spec.per_location * rows * columns for rows, columns in spec.grids(height, width)]
+    levels: tuple[Tensor, ...] = all_anchors_of_image(spec, height, width, device).split(per_level)
+    return levels
+
+
+@lru_cache(maxsize=32)
+def all_anchors_of_image(
+    spec: AnchorSpec, height: int, width: int, device: torch.device = CPU
+) -> Float32[Tensor, "R 4"]:
+    """Return the same anchors, all levels in one tensor, prepared for matching. Do not write to it."""
     # Cached while a caller is in inference mode, the anchors could never serve a gradient.
     with torch.inference_mode(False):
-        return tuple(
-            _anchors_of_level(spec, level, height, width).to(device) for level in range(len(spec.sizes))
-        )
+        levels = [_anchors_of_level(spec, level, height, width) for level in range(len(spec.sizes))]
+        anchors = torch.cat(levels).to(device)
+    kernels.prepare(anchors)
+    return anchors
 
 
 def _anchors_of_level(spec: AnchorSpec, level: int, height: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from retinanet.anchors import AnchorSpec, anchors_of_image
+from retinanet.anchors import AnchorSpec, all_anchors_of_image, anchors_of_image
 from retinanet.batches import MatchState, RawPredictions, Targets
 from retinanet.boxes import BoxCoding
 from retinanet.errors import ConfigError
@@ -112,7 +112,7 @@ class Objective:
     def __call__(self, predictions: RawPredictions, targets: Targets, *, height: int, width: int) -> Losses:
         """Return the losses for images of the padded size height x width, in float32."""
         levels = anchors_of_image(self.anchors, height, width, targets.boxes.device)
-        anchors = torch.cat(levels)
+        anchors = all_anchors_of_image(self.anchors, height, width, targets.boxes.device)
         state, classes, box = self.assign(anchors, targets)
         positive = state == MatchState.POSITIVE
         share = self._share(positive.sum(dim=1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retinanet.anchors import AnchorSpec, anchors_of_image
+from retinanet.anchors import AnchorSpec, all_anchors_of_image, anchors_of_image
 
 # What torchvision's anchors are in our words, so that both see the same boxes in the same order.
 TORCHVISION_ANCHORS = AnchorSpec(center=0.0, rounding="torchvision", order="ratio-major", stride_rule="image")
@@ -18,6 +18,11 @@ SIDE, CLASSES = 800, 80
 def levels_of(side: int, *, device: torch.device) -> tuple[Tensor, ...]:
     """Return the anchors of a square image, per level."""
     return anchors_of_image(TORCHVISION_ANCHORS, side, side, device)
+
+
+def anchors_of(side: int, *, device: torch.device) -> Tensor:
+    """Return the same, of all levels, as a training step has them: made once for every image of that size."""
+    return all_anchors_of_image(TORCHVISION_ANCHORS, side, side, device)
 
 
 def boxes(count: int, side: int, *, device: torch.device, seed: int = 0) -> Tensor:

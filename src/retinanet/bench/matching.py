@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 
 from retinanet.anchors import CPU
 from retinanet.batches import MatchState
-from retinanet.bench.inputs import SIDE, boxes, levels_of
+from retinanet.bench.inputs import SIDE, anchors_of, boxes
 from retinanet.bench.measuring import Contest
 from retinanet.matching import Matches, match_anchors
 
@@ -22,7 +22,7 @@ def contests(
     side: int = SIDE, counts: tuple[int, ...] = COUNTS, *, device: torch.device = CPU
 ) -> Iterator[Contest]:
     """Ours and torchvision's `box_iou` with its `Matcher`, for one image."""
-    anchors = torch.cat(levels_of(side, device=device))
+    anchors = anchors_of(side, device=device)
     matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
     for count in counts:
         given = boxes(count, side, device=device)

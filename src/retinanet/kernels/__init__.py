@@ -237,6 +237,17 @@ def _gradients_of_convolution(ctx, gradient: Tensor):
 _convolve3x3.register_autograd(_gradients_of_convolution, setup_context=_keep_inputs)
 
 
+def prepare(anchors: Tensor) -> None:
+    """Let every `match` of these anchors `[R, 4]`, of this very tensor, begin with what depends on them alone.
+
+    Nobody may write to them any more.
+    """
+    if usable(anchors, cuda=False):
+        from retinanet.kernels.cpu.matching import prepare as on_device
+
+        on_device(anchors)
+
+
 def match(
     anchors: Tensor,
     boxes: Tensor,

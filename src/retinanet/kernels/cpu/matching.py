@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from retinanet.batches import MatchState
 from retinanet.kernels.cpu.compiled import compiled
@@ -24,6 +25,19 @@ LEAST_BOXES = 64
 f32 = np.float32
 MOST, LEAST = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
 NEGATIVE, POSITIVE, IGNORED = (np.int8(state) for state in MatchState)
+
+
+# The rectangles around the blocks of prepared anchors.
+_prepared = WeakIdKeyDictionary()
+_NOTHING = np.empty((0, 4), np.float32)
+
+
+def prepare(anchors: Tensor) -> None:
+    """Remember the rectangles around the blocks of anchors float32 `[R, 4]` for as long as these live."""
+    rows = anchors.contiguous().numpy()
+    bounds = np.empty((-(-len(rows) // BLOCK), 4), np.float32)
+    _bounds(rows.view(np.int32), bounds)
+    _prepared[anchors] = bounds
 
 
 @torch.compiler.disable
@@ -52,7 +66,7 @@ def match(
         # As an empty box a region wins no anchor, and indices stay those of `boxes`.
         objects, regions = np.where(of_region, f32(0), b), np.where(of_region, b, f32(0))
         regions = regions if of_region.any() else b[:, :0]
-    blocks = -(-count // BLOCK)
+    blocks, bounds = -(-count // BLOCK), _prepared.get(anchors, _NOTHING)
     # As in torch, a tensor of float32 meets a Python number rounded to float32.
     positive, negative, share = f32(positive_iou), f32(negative_iou), f32(ignored_overlap)
 
@@ -62,7 +76,8 @@ def match(
     best, reached = np.zeros(shape, np.float32), np.zeros((*shape, 1 + REMEMBERED), np.int32)
 
     def first(part: int, start: int, stop: int) -> tuple[int, int]:
-        _match(a, objects, regions, start, stop, positive, negative, share, s, i, best[part], reached[part])
+        found = best[part], reached[part]
+        _match(a, bounds, objects, regions, start, stop, positive, negative, share, s, i, *found)
         return start, stop
 
     edges = np.array(in_parallel(first, blocks, least=LEAST_BLOCKS))
@@ -77,7 +92,19 @@ def match(
 
 @compiled()
 def _match(
-    anchors, objects, regions, start, stop, positive, negative, share, state, index, best_of_box, reached
+    anchors,
+    bounds,
+    objects,
+    regions,
+    start,
+    stop,
+    positive,
+    negative,
+    share,
+    state,
+    index,
+    best_of_box,
+    reached,
 ):
     bits = anchors.view(np.int32)
     columns, bound = np.empty((7, BLOCK), np.float32), np.empty(4, np.float32)
@@ -91,7 +118,10 @@ def _match(
         n = min(BLOCK, len(anchors) - first)
         x1, y1, x2, y2, area = columns[0, :n], columns[1, :n], columns[2, :n], columns[3, :n], columns[4, :n]
         overlap, best, which = columns[5, :n], columns[6, :n], which_of_anchor[:n]
-        _bound(bits, first, first + n, bound)
+        if len(bounds):
+            bound = bounds[block]
+        else:
+            _bound(bits, first, first + n, bound)
         unpacked = False
         for image in range(len(objects)):
             s, i = state[image, first : first + n], index[image, first : first + n]
@@ -183,6 +213,12 @@ def _reach(anchors, block, box, best, columns, state):
     for k in range(n):
         if overlap[k] == best:
             state[first + k] = POSITIVE
+
+
+@compiled()
+def _bounds(bits, bounds):
+    for block in range(len(bounds)):
+        _bound(bits, block * BLOCK, min(len(bits), (block + 1) * BLOCK), bounds[block])
 
 
 @compiled()
