@@ -1,6 +1,6 @@
 """Measure everything that `retinanet bench` can and write docs/performance.md and its picture.
 
-    python bench/performance.py            # all of it: half an hour on two cores, which must be idle
+    python bench/performance.py            # all of it: an hour on two cores, which must be idle
     python bench/performance.py --items loss nms --keep rows.jsonl
 
 With `--keep` rows go to a file as they come, and items that are in it already are not measured again.

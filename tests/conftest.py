@@ -39,4 +39,5 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(focal, "LEAST_BLOCKS", 1)
     monkeypatch.setattr(matching, "LEAST_BLOCKS", 1)
     monkeypatch.setattr(matching, "LEAST_BOXES", 1)
+    monkeypatch.setattr(matching, "GROUP", 1)
     monkeypatch.setattr(selection, "LEAST", 1)

@@ -60,6 +60,7 @@ def test_ties(seed, rows, thresholds, low_quality, share, number):
     with torch_threads(number), pytest.MonkeyPatch.context() as patch:
         patch.setattr(matching, "LEAST_BLOCKS", 1)
         patch.setattr(matching, "LEAST_BOXES", 1)
+        patch.setattr(matching, "GROUP", 1)
         check_match(anchors, boxes, ignored, **options)
 
 

@@ -15,6 +15,8 @@ from retinanet.kernels.cpu.threads import in_parallel
 # Anchors looked at together. Neighbours in memory are neighbours in the image, so that most boxes lie outside the
 # rectangle around a block and cost one comparison for all of it.
 BLOCK = 128
+# Blocks that a thread takes at a time.
+GROUP = 16
 # Blocks that are worth a second thread.
 LEAST_BLOCKS = 64
 # Blocks remembered for a box, those in which it reached its best IoU so far. Where more tie, all are looked at again.
@@ -71,19 +73,23 @@ def match(
     positive, negative, share = f32(positive_iou), f32(negative_iou), f32(ignored_overlap)
 
     objects, regions = (np.ascontiguousarray(of.transpose(0, 2, 1)) for of in (objects, regions))
+    # Threads take groups of blocks in turns: the coarse levels, whose anchors meet most boxes, come last.
+    threads = max(1, min(torch.get_num_threads(), blocks // LEAST_BLOCKS))
     # Of each thread what it found.
-    shape = (torch.get_num_threads(), images, objects.shape[2])
+    shape = (threads, images, objects.shape[2])
     best, reached = np.zeros(shape, np.float32), np.zeros((*shape, 1 + REMEMBERED), np.int32)
 
-    def first(part: int, start: int, stop: int) -> tuple[int, int]:
-        found = best[part], reached[part]
-        _match(a, bounds, objects, regions, start, stop, positive, negative, share, s, i, *found)
-        return start, stop
+    def first(_: int, start: int, stop: int) -> None:
+        for thread in range(start, stop):  # one, unless torch's threads have become fewer since
+            found = best[thread], reached[thread]
+            _match(
+                a, bounds, objects, regions, thread, threads, GROUP, positive, negative, share, s, i, *found
+            )
 
-    edges = np.array(in_parallel(first, blocks, least=LEAST_BLOCKS))
+    in_parallel(first, threads, least=1)
     if low_quality and objects.shape[2]:
         in_parallel(
-            lambda _, start, stop: _low_quality(a, objects, start, stop, best, reached, edges, s),
+            lambda _, start, stop: _low_quality(a, objects, start, stop, GROUP, best, reached, s),
             images * objects.shape[2],
             least=LEAST_BOXES,
         )
@@ -92,20 +98,9 @@ def match(
 
 @compiled()
 def _match(
-    anchors,
-    bounds,
-    objects,
-    regions,
-    start,
-    stop,
-    positive,
-    negative,
-    share,
-    state,
-    index,
-    best_of_box,
-    reached,
-):
+    anchors, bounds, objects, regions, thread, threads, group,
+    positive, negative, share, state, index, best_of_box, reached,
+):  # fmt: skip
     bits = anchors.view(np.int32)
     columns, bound = np.empty((7, BLOCK), np.float32), np.empty(4, np.float32)
     which_of_anchor, inside = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.bool_)
@@ -113,7 +108,9 @@ def _match(
     meets, listed = np.empty(most, np.bool_), np.empty(most + 1, np.int32)
     # Without any box an anchor is no object, whatever the thresholds.
     of_none = NEGATIVE if negative > 0 or positive == 0 else IGNORED
-    for block in range(start, stop):
+    for block in range(-(-len(anchors) // BLOCK)):
+        if block // group % threads != thread:
+            continue
         first = block * BLOCK
         n = min(BLOCK, len(anchors) - first)
         x1, y1, x2, y2, area = columns[0, :n], columns[1, :n], columns[2, :n], columns[3, :n], columns[4, :n]
@@ -168,12 +165,11 @@ def _remember(block, highest, best_of_box, g, reached):
 
 
 @compiled()
-def _low_quality(anchors, objects, start, stop, best, reached, edges, state):
+def _low_quality(anchors, objects, start, stop, group, best, reached, state):
     """Make positive the anchors that reach the best IoU of the boxes start..stop, counted over the images.
 
     Args:
         best, reached: `[T, B, G]` and `[T, B, G, 1 + REMEMBERED]`, what each thread found; zeros where it had no part.
-        edges: `[parts, 2]`, the blocks that it looked at.
     """
     columns, bound = np.empty((6, BLOCK), np.float32), np.empty(4, np.float32)
     bits = anchors.view(np.int32)
@@ -191,7 +187,9 @@ def _low_quality(anchors, objects, start, stop, best, reached, edges, state):
                             )
                     else:
                         box = objects[image, :, g]
-                        for block in range(edges[part, 0], edges[part, 1]):
+                        for block in range(-(-len(anchors) // BLOCK)):
+                            if block // group % len(best) != part:
+                                continue
                             _bound(bits, block * BLOCK, min(len(bits), (block + 1) * BLOCK), bound)
                             if (
                                 box[0] < bound[2]
