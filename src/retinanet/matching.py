@@ -25,7 +25,6 @@ class Matches:
     index: Int64[Tensor, "*B R"]
 
 
-@torch.no_grad()
 def match_anchors(
     anchors: Float[Tensor, "R 4"],
     boxes: Float[Tensor, "*B G 4"],
@@ -70,6 +69,7 @@ def match_anchors(
     return Matches(state.reshape(shape), index.reshape(shape))
 
 
+@torch.no_grad()
 def plain_match_anchors(
     anchors: Tensor,
     boxes: Tensor,

@@ -62,13 +62,13 @@ def _problem(package: str) -> str:
 def usable(*tensors: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,), cuda: bool = True) -> bool:
     """Return whether fast paths take these tensors: all on one kind of device, the first and
     all that are floating of one of `dtypes`."""
-    kinds = {tensor.device.type for tensor in tensors}
-    if len(kinds) != 1 or (kinds == {"cuda"} and not cuda):
+    kind = tensors[0].device.type
+    if tensors[0].dtype not in dtypes or (kind == "cuda" and not cuda):
         return False
-    floating = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    if tensors[0].dtype not in dtypes or not floating.issubset(dtypes):
-        return False
-    return available(kinds.pop()) and not any(map(_is_transformed, tensors))
+    for tensor in tensors:
+        if tensor.device.type != kind or (tensor.dtype.is_floating_point and tensor.dtype not in dtypes):
+            return False
+    return available(kind) and (torch.compiler.is_compiling() or not any(map(_is_transformed, tensors)))
 
 
 def _is_transformed(tensor: Tensor) -> bool:
@@ -76,8 +76,6 @@ def _is_transformed(tensor: Tensor) -> bool:
 
     Unasked, forward mode would take their derivative for 0.
     """
-    if torch.compiler.is_compiling():
-        return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

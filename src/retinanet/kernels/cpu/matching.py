@@ -59,7 +59,7 @@ def match(
     images, count = len(boxes), len(anchors)
     state = recycled(torch.Size((images, count)), torch.int8)
     index = recycled(torch.Size((images, count)), torch.int64)
-    a, b = anchors.contiguous().numpy(), boxes.contiguous().numpy()
+    a, b = anchors.detach().contiguous().numpy(), boxes.detach().contiguous().numpy()
     s, i = state.numpy(), index.numpy()
     if ignored is None:
         objects, regions = b, b[:, :0]
@@ -175,7 +175,9 @@ def _low_quality(anchors, objects, start, stop, group, best, reached, state):
     bits = anchors.view(np.int32)
     for number in range(start, stop):
         image, g = number // objects.shape[2], number % objects.shape[2]
-        highest = best[:, image, g].max()
+        highest = best[0, image, g]
+        for part in range(1, len(best)):
+            highest = max(highest, best[part, image, g])
         if highest > 0:
             for part in range(len(best)):
                 if best[part, image, g] == highest:
