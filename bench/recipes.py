@@ -68,7 +68,7 @@ VARIANTS = {
     "depth-2": Variant("heads of 2 convolutions", head={"depth": 2}),
     "channels-128": Variant("pyramid and heads 128 wide", options={"channels": 128}),
     "smooth-l1": Variant(
-        "smooth L1 at 1/9, weight 1", {"box_loss": "smooth-l1", "beta": 1 / 9, "box_weight": 1.0}
+        "smooth L1 at 1/9, weight 1", {"box_loss": "smooth-l1", "box_beta": 1 / 9, "box_weight": 1.0}
     ),
     "box-weight-1": Variant("box loss weighed 1", {"box_weight": 1.0}),
     "box-weight-4": Variant("box loss weighed 4", {"box_weight": 4.0}),
@@ -83,7 +83,7 @@ VARIANTS = {
     ),
     "no-zoom": Variant("flips alone", {"augmentation": {"zoom": (1.0, 1.0)}}),
     "zoom-wide": Variant("zoom 0.5 to 2", {"augmentation": {"zoom": (0.5, 2.0)}}),
-    "gamma-1.5": Variant("gamma 1.5", {"gamma": 1.5}),
+    "gamma-1.5": Variant("gamma 1.5", {"loss_settings": {"gamma": 1.5}}),
     "weight-decay-0.1": Variant("weight decay 0.1", {"weight_decay": 0.1}),
 }
 

@@ -11,7 +11,18 @@ from retinanet.anchors import AnchorSpec, anchors_of_image
 from retinanet.batches import RawPredictions, Targets
 from retinanet.boxes import BoxCoding
 from retinanet.errors import ConfigError
-from retinanet.objective import Objective, focal, giou_of_boxes, smooth_l1_of_deltas
+from retinanet.losses import hardest_one_to_three, sigmoid_cross_entropy
+from retinanet.objective import (
+    Objective,
+    focal,
+    focal_star,
+    giou_of_boxes,
+    hinge,
+    loss_of_anchors,
+    ohem,
+    ohem_one_to_three,
+    smooth_l1_of_deltas,
+)
 
 # On 16 x 16 px: four squares of 8 on the first level, the whole image on the second.
 ANCHORS = AnchorSpec(sizes=(8.0, 16.0), scales=(1.0,), ratios=(1.0,), strides=(8, 16))
@@ -274,3 +285,75 @@ def test_on_cuda_the_host_waits_for_nothing(monkeypatch):
         found = losses(objective, made, wanted)
     anchors_of_image.cache_clear()
     assert found.total.device.type == "cuda"
+
+
+# ---------------------------------------------------------------------------------- hard examples
+
+
+@pytest.mark.parametrize("loss", [focal(), focal(None, 0), focal_star(), hinge()])
+def test_any_loss_tells_what_each_anchor_costs(loss):
+    logits, classes = torch.randn(2, 30, 3), torch.randint(-1, 3, (2, 30))
+    expected = torch.zeros(2, 30)
+    for image in range(2):
+        for anchor in range(30):
+            alone = (slice(image, image + 1), slice(anchor, anchor + 1))
+            expected[image, anchor] = loss(logits[alone], classes[alone], torch.ones(1, 1))
+    torch.testing.assert_close(loss_of_anchors(loss, logits, classes), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of_anchors(loss, logits, classes), expected)
+
+
+def cross_entropy_of_image(image):
+    classes = torch.full((5,), -1)
+    if image == 0:
+        classes[0] = 1
+    return sigmoid_cross_entropy(torch.tensor(LOGITS[image]), classes).sum(dim=1)
+
+
+def test_only_the_hardest_anchors_are_learned_from():
+    # The squares do not overlap; the whole image covers a quarter of each, so NMS at 0.2 drops what it beats.
+    all_anchors = torch.cat(anchors_of_image(ANCHORS, 16, 16))
+    objective = dataclasses.replace(OBJECTIVE, class_loss=focal(None, 0), mining=ohem(4, 0.2))
+    made, logits, deltas = predictions()
+    found = losses(objective, made)
+    found.total.backward()
+    for image in range(2):
+        each = cross_entropy_of_image(image)
+        if image == 0:
+            each[3] = 0  # ignored, however hard
+        order = [i for i in each.argsort(descending=True).tolist() if each[i] > 0]
+        if order[0] == 4:
+            chosen = [4]
+        else:
+            before = order[: order.index(4)]
+            assert before
+            chosen = [i for i in order if i != 4]
+        learned = logits.grad[image].abs().sum(dim=1) > 0
+        assert torch.nonzero(learned)[:, 0].tolist() == sorted(chosen)
+    assert all_anchors.shape == (5, 4)
+    # Boxes are learned from the positive whether it is hard or not.
+    assert deltas.grad[0, 0].abs().sum() > 0
+
+
+def test_mined_anchors_keep_their_weight_and_the_rest_loses_it():
+    objective = dataclasses.replace(
+        OBJECTIVE, class_loss=focal(None, 0), mining=lambda losses, anchors, positive: torch.tensor([0, 3])
+    )
+    found = losses(objective)
+    # Anchor 3 of image 0 is ignored, and stays so. Each image is divided by its positives, then by two images.
+    expected = (cross_entropy_of_image(0)[0] + cross_entropy_of_image(1)[[0, 3]].sum()) / 2
+    assert found.classes.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_one_to_three_is_told_which_anchors_are_positive():
+    seen = []
+
+    def spy(losses, anchors, positive):
+        seen.append((losses, positive))
+        return hardest_one_to_three(losses, anchors, positive, batch=4, nms_iou=1.0)
+
+    ours = dataclasses.replace(OBJECTIVE, mining=spy)
+    theirs = dataclasses.replace(OBJECTIVE, mining=ohem_one_to_three(4, 1.0))
+    assert losses(ours).classes == losses(theirs).classes
+    assert [positive.tolist() for _, positive in seen] == [[True] + [False] * 4, [False] * 5]
+    assert seen[0][0][3] == 0

@@ -13,7 +13,7 @@ import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -34,11 +34,13 @@ from retinanet.data.transforms import Augmentation
 from retinanet.errors import ConfigError, DataError, TrainingError
 from retinanet.images import Preprocessing
 from retinanet.inference import Detector, validate
+from retinanet.losses import sigmoid_focal_loss, sigmoid_focal_star_loss, sigmoid_hinge_loss
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
 from retinanet.records import Classes, GroundTruth, Ignore
 from retinanet.training import loop, recipes, timing
-from retinanet.training.configuration import TrainingOptions, read_config, write_config
+from retinanet.training.configuration import LossName, TrainingOptions, read_config, write_config
 from retinanet.training.muon import Muon
+from retinanet.training.objectives import EVERY_SETTING, SETTINGS, settings_of
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.run import run_training
@@ -171,7 +173,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_images(data: Path, tm
         ({"seed": 2**64}, "--seed needs 0 or more and below 2.63"),
         ({"gamma": float("inf")}, "--gamma needs 0 or more"),
         ({"workers": -1}, "--workers needs 0 or more"),
-        ({"beta": 0.1, "box_loss": "giou"}, "--beta belongs to --box-loss smooth-l1"),
+        ({"box_beta": 0.1, "box_loss": "giou"}, "--box-beta belongs to --box-loss smooth-l1"),
+        ({"beta": float("nan")}, "--beta needs a finite number; got nan"),
+        ({"margin": 0.0}, r"--margin needs a number in \(0, 1\]; got 0"),
+        ({"mining_batch": 3}, "--mining-batch needs 4 or more; got 3"),
+        ({"mining_nms": 1.5}, r"--mining-nms needs a number in \[0, 1\]; got 1.5"),
+        ({"loss": "fl-star", "gamma": 0.0}, "--loss fl-star needs --gamma above 0; got 0"),
         ({"anchors": "1,2,3"}, "--anchors needs five positive sizes"),
         ({"anchors": "a,b,c,d,e"}, "--anchors needs five positive sizes"),
     ],
@@ -223,8 +230,9 @@ MOVED = [
     ("optimizer", "sgd", lambda plan: plan.recipe.optimizer),
     ("schedule", "step", lambda plan: plan.recipe.schedule),
     ("weight_decay", 0.123, lambda plan: plan.recipe.weight_decay),
-    ("alpha", 0.77, lambda plan: plan.recipe.alpha),
-    ("gamma", 3.5, lambda plan: plan.recipe.gamma),
+    ("alpha", 0.77, lambda plan: plan.recipe.loss_settings["alpha"]),
+    ("gamma", 3.5, lambda plan: plan.recipe.loss_settings["gamma"]),
+    ("loss", "ce", lambda plan: plan.recipe.loss),
     ("prior", 0.2, lambda plan: plan.recipe.prior),
     ("box_loss", "smooth-l1", lambda plan: plan.recipe.box_loss),
     ("box_weight", 7.0, lambda plan: plan.objective.box_weight),
@@ -419,7 +427,10 @@ def test_pretrained_file_chooses_recipe_modern_and_arrives_frozen(data: Path, tm
             {"pretrained": "none", "freeze": "stem"},
             "--freeze stem keeps a stage as loaded and needs .* or --weights MODEL, or leave --freeze out",
         ),
-        ({"pretrained": "none", "beta": 0.1}, "--beta belongs to --box-loss smooth-l1; recipe small has"),
+        (
+            {"pretrained": "none", "box_beta": 0.1},
+            "--box-beta belongs to --box-loss smooth-l1; recipe small has",
+        ),
         (
             {"pretrained": "nowhere.pth"},
             "--pretrained needs auto, none or a weights file; nowhere.pth is no file",
@@ -441,8 +452,9 @@ def test_recipe_paper_is_the_paper() -> None:
     recipe = recipes.paper(Classes(("a",)), "resnet50", "a1_in1k")
     assert recipe.images_seen == 90_000 * 16
     assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.schedule) == ("sgd", 0.01, 1e-4, "step")
-    assert (recipe.alpha, recipe.gamma, recipe.prior) == (0.25, 2.0, 0.01)
-    assert (recipe.box_loss, recipe.beta, recipe.box_weight, recipe.normalizer) == (
+    assert (recipe.loss, settings_of(recipe)) == ("focal", {"alpha": 0.25, "gamma": 2.0})
+    assert recipe.prior == 0.01
+    assert (recipe.box_loss, recipe.box_beta, recipe.box_weight, recipe.normalizer) == (
         "smooth-l1",
         1.0,
         1.0,
@@ -884,3 +896,79 @@ def test_as_many_detections_as_the_fullest_image_needs(fullest: int, most: int) 
         ("detections", f"at most {most} an image", f"the fullest image holds {fullest} objects")
     ]
     assert choose_max_detections(TrainingOptions(data="x", max_detections=7), train, []) == 7  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------- which loss
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "focal, alpha 0.25, gamma 2, prior 0.01"),
+        ({"gamma": 1.5}, "focal, alpha 0.25, gamma 1.5, prior 0.01"),
+        ({"loss": "ce"}, "ce, prior 0.01"),
+        ({"loss": "balanced-ce"}, "balanced-ce, alpha 0.75, prior 0.01"),
+        ({"loss": "balanced-ce", "alpha": 0.9}, "balanced-ce, alpha 0.9, prior 0.01"),
+        ({"loss": "fl-star", "gamma": 4.0, "beta": 0.0}, "fl-star, alpha 0.25, gamma 4, beta 0, prior 0.01"),
+        ({"loss": "hinge", "margin": 0.5}, "hinge, margin 0.5, prior 0.01"),
+        ({"loss": "ohem"}, "ohem, mining batch 128, mining nms 0.5, prior 0.01"),
+        (
+            {"loss": "ohem-1to3", "mining_batch": 256},
+            "ohem-1to3, mining batch 256, mining nms 0.5, prior 0.01",
+        ),
+    ],
+)
+def test_the_loss_that_was_asked_for(data: Path, options: dict, words: str) -> None:
+    asked = TrainingOptions(data=str(data), pretrained="none", device="cpu", steps=2, **options)
+    plan = plan_run(asked, open_dataset(data, "train"))
+    assert {setting: value for setting, value, _ in plan.reasons}["class loss"] == words
+    logits, classes = torch.randn(1, 50, 3), torch.randint(-1, 3, (1, 50))
+    weight = torch.rand(1, 50)
+    told = settings_of(plan.recipe)
+    expected = {
+        "fl-star": lambda: sigmoid_focal_star_loss(
+            logits, classes, told["alpha"], told["gamma"], told["beta"], "sum", weight=weight
+        ),
+        "hinge": lambda: sigmoid_hinge_loss(logits, classes, told["margin"], None, "sum", weight=weight),
+    }.get(
+        plan.recipe.loss,
+        lambda: sigmoid_focal_loss(
+            logits, classes, told.get("alpha"), told.get("gamma", 0), "sum", weight=weight
+        ),
+    )()
+    torch.testing.assert_close(plan.objective.class_loss(logits, classes, weight), expected)
+    assert (plan.objective.mining is not None) == (plan.recipe.loss in ("ohem", "ohem-1to3"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "ce", "gamma": 1.0}, "--gamma belongs to --loss focal, fl-star; got --loss ce"),
+        (
+            {"loss": "ce", "alpha": 0.5},
+            "--alpha belongs to --loss focal, balanced-ce, fl-star; got --loss ce",
+        ),
+        ({"beta": 1.0}, "--beta belongs to --loss fl-star; got --loss focal"),
+        ({"mining_nms": 0.7}, "--mining-nms belongs to --loss ohem, ohem-1to3; got --loss focal"),
+    ],
+)
+def test_what_does_not_belong_to_a_loss_is_refused(data: Path, options: dict, message: str) -> None:
+    asked = TrainingOptions(data=str(data), pretrained="none", device="cpu", **options)
+    with pytest.raises(ConfigError, match=message):
+        plan_run(asked, open_dataset(data, "train"))
+
+
+def test_every_setting_of_a_loss_is_an_option() -> None:
+    names = {field.name for field in dataclasses.fields(TrainingOptions)}
+    assert names >= set(EVERY_SETTING)
+    assert set(SETTINGS) == set(get_args(LossName))
+
+
+@pytest.mark.parametrize("loss", ["ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"])
+def test_a_run_with_each_loss(data: Path, tmp_path: Path, loss: str) -> None:
+    run = retinanet.train(
+        data=str(data), output=str(tmp_path / "run"), backbone="resnet18", loss=loss, steps=2, image_size=64
+    )
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert math.isfinite(lines[0]["loss_class"])
+    assert json.loads((run.path / "plan.json").read_text())["recipe"]["loss"] == loss

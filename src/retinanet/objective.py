@@ -6,6 +6,7 @@ ignored, L_loc sums the box loss over the positive anchors, and both are divided
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -17,14 +18,26 @@ from retinanet.anchors import AnchorSpec, all_anchors_of_image, anchors_of_image
 from retinanet.batches import MatchState, RawPredictions, Targets
 from retinanet.boxes import BoxCoding
 from retinanet.errors import ConfigError
-from retinanet.losses import giou_loss, sigmoid_focal_loss, smooth_l1
+from retinanet.losses import (
+    giou_loss,
+    hardest,
+    hardest_one_to_three,
+    sigmoid_focal_loss,
+    sigmoid_focal_star_loss,
+    sigmoid_hinge_loss,
+    smooth_l1,
+)
 from retinanet.matching import match_anchors
 
 Normalizer = Literal["image", "batch", "all-processes"]
 
 
 class ClassLoss(Protocol):
-    """logits `[B, R, K]`, class indices `[B, R]` (negative: no object), weight `[B, R]` -> the weighted sum."""
+    """logits `[B, R, K]`, class indices `[B, R]` (negative: no object), weight `[B, R]` -> the weighted sum.
+
+    Any function of this form is a loss one can train with: `Objective(class_loss=...)`. It is called for each level of
+    the pyramid; the weight is 0 where an anchor is ignored, else what divides by the normaliser.
+    """
 
     def __call__(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor: ...
 
@@ -35,13 +48,64 @@ class BoxLoss(Protocol):
     def __call__(self, deltas: Tensor, anchors: Tensor, boxes: Tensor, coding: BoxCoding) -> Tensor: ...
 
 
-def focal(alpha: float | None = 0.25, gamma: float = 2.0) -> ClassLoss:
-    """The focal loss, the paper's alpha and gamma by default."""
+class Mining(Protocol):
+    """Losses of an image's anchors `[R]` (0 where ignored), anchors `[R, 4]`, which are positive `[R]` -> the indices
+    of those that the class loss is taken of."""
+
+    def __call__(self, losses: Tensor, anchors: Tensor, positive: Tensor) -> Tensor: ...
+
+
+def focal(alpha: float | Tensor | None = 0.25, gamma: float = 2.0) -> ClassLoss:
+    """The focal loss, the paper's alpha and gamma by default; without alpha and with gamma 0, cross entropy."""
 
     def loss(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         return sigmoid_focal_loss(logits, targets, alpha, gamma, "sum", weight=weight)
 
     return loss
+
+
+def focal_star(alpha: float | Tensor | None = 0.25, gamma: float = 2.0, beta: float = 1.0) -> ClassLoss:
+    """FL* of Appendix A."""
+
+    def loss(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        return sigmoid_focal_star_loss(logits, targets, alpha, gamma, beta, "sum", weight=weight)
+
+    return loss
+
+
+def hinge(margin: float = 0.9) -> ClassLoss:
+    """The hinge loss on p_t."""
+
+    def loss(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        return sigmoid_hinge_loss(logits, targets, margin, None, "sum", weight=weight)
+
+    return loss
+
+
+def ohem(batch: int = 128, nms_iou: float = 0.5) -> Mining:
+    """The hardest anchors of each image."""
+
+    def mine(losses: Tensor, anchors: Tensor, positive: Tensor) -> Tensor:
+        return hardest(losses, anchors, batch=batch, nms_iou=nms_iou)
+
+    return mine
+
+
+def ohem_one_to_three(batch: int = 128, nms_iou: float = 0.5) -> Mining:
+    """The hardest of each image, three negatives for every positive."""
+
+    def mine(losses: Tensor, anchors: Tensor, positive: Tensor) -> Tensor:
+        return hardest_one_to_three(losses, anchors, positive, batch=batch, nms_iou=nms_iou)
+
+    return mine
+
+
+def loss_of_anchors(class_loss: ClassLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return any class loss of every anchor by itself, `[B, R]`: how fast the sum grows with the anchor's weight."""
+    weight = torch.ones(targets.shape, device=logits.device, requires_grad=True)
+    with torch.enable_grad():
+        (each,) = torch.autograd.grad(class_loss(logits.detach(), targets, weight), weight)
+    return each
 
 
 def smooth_l1_of_deltas(beta: float = 1.0) -> BoxLoss:
@@ -87,6 +151,8 @@ class Objective:
     Args:
         anchors, coding: the model's.
         class_loss, box_loss: see the protocols; defaults are the paper's.
+        mining: chooses the anchors that the class loss is taken of, image by image; None takes it of all, as the
+            paper does. Boxes are learned from all positives and the normaliser counts them, either way.
         box_weight: lambda of L_loc; the paper's 1.
         normalizer: what the sums are divided by, never below 1: "image" divides each image's sums by its own
             positives and takes the mean over images (the paper's text); "batch" divides by the positives of
@@ -99,6 +165,7 @@ class Objective:
     coding: BoxCoding
     class_loss: ClassLoss = field(default_factory=focal)
     box_loss: BoxLoss = field(default_factory=smooth_l1_of_deltas)
+    mining: Mining | None = None
     box_weight: float = 1.0
     normalizer: Normalizer = "image"
     positive_iou: float = 0.5
@@ -116,10 +183,13 @@ class Objective:
         state, classes, box = self.assign(anchors, targets)
         positive = state == MatchState.POSITIVE
         share = self._share(positive.sum(dim=1))
-        weight = (state != MatchState.IGNORED) * share[:, None]
+        counts = state != MatchState.IGNORED
+        sizes = [len(level) for level in levels]
+        if self.mining is not None:
+            counts = self._mine(predictions, anchors, classes.split(sizes, 1), counts, positive)
+        weight = counts * share[:, None]
 
         # Level by level, so that the logits are used where they lie and never concatenated.
-        sizes = [len(level) for level in levels]
         parts = zip(predictions.logits, classes.split(sizes, 1), weight.split(sizes, 1), strict=True)
         class_loss = torch.stack([self.class_loss(*part) for part in parts]).sum()
 
@@ -150,6 +220,23 @@ class Objective:
         elif targets.boxes.shape[1]:
             classes = torch.where(positive, targets.classes.gather(1, matches.index), classes)
         return Assignment(matches.state, classes, matches.index)
+
+    def _mine(
+        self,
+        predictions: RawPredictions,
+        anchors: Tensor,
+        classes: Sequence[Tensor],
+        counts: Tensor,
+        positive: Tensor,
+    ) -> Tensor:
+        """Return `counts` of the anchors that `mining` chooses."""
+        assert self.mining is not None
+        of_level = zip(predictions.logits, classes, strict=True)
+        losses = torch.cat([loss_of_anchors(self.class_loss, *level) for level in of_level], dim=1) * counts
+        chosen = torch.zeros_like(counts)
+        for image in range(len(counts)):
+            chosen[image, self.mining(losses[image], anchors, positive[image])] = True
+        return chosen & counts
 
     def _boxes_of_positives(
         self, deltas: Tensor, anchors: Tensor, boxes: Tensor, positive: Tensor, box: Tensor, share: Tensor

@@ -18,6 +18,7 @@ from retinanet.folders import write_text
 from retinanet.plain import from_plain
 
 DEFAULT_BACKBONE = "resnet50"
+LossName: TypeAlias = Literal["focal", "ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"]
 
 
 def shown(default: str) -> str:
@@ -30,9 +31,15 @@ def shown_or_recipe(default: str) -> str:
     return shown(default) or "(default: the recipe's)"
 
 
+def shown_or_loss(default: str) -> str:
+    """Return the same of an option of one class loss."""
+    return shown(default) or "(default: the loss's)"
+
+
 Flag: TypeAlias = Annotated[bool, tyro.conf.arg(help_behavior_hint=shown)]
 OPTIONAL = tyro.conf.arg(help_behavior_hint=shown)
 OPTIONAL_FOLDER = tyro.conf.arg(metavar="FOLDER", help_behavior_hint=shown)
+BY_LOSS = tyro.conf.arg(help_behavior_hint=shown_or_loss)
 BY_RECIPE = tyro.conf.arg(help_behavior_hint=shown_or_recipe)
 
 
@@ -81,15 +88,25 @@ class TrainingOptions:
     """Weight decay of convolutions; norms and biases have none, except in recipes paper and paper-jitter."""
     freeze: Annotated[str | None, tyro.conf.arg(metavar="STAGE", help_behavior_hint=shown_or_recipe)] = None
     """Backbone stages that stay as loaded: none, stem, stage1 .. stage4, backbone."""
-    alpha: Annotated[float | None, BY_RECIPE] = None
-    """Focal loss: weight of objects, in [0, 1]."""
-    gamma: Annotated[float | None, BY_RECIPE] = None
-    """Focal loss: how fast easy examples lose weight, 0 or more."""
+    loss: Annotated[LossName | None, BY_RECIPE] = None
+    """Class loss: the focal loss, what the paper holds against it, or cross entropy of the hardest anchors."""
+    alpha: Annotated[float | None, BY_LOSS] = None
+    """focal, balanced-ce, fl-star: weight of objects, in [0, 1]."""
+    gamma: Annotated[float | None, BY_LOSS] = None
+    """focal: how fast easy examples lose weight, 0 or more; fl-star: how steep it is, above 0."""
+    beta: Annotated[float | None, BY_LOSS] = None
+    """fl-star: by how much it is shifted."""
+    margin: Annotated[float | None, BY_LOSS] = None
+    """hinge: the p_t above which an anchor costs nothing, in (0, 1]."""
+    mining_batch: Annotated[int | None, BY_LOSS] = None
+    """ohem, ohem-1to3: anchors chosen an image."""
+    mining_nms: Annotated[float | None, BY_LOSS] = None
+    """ohem, ohem-1to3: IoU above which an anchor gives way to a harder one."""
     prior: Annotated[float | None, BY_RECIPE] = None
     """Probability that every class score starts at; with --weights, those of new classes."""
     box_loss: Annotated[Literal["smooth-l1", "l1", "giou"] | None, BY_RECIPE] = None
     """Box loss."""
-    beta: Annotated[float | None, BY_RECIPE] = None
+    box_beta: Annotated[float | None, BY_RECIPE] = None
     """Where smooth L1 turns from square to linear: the paper's 1, Detectron's 1/9."""
     box_weight: Annotated[float | None, BY_RECIPE] = None
     """Weight of the box loss: L = box_weight L_loc + L_cls."""
@@ -128,7 +145,8 @@ class TrainingOptions:
             ("workers", 0),
             ("seed", 0),
             ("gamma", 0),
-            ("beta", 0),
+            ("box_beta", 0),
+            ("mining_batch", 4),
             ("box_weight", 0),
             ("weight_decay", 0),
         ):
@@ -142,6 +160,14 @@ class TrainingOptions:
                 raise ConfigError(f"{option(name)} needs a number above 0; got {value}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ConfigError(f"--alpha needs a number in [0, 1]; got {self.alpha}")
+        if self.beta is not None and not abs(self.beta) < float("inf"):
+            raise ConfigError(f"--beta needs a finite number; got {self.beta}")
+        if self.margin is not None and not 0 < self.margin <= 1:
+            raise ConfigError(f"--margin needs a number in (0, 1]; got {self.margin}")
+        if self.mining_nms is not None and not 0 <= self.mining_nms <= 1:
+            raise ConfigError(f"--mining-nms needs a number in [0, 1]; got {self.mining_nms}")
+        if self.loss == "fl-star" and self.gamma == 0:
+            raise ConfigError("--loss fl-star needs --gamma above 0; got 0")
         if self.prior is not None and not 0 < self.prior < 1:
             raise ConfigError(f"--prior needs a number in (0, 1); got {self.prior}")
         given = [name for name in ("epochs", "steps", "time") if getattr(self, name) is not None]
@@ -162,8 +188,8 @@ class TrainingOptions:
                 f"--image-size (shortest side) needs to be at most --max-size (longest); "
                 f"got {self.image_size} and {self.max_size}"
             )
-        if self.beta is not None and self.box_loss not in (None, "smooth-l1"):
-            raise ConfigError(f"--beta belongs to --box-loss smooth-l1; got --box-loss {self.box_loss}")
+        if self.box_beta is not None and self.box_loss not in (None, "smooth-l1"):
+            raise ConfigError(f"--box-beta belongs to --box-loss smooth-l1; got --box-loss {self.box_loss}")
         if self.anchors is not None:
             self.anchor_sizes()
 

@@ -22,9 +22,11 @@ from retinanet.devices import choose_device, require_cpp_compiler, resolve_preci
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
 from retinanet.model import ModelSpec, fitting_norm
-from retinanet.objective import BoxLoss, Objective, focal, giou_of_boxes, smooth_l1_of_deltas
+from retinanet.objective import Objective
 from retinanet.records import Classes
+from retinanet.training import objectives
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.objectives import build_objective, choose_loss
 from retinanet.training.optimizer import MUON_FACTOR
 from retinanet.training.recipes import Recipe, modern, paper, paper_jitter, small
 from retinanet.training.sizing import (
@@ -198,15 +200,7 @@ def plan_run(
         options=options,
         recipe=recipe,
         spec=spec,
-        objective=Objective(
-            anchors=spec.anchors,
-            coding=spec.coding,
-            class_loss=focal(recipe.alpha, recipe.gamma),
-            box_loss=_box_loss(recipe),
-            box_weight=recipe.box_weight,
-            normalizer=recipe.normalizer,
-            low_quality=recipe.low_quality,
-        ),
+        objective=build_objective(recipe, spec),
         start=start,
         weights_file=weights,
         device=device,
@@ -312,18 +306,18 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
     }
     asked = {
         name: getattr(options, name)
-        for name in sorted(shared - {"epochs"})
+        for name in sorted(shared - {"epochs", "loss"})
         if getattr(options, name) is not None
     }
     if options.box_loss == "l1":
-        asked |= {"beta": 0.0}
-    changed = dataclasses.replace(recipe, **asked)
+        asked |= {"box_beta": 0.0}
+    changed = dataclasses.replace(choose_loss(recipe, options), **asked)
     if options.channels is not None:
         pyramid = dataclasses.replace(recipe.model.pyramid, channels=options.channels)
         changed = dataclasses.replace(changed, model=dataclasses.replace(recipe.model, pyramid=pyramid))
-    if options.beta is not None and changed.box_loss != "smooth-l1":
+    if options.box_beta is not None and changed.box_loss != "smooth-l1":
         raise ConfigError(
-            f"--beta belongs to --box-loss smooth-l1; recipe {recipe.name} has --box-loss {changed.box_loss}"
+            f"--box-beta belongs to --box-loss smooth-l1; recipe {recipe.name} has --box-loss {changed.box_loss}"
         )
     why = f"recipe {recipe.name}"
     channels = changed.model.pyramid.channels
@@ -333,12 +327,14 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         (name.replace("_", " "), _in_words(getattr(changed, name)), "asked for" if name in asked else why)
         for name in ("optimizer", "schedule", "batch_size", "box_loss", "box_weight", "freeze")
     ]
-    alpha_gamma = {"alpha", "gamma", "prior"} & asked.keys()
+    of_loss = [
+        name for name in ("loss", *objectives.EVERY_SETTING, "prior") if getattr(options, name) is not None
+    ]
     reasons += [
         (
-            "focal loss",
-            f"alpha {changed.alpha:g}, gamma {changed.gamma:g}, prior {changed.prior:g}",
-            f"asked for: {', '.join(sorted(alpha_gamma))}" if alpha_gamma else f"recipe {recipe.name}",
+            "class loss",
+            objectives.in_words(changed),
+            f"asked for: {', '.join(of_loss)}" if of_loss else f"recipe {recipe.name}",
         ),
         (
             "held in check by",
@@ -364,7 +360,3 @@ def _augmentation_in_words(augmentation: Augmentation) -> str:
         if (least, most) != (1.0, 1.0):
             parts.append(f"{name} {least:g} to {most:g}")
     return ", ".join(parts) or "none"
-
-
-def _box_loss(recipe: Recipe) -> BoxLoss:
-    return giou_of_boxes() if recipe.box_loss == "giou" else smooth_l1_of_deltas(recipe.beta)

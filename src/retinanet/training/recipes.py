@@ -5,6 +5,7 @@ Every number that a user's option does not replace comes from one of these.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ from retinanet.data.transforms import Augmentation
 from retinanet.model import ModelSpec, presets
 from retinanet.objective import Normalizer
 from retinanet.records import Classes
+from retinanet.training.configuration import LossName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Recipe:
         warmup_from: share of the rate at the first step.
         decay_all: weight decay also on norms and biases.
         clip_norm: largest norm of the gradient; None does not clip.
+        loss_settings: what the class loss is told beyond its own `training.objectives.SETTINGS`.
         average_decay: of the exponential moving average of the weights that is validated and saved; None
             uses the weights themselves.
     """
@@ -51,11 +54,11 @@ class Recipe:
     clip_norm: float | None = None
     average_decay: float | None = None
     freeze: str = "none"
-    alpha: float = 0.25
-    gamma: float = 2.0
+    loss: LossName = "focal"
+    loss_settings: Mapping[str, float] = field(default_factory=dict)
     prior: float = 0.01
     box_loss: Literal["smooth-l1", "l1", "giou"] = "smooth-l1"
-    beta: float = 1.0
+    box_beta: float = 1.0
     box_weight: float = 1.0
     normalizer: Normalizer = "image"
     low_quality: bool = False

@@ -1,0 +1,94 @@
+"""From the names of a recipe's losses to an objective."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from retinanet.errors import ConfigError
+from retinanet.model import ModelSpec
+from retinanet.objective import (
+    BoxLoss,
+    ClassLoss,
+    Mining,
+    Objective,
+    focal,
+    focal_star,
+    giou_of_boxes,
+    hinge,
+    ohem,
+    ohem_one_to_three,
+    smooth_l1_of_deltas,
+)
+from retinanet.training.configuration import LossName, TrainingOptions, option
+from retinanet.training.recipes import Recipe
+
+# What each loss can be told, and what it is told where nobody says anything: the paper's best.
+SETTINGS: dict[LossName, dict[str, float]] = {
+    "focal": {"alpha": 0.25, "gamma": 2.0},
+    "ce": {},
+    "balanced-ce": {"alpha": 0.75},
+    "fl-star": {"alpha": 0.25, "gamma": 2.0, "beta": 1.0},
+    "hinge": {"margin": 0.9},
+    "ohem": {"mining_batch": 128, "mining_nms": 0.5},
+    "ohem-1to3": {"mining_batch": 128, "mining_nms": 0.5},
+}
+EVERY_SETTING = sorted({name for settings in SETTINGS.values() for name in settings})
+
+
+def choose_loss(recipe: Recipe, options: TrainingOptions) -> Recipe:
+    """Return the recipe with the class loss that was asked for; refuse what does not belong to it."""
+    loss = options.loss or recipe.loss
+    known = SETTINGS[loss]
+    asked = {name: getattr(options, name) for name in EVERY_SETTING if getattr(options, name) is not None}
+    for name in asked.keys() - known.keys():
+        those = ", ".join(other for other, settings in SETTINGS.items() if name in settings)
+        raise ConfigError(f"{option(name)} belongs to --loss {those}; got --loss {loss}")
+    usual = recipe.loss_settings if loss == recipe.loss else {}
+    return dataclasses.replace(recipe, loss=loss, loss_settings={**known, **usual, **asked})
+
+
+def in_words(recipe: Recipe) -> str:
+    """Return the class loss for the table of a plan."""
+    settings = (f"{name.replace('_', ' ')} {value:g}" for name, value in settings_of(recipe).items())
+    return ", ".join((recipe.loss, *settings, f"prior {recipe.prior:g}"))
+
+
+def settings_of(recipe: Recipe) -> dict[str, float]:
+    """Return what the recipe's loss is told."""
+    return {**SETTINGS[recipe.loss], **recipe.loss_settings}
+
+
+def build_objective(recipe: Recipe, spec: ModelSpec) -> Objective:
+    """Return what a recipe trains a model with."""
+    return Objective(
+        anchors=spec.anchors,
+        coding=spec.coding,
+        class_loss=_class_loss(recipe),
+        box_loss=_box_loss(recipe),
+        mining=_mining(recipe),
+        box_weight=recipe.box_weight,
+        normalizer=recipe.normalizer,
+        low_quality=recipe.low_quality,
+    )
+
+
+def _class_loss(recipe: Recipe) -> ClassLoss:
+    settings = settings_of(recipe)
+    if recipe.loss == "fl-star":
+        return focal_star(settings["alpha"], settings["gamma"], settings["beta"])
+    if recipe.loss == "hinge":
+        return hinge(settings["margin"])
+    return focal(settings.get("alpha"), settings.get("gamma", 0.0))
+
+
+def _mining(recipe: Recipe) -> Mining | None:
+    settings = settings_of(recipe)
+    if recipe.loss == "ohem":
+        return ohem(int(settings["mining_batch"]), settings["mining_nms"])
+    if recipe.loss == "ohem-1to3":
+        return ohem_one_to_three(int(settings["mining_batch"]), settings["mining_nms"])
+    return None
+
+
+def _box_loss(recipe: Recipe) -> BoxLoss:
+    return giou_of_boxes() if recipe.box_loss == "giou" else smooth_l1_of_deltas(recipe.box_beta)
