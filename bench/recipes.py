@@ -28,7 +28,7 @@ import torch
 from objectives import AdaptiveObjective, AdaptiveVarifocalObjective, VarifocalObjective
 
 from retinanet.objective import Objective
-from retinanet.training import planning
+from retinanet.training import objectives as of_training
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import run_training
@@ -188,7 +188,7 @@ def run(job: Job, folders: dict[str, str], backbone: str, runs: Path) -> None:
         seed=job.seed,
         **variant.options,
     )
-    with patch.object(planning, "Objective", variant.objective):
+    with patch.object(of_training, "Objective", variant.objective):
         run_training(options, change=change)
 
 

@@ -257,11 +257,11 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         (["doctor", "me"], "doctor takes options only; got 'me' as well"),
         (
             ["tran", data],
-            "demo, train, evaluate, predict, data, bench, doctor; got 'tran'. Did you mean 'train'?",
+            "demo, train, evaluate, predict, data, paper, bench, doctor; got 'tran'. Did you mean 'train'?",
         ),
         (
             ["--foo"],
-            "a command is required: demo, train, evaluate, predict, data, bench, doctor; got '--foo'",
+            "a command is required: demo, train, evaluate, predict, data, paper, bench, doctor; got '--foo'",
         ),
     ]
 

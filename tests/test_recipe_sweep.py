@@ -18,7 +18,6 @@ from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.matching import match_anchors
 from retinanet.objective import Objective, focal
 from retinanet.records import Classes
-from retinanet.training import planning
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe, small
@@ -139,12 +138,16 @@ def test_varifocal_asks_a_class_for_the_quality_of_its_box(sweep: ModuleType) ->
 def test_a_variant_trains_with_its_objective(
     sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    monkeypatch.setattr(sweep, "run_training", lambda *_, **__: seen.append(planning.Objective))
+    data = generate_shapes(tmp_path / "shapes", train=2, val=1, spec=ShapesSpec(image_size=96))
+    seen: list[type] = []
+
+    def plan(options: TrainingOptions, change: Callable[[Recipe], Recipe]) -> None:
+        seen.append(type(plan_run(options, open_dataset(data, "train"), change).objective))
+
+    monkeypatch.setattr(sweep, "run_training", plan)
     for name in ("atss", sweep.BASE):
-        sweep.run(sweep.Job("d", name, 0, None), {"d": "x"}, "resnet18", tmp_path)
+        sweep.run(sweep.Job("d", name, 0, None), {"d": str(data)}, "resnet18", tmp_path)
     assert seen == [sweep.AdaptiveObjective, Objective]
-    assert planning.Objective is Objective
 
 
 def test_finished_runs_are_not_repeated_and_failed_ones_are_told(

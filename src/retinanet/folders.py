@@ -41,10 +41,15 @@ def _first_free(stem: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file of text in UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file beside its place and move it there, so that it is never seen half-written."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None

@@ -15,6 +15,7 @@ from retinanet.cli.data import DATA_SETS, Data
 from retinanet.cli.demo import Demo
 from retinanet.cli.doctor import Doctor
 from retinanet.cli.evaluate import Evaluate
+from retinanet.cli.paper import Paper
 from retinanet.cli.predict import Predict
 from retinanet.cli.train import Train, options_of_config
 from retinanet.errors import RetinaNetError, Stopped
@@ -30,6 +31,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "data": Data,
+    "paper": Paper,
     "bench": Bench,
     "doctor": Doctor,
 }
@@ -87,6 +89,7 @@ def parse(given: list[str]) -> Command:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Paper, tyro.conf.subcommand("paper")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )

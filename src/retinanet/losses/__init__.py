@@ -5,8 +5,8 @@ that exclude each other (`softmax_focal_loss`), and their derivatives. Boxes: `s
 examples instead of weighing them: `mining`.
 """
 
+from retinanet.losses.arguments import Alpha, Normalizer, Reduction
 from retinanet.losses.box import giou_loss, l1, smooth_l1
-from retinanet.losses.common import Alpha, Normalizer, Reduction
 from retinanet.losses.derivatives import (
     cross_entropy_derivative,
     focal_loss_derivative,

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from retinanet.errors import ConfigError
-from retinanet.losses.common import Alpha, Normalizer, Reduction, sigmoid_loss
+from retinanet.losses.arguments import Alpha, Normalizer, Reduction, sigmoid_loss
 from retinanet.losses.focal import sigmoid_focal_loss
 
 

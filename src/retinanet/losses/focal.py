@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from retinanet import kernels
 from retinanet.errors import ConfigError
-from retinanet.losses.common import (
+from retinanet.losses.arguments import (
     Alpha,
     Normalizer,
     Reduction,

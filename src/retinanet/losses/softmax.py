@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from retinanet.errors import ConfigError
-from retinanet.losses.common import Normalizer, Reduction, reduce, require
+from retinanet.losses.arguments import Normalizer, Reduction, reduce, require
 
 
 def softmax_focal_loss(

@@ -1,4 +1,4 @@
-"""What the losses of the family share: alpha_t, targets in two forms, ignored examples, reductions."""
+"""What the arguments of all these losses mean: alpha_t, targets in two forms, ignored examples, reductions."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The paper, runnable: every table and every figure of it, and what one needs to read them."""

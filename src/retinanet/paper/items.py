@@ -1,0 +1,31 @@
+"""Every item of the paper by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from retinanet.paper import architecture, curves, explanations
+from retinanet.paper.page import Page
+
+
+@dataclass(frozen=True)
+class Item:
+    """One table, figure or explanation: what it shows, in a line, and the function that makes it."""
+
+    what: str
+    make: Callable[[], Page]
+
+
+ITEMS: dict[str, Item] = {
+    "iou": Item("intersection over union, from poor to excellent", explanations.iou_page),
+    "giou": Item("boxes at one L1 distance whose overlap is not one", explanations.giou_page),
+    "smoothl1": Item("smooth L1 beside L1 and L2", explanations.smooth_l1_page),
+    "nms": Item("non-maximum suppression, step by step", explanations.nms_page),
+    "ap": Item("average precision from ranked detections", explanations.ap_page),
+    "inliers": Item("fifty easy examples against five hard ones", curves.inliers),
+    "fig1": Item("the focal loss over p_t, gamma from 0 to 5", curves.fig1),
+    "fig3": Item("the architecture, drawn from the live model", architecture.fig3),
+    "fig5": Item("FL and FL* over the logit", curves.fig5),
+    "fig6": Item("derivatives of CE, FL and FL*", curves.fig6),
+}
