@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from retinanet.paper import architecture, curves, explanations
+from retinanet.paper import architecture, curves, explanations, imbalance
 from retinanet.paper.page import Page
 
 
@@ -28,4 +28,5 @@ ITEMS: dict[str, Item] = {
     "fig3": Item("the architecture, drawn from the live model", architecture.fig3),
     "fig5": Item("FL and FL* over the logit", curves.fig5),
     "fig6": Item("derivatives of CE, FL and FL*", curves.fig6),
+    "setting": Item("how the images of the tiny scale were chosen: by their imbalance", imbalance.setting),
 }

@@ -77,12 +77,17 @@ def rate(
     cosine: from 1 to 0 along half a cosine. Over `warmup_steps` the factor rises from `warmup_from` to it.
     """
     if schedule == "step":
-        factor = 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 8 / 9))
+        factor = 0.1 ** sum(step >= drop for drop in drops_of(steps))
     else:
         factor = (1 + math.cos(math.pi * step / steps)) / 2
     if step < warmup_steps:
         factor *= warmup_from + (1 - warmup_from) * step / warmup_steps
     return factor
+
+
+def drops_of(steps: int) -> tuple[int, int]:
+    """Return the steps from which schedule "step" divides the rate by ten: 60k and 80k of 90k."""
+    return math.ceil(steps * 2 / 3), math.ceil(steps * 8 / 9)
 
 
 def set_rate(optimizers: list[Optimizer], lr: float) -> None:

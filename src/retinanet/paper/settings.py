@@ -1,0 +1,178 @@
+"""What an experiment trains: a setting (loss, anchors, depth, size ...) at a scale (how much of everything)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from retinanet.data.shapes import ShapesSpec
+from retinanet.training.configuration import LossName, TrainingOptions
+from retinanet.training.recipes import Recipe
+
+PAPER_SIDE = 600  # the shortest side of the ablations, pixels
+ScaleName = Literal["tiny", "small", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One row of a table: what is changed of the paper's RetinaNet with the focal loss, gamma 2 and alpha 0.25.
+
+    Args:
+        loss, told: as `--loss` and the options that belong to it.
+        prior: pi; 0.5 is no prior at all, a bias of 0.
+        scales: anchor sizes a level, 2^(k / scales) for k below it.
+        ratios: 1 (squares) or 3.
+        deep: the deeper of the scale's two backbones (ResNet-101).
+        side: the shortest side in the paper; other scales have sides in the same proportions.
+        jitter: scale jitter and 1.5 times as long (Table 2).
+    """
+
+    loss: LossName = "focal"
+    told: tuple[tuple[str, float], ...] = (("alpha", 0.25), ("gamma", 2.0))
+    prior: float = 0.01
+    scales: int = 3
+    ratios: int = 3
+    deep: bool = False
+    side: int = PAPER_SIDE
+    jitter: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name for its folder; equal settings have equal names and are trained once."""
+        told = [f"{name.replace('_', '-')}-{value:g}" for name, value in self.told]
+        usual, numbers = Setting(), ("prior", "scales", "ratios", "side")
+        changed = [name for name in numbers if getattr(self, name) != getattr(usual, name)]
+        numbered = [f"{name}-{getattr(self, name):g}" for name in changed]
+        flags = [name for name in ("deep", "jitter") if getattr(self, name)]
+        return "_".join((self.loss, *told, *numbered, *flags))
+
+
+def cross_entropy(alpha: float) -> Setting:
+    """Alpha-balanced cross entropy, which is also the focal loss with gamma 0 (Tables 1a, 1b and 3)."""
+    return Setting(loss="balanced-ce", told=(("alpha", alpha),))
+
+
+def focal(gamma: float, alpha: float = 0.25) -> Setting:
+    """The focal loss (Table 1b); with gamma 0 the same setting as cross entropy."""
+    if gamma == 0:
+        return cross_entropy(alpha)
+    return Setting(told=(("alpha", alpha), ("gamma", gamma)))
+
+
+def focal_star(gamma: float, beta: float) -> Setting:
+    """FL* (Table 3)."""
+    return Setting(loss="fl-star", told=(("alpha", 0.25), ("gamma", gamma), ("beta", beta)))
+
+
+def mined(loss: LossName, batch: int, nms: float) -> Setting:
+    """OHEM and OHEM 1:3 (Table 1d)."""
+    return Setting(loss=loss, told=(("mining_batch", batch), ("mining_nms", nms)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large the experiments are: backbones, image side, length, and the rates that every setting is tried at.
+
+    Args:
+        base, deep: timm backbones in the places of ResNet-50 and ResNet-101.
+        side: pixels in the place of the paper's 600.
+        steps: of training.
+        rates: factors on the recipe's rate. Every setting is trained at each of them with the first seed; the
+            best on val is what the other seeds train at.
+        options: of `retinanet train`, the same for all settings, base sizes of the anchors among them.
+        shapes: the synthetic images made where no --data is given, and how many of train and val. Those of
+            `tiny` were chosen by their imbalance (`paper.imbalance`).
+    """
+
+    name: ScaleName
+    what: str
+    base: str
+    deep: str
+    side: int
+    steps: int
+    rates: tuple[float, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    shapes: tuple[ShapesSpec, int, int] | None = None
+
+    def pixels(self, setting: Setting) -> int:
+        """Return the shortest side of a setting's images, a multiple of 32."""
+        return max(32, round(self.side * setting.side / PAPER_SIDE / 32) * 32)
+
+
+SCALES: dict[ScaleName, Scale] = {
+    "tiny": Scale(
+        name="tiny",
+        what="a CPU, minutes a run: timm's smallest ResNet on synthetic shapes, from scratch",
+        base="test_resnet",
+        deep="resnet10t",
+        side=160,
+        steps=600,
+        rates=(0.5, 1.0, 2.0),
+        options={"recipe": "small", "channels": 64, "batch_size": 8, "anchors": "16,32,64,128,256"},
+        shapes=(ShapesSpec(max_objects=1, empty_share=0.25), 4000, 500),
+    ),
+    "small": Scale(
+        name="small",
+        what="one GPU, hours a table: ResNet-18 and ResNet-50 from scratch",
+        base="resnet18",
+        deep="resnet50",
+        side=320,
+        steps=6000,
+        rates=(0.5, 1.0, 2.0),
+        options={"recipe": "small", "batch_size": 16, "anchors": "32,64,128,256,512"},
+        shapes=(ShapesSpec(image_size=320, max_objects=3, empty_share=0.25), 20_000, 2_000),
+    ),
+    "paper": Scale(
+        name="paper",
+        what="COCO, 8 GPUs: ResNet-50 and ResNet-101, 90,000 steps of 16 images, the paper's schedule",
+        base="resnet50",
+        deep="resnet101",
+        side=600,
+        steps=90_000,
+        rates=(1.0,),
+        options={"recipe": "paper", "batch_size": 16, "anchors": "32,64,128,256,512"},
+    ),
+}
+
+
+def options_of(
+    setting: Setting, scale: Scale, data: str, *, seed: int, pretrained: str = "auto"
+) -> TrainingOptions:
+    """Return the options that train a setting."""
+    side = scale.pixels(setting)
+    told: dict[str, Any] = {**dict(setting.told), **scale.options}
+    return TrainingOptions(
+        data=data,
+        pretrained=pretrained,
+        backbone=scale.deep if setting.deep else scale.base,
+        image_size=side,
+        max_size=round(side * 5 / 3),  # as Detectron's: 1,000 beside 600, 1,333 beside 800
+        loss=setting.loss,
+        prior=setting.prior,
+        steps=round(scale.steps * (1.5 if setting.jitter else 1)),
+        seed=seed,
+        **told,
+    )
+
+
+def change_of(setting: Setting, rate: float) -> Any:
+    """Return what is changed of the recipe besides: the rate, the anchors' scales and ratios, scale jitter."""
+
+    def change(recipe: Recipe) -> Recipe:
+        anchors = replace(
+            recipe.model.anchors,
+            scales=tuple(2 ** (k / setting.scales) for k in range(setting.scales)),
+            ratios=(0.5, 1.0, 2.0) if setting.ratios == 3 else (1.0,),
+        )
+        augmentation = recipe.augmentation
+        if setting.jitter:
+            augmentation = replace(augmentation, scales=tuple(s / 800 for s in range(640, 801, 32)))
+        return replace(
+            recipe,
+            lr=recipe.lr * rate,
+            model=replace(recipe.model, anchors=anchors),
+            augmentation=augmentation,
+        )
+
+    return change

@@ -1,0 +1,473 @@
+"""Tables of the paper: published numbers, settings, which runs a study takes, and what its page says of them."""
+
+import dataclasses
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retinanet.cli.main import main
+from retinanet.data import open_dataset
+from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.errors import ConfigError, DataError
+from retinanet.folders import write_json
+from retinanet.paper import imbalance, measuring, running
+from retinanet.paper.comparison import compare_order, interval
+from retinanet.paper.measuring import Request, measure, page_of, prepare, what_is_known
+from retinanet.paper.page import Table
+from retinanet.paper.running import Job, Store, job_of, run_all, run_one
+from retinanet.paper.settings import (
+    SCALES,
+    Setting,
+    change_of,
+    cross_entropy,
+    focal,
+    focal_star,
+    options_of,
+)
+from retinanet.paper.tables import STUDIES, Published
+from retinanet.training.optimizer import drops_of, rate
+from retinanet.training.planning import plan_run
+
+TINY = SCALES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    return generate_shapes(folder, train=8, val=4, spec=ShapesSpec(image_size=96))
+
+
+# ---------------------------------------------------------------------------------- published and settings
+
+
+@pytest.mark.parametrize(
+    ("study", "ap"),
+    [
+        ("table1a", [0.0, 10.8, 30.2, 31.1, 30.8, 28.7, 25.1]),
+        ("table1b", [31.1, 31.4, 31.9, 32.9, 33.7, 34.0, 32.2]),
+        ("table1c", [30.3, 31.9, 31.8, 32.4, 34.2, 34.0, 33.8]),
+        ("table1d", [31.1, 31.8, 30.6, 32.8, 31.0, 27.6, 31.1, 28.3, 24.0, 36.0]),
+        ("table1e", [30.5, 32.5, 34.3, 35.1, 35.7, 31.9, 34.4, 36.0, 37.1, 37.8]),
+        ("table2", [34.9, 36.2, 34.7, 36.8, 21.6, 31.2, 33.2, 39.1, 40.8]),
+        ("table3", [31.1, 34.0, 33.8, 33.9]),
+    ],
+)
+def test_published_ap(study: str, ap: list[float]) -> None:
+    assert [row.published.ap for row in STUDIES[study](TINY).rows] == ap
+
+
+def test_every_published_row_is_complete() -> None:
+    for make in STUDIES.values():
+        study = make(TINY)
+        assert len({row.name for row in study.rows}) == len(study.rows)
+        for row in study.rows:
+            if study.name.startswith("table"):
+                assert all(getattr(row.published, figure) is not None for figure in study.figures), row
+
+
+def test_equal_settings_are_one() -> None:
+    def settings(name: str) -> dict[str, Setting | None]:
+        return {row.name: row.setting for row in STUDIES[name](TINY).rows}
+
+    quarter = focal(2)
+    assert settings("table1a")["alpha 0.75"] == settings("table1b")["gamma 0, alpha 0.75"]
+    assert settings("table1a")["alpha 0.75"] == settings("table3")["CE"]
+    assert settings("table1a")["alpha 0.5"] == settings("prior")["CE, pi 0.01"]
+    for name, row in (
+        ("table1b", "gamma 2, alpha 0.25"),
+        ("table1c", "3 x 3"),
+        ("table1d", "FL, gamma 2, alpha 0.25"),
+        ("table3", "FL, gamma 2"),
+    ):
+        assert settings(name)[row] == quarter
+    every = {setting for name in STUDIES for setting in settings(name).values() if setting is not None}
+    assert len({setting.key for setting in every}) == len(every)
+
+
+def test_a_setting_becomes_a_plan(data: Path) -> None:
+    train = open_dataset(data, "train")
+    setting = replace(focal_star(4, 0), prior=0.5, scales=2, ratios=1, deep=True, side=800, jitter=True)
+    plan = plan_run(options_of(setting, TINY, str(data), seed=3), train, change_of(setting, 2.0))
+    assert plan.recipe.loss == "fl-star"
+    assert plan.recipe.loss_settings == {"alpha": 0.25, "gamma": 4.0, "beta": 0.0}
+    assert plan.recipe.prior == 0.5
+    assert plan.spec.backbone.name == TINY.deep
+    assert plan.spec.anchors.scales == (1.0, 2**0.5)
+    assert plan.spec.anchors.ratios == (1.0,)
+    assert plan.spec.anchors.sizes == (16, 32, 64, 128, 256)
+    assert plan.spec.preprocessing.image_size == 224  # 160 * 800 / 600, a multiple of 32
+    assert plan.augmentation.scales[0] == 0.8
+    assert plan.steps == 900
+    usual = plan_run(options_of(focal(2), TINY, str(data), seed=3), train, change_of(focal(2), 1.0))
+    assert plan.lr == pytest.approx(2 * usual.lr)
+    assert usual.spec.preprocessing.image_size == 160
+    assert usual.steps == TINY.steps
+
+
+def test_the_tiny_images_are_those_that_their_imbalance_chose() -> None:
+    found = [
+        imbalance.imbalance_of(ShapesSpec(max_objects=most, empty_share=empty), images=60)
+        for most in (1, 2)
+        for empty in (0.1, 0.25, 0.75)
+    ]
+    assert TINY.shapes is not None
+    assert imbalance.choose(found).spec == TINY.shapes[0]
+    one = found[1]
+    assert one.ratio == pytest.approx(one.negatives / one.positives)
+    assert one.anchors == 4842
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+
+def test_interval_by_hand() -> None:
+    found = interval([0.30, 0.32, 0.34])
+    # s = 0.02, t of 2 degrees of freedom = 4.3027
+    assert found.mean == pytest.approx(0.32)
+    assert found.half == pytest.approx(4.3027 * 0.02 / 3**0.5, rel=1e-4)
+    assert found.percent() == "32.0 ± 5.0"
+    assert interval([0.5]).percent() == "50.0"
+
+
+def test_the_order_of_rows() -> None:
+    same = compare_order([1, 2, 3], [[0.1, 0.11], [0.2, 0.21], [0.3, 0.31]])
+    assert (same.tau, same.low, same.high, same.same) == (1, 1, 1, True)
+    assert "order of the paper's rows is reproduced: Kendall's tau over 3 rows is 1.00" in same.in_words()
+    reverse = compare_order([1, 2, 3], [[0.3, 0.3], [0.2, 0.2], [0.1, 0.1]])
+    assert reverse.tau == -1
+    assert "is not reproduced" in reverse.in_words()
+    part = compare_order([1, 2, 3, 4], [[0.1, 0.1], [0.3, 0.3], [0.2, 0.2], [0.4, 0.4]])
+    assert 0 < part.tau < 1
+    assert "reproduced in part" in part.in_words()
+    # Equal published rows need no order; noise as large as the differences makes the interval wide.
+    assert compare_order([1, 1, 2], [[0.2], [0.1], [0.3]]).same
+    noisy = compare_order([1, 2, 3], [[0.1, 0.4], [0.2, 0.3], [0.15, 0.5]])
+    assert noisy.low is not None
+    assert noisy.high is not None
+    assert noisy.low < 0.5 < noisy.high
+    assert "one seed a row" in compare_order([1, 2, 3], [[0.1], [0.2], [0.3]]).in_words()
+    assert "all alike" in compare_order([1, 2, 3], [[0.1], [0.1], [0.1]]).in_words()
+
+
+# ---------------------------------------------------------------------------------- running
+
+
+def request(data: Path, output: Path, **changes: Any) -> Request:
+    usual = Request(scale=TINY, data=data, output=output, seeds=3, rows=(), parallel=2)
+    return replace(usual, **changes)
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, ap: Any) -> list[Job]:
+    """Put a function of the job in the place of training; return the list of what was run."""
+    ran: list[Job] = []
+
+    def run_apart(job: Job, store: Store, *_: object) -> tuple[int, str]:
+        ran.append(job)
+        value = ap(job)
+        if value is None:
+            return 2, "retinanet: something was wrong"
+        file = store.file(job)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"ap": value, "ap50": value, "ap75": value}
+        result = {"diverged": "the loss is nan at step 10", "ap": 0.0} if value == "nan" else figures
+        write_json(file, {**result, "seconds": 60.0})
+        return 0, ""
+
+    monkeypatch.setattr(running, "_run_apart", run_apart)
+    return ran
+
+
+def test_every_rate_with_one_seed_then_the_best_with_the_others(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {"CE": 2.0, "FL, gamma 2": 1.0, "FL*, gamma 2, beta 1": 0.5, "FL*, gamma 4, beta 0": 1.0}
+    rows = STUDIES["table3"](TINY).rows
+    wanted = {row.setting: best[row.name] for row in rows}
+    ran = fake(monkeypatch, lambda job: 0.3 + 0.01 * job.seed + 0.1 * (job.rate == wanted.get(job.setting)))
+    said: list[str] = []
+    assert measure(["table3"], request(data, tmp_path), said.append) == []
+    assert len(ran) == 4 * (3 + 2) == len(said)
+    for row in rows:
+        mine = [job for job in ran if job.setting == row.setting]
+        assert sorted((job.rate, job.seed) for job in mine if job.seed == 0) == [(0.5, 0), (1, 0), (2, 0)]
+        assert sorted((job.rate, job.seed) for job in mine if job.seed) == [
+            (best[row.name], 1),
+            (best[row.name], 2),
+        ]
+        known = what_is_known(row.setting, request(data, tmp_path), Store(tmp_path))
+        assert known.rate == best[row.name]
+        assert known.of("ap").mean == pytest.approx(0.41)
+    # What is there is not made again; another table takes it over.
+    ran.clear()
+    measure(["table3"], request(data, tmp_path), said.append)
+    assert ran == []
+    measure(["table1b"], request(data, tmp_path, rows=("gamma 2", "gamma 0,")), said.append)
+    assert ran == []
+    measure(["table1b"], request(data, tmp_path, rows=("gamma 5",)), said.append)
+    assert {job.setting for job in ran} == {focal(5)}
+
+
+def test_a_page_while_rows_are_missing_and_when_all_are_there(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(data, tmp_path, rows=("CE",))
+    fake(monkeypatch, lambda job: 0.2 + 0.02 * job.seed)
+    measure(["table3"], asked, lambda _: None)
+    text = (tmp_path / "table3.md").read_text()
+    assert "| CE | 31.1 | 49.4 | 33.0 | 22.0 ± 5.0 | 22.0 ± 5.0 | 22.0 ± 5.0 | x 0.5 | 3 |" in text
+    assert "| FL, gamma 2 | 34.0 | 52.5 | 36.5 | not yet |  |  |  |  |" in text
+    assert "Kendall" not in text
+    assert "8 training images" in text
+    assert "600 steps of 8, recipe small, 160 px" in text
+    measure(["table3"], replace(asked, rows=()), lambda _: None)
+    text = (tmp_path / "table3.md").read_text()
+    assert "Kendall's tau over 4 rows" in text or "all alike" in text
+    assert "![AP of the rows" in text
+    values = json.loads((tmp_path / "table3.json").read_text())
+    assert [len(row["results"]) for row in values["rows"]] == [3] * 4
+    assert values["rows"][0]["rates"] == {"0.5": 0.2, "1": 0.2, "2": 0.2}
+    assert values["rows"][0]["published"]["ap"] == 31.1
+
+
+def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ap(job: Job) -> float | str | None:
+        if job.setting.prior == 0.5:
+            return "nan"
+        return None if job.setting == focal(2) and job.rate == 2 else 0.3
+
+    ran = fake(monkeypatch, ap)
+    said: list[str] = []
+    failures = measure(["prior"], request(data, tmp_path, seeds=2), said.append)
+    key = focal(2).key
+    assert failures == [f"{key}/rate-2-seed-0: exit code 2; retinanet: something was wrong"]
+    assert any(line.endswith("diverged, 1.0 min") for line in said)
+    assert any("failed (retinanet: something was wrong)" in line for line in said)
+    text = (tmp_path / "prior.md").read_text()
+    assert "CE, pi 0.5 (no prior): 2 of 2 runs diverged (the loss is nan at step 10)." in text
+    assert "| FL, pi 0.01 | 34.0 | - | - | not yet |" in text  # one of its rates is missing
+    assert not any(job.setting == focal(2) and job.seed for job in ran)
+    # Given again, the command tries what failed.
+    ran.clear()
+    fake(monkeypatch, lambda job: 0.3)
+    assert measure(["prior"], request(data, tmp_path, seeds=2), said.append) == []
+
+
+def test_results_of_other_data_and_scales_do_not_mix(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    job = Job(focal(2), "tiny", "/a/blood", 1.0, 0)
+    others = [
+        replace(job, scale="small"),
+        replace(job, data="/a/cells"),
+        replace(job, rate=2.0),
+        replace(job, seed=1),
+        replace(job, setting=focal(1)),
+    ]
+    assert len({store.file(one) for one in (job, *others)}) == 6
+    assert len({store.run(one) for one in (job, *others)}) == 6
+
+
+def test_a_real_run_in_a_process_of_its_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(replace(cross_entropy(0.75), side=240), "tiny", str(data), 0.5, 1)
+    assert job_of(json.dumps(dataclasses.asdict(job))) == job
+    monkeypatch.setitem(SCALES, "tiny", replace(TINY, steps=2))
+    store = Store(tmp_path)
+    run_one(job, store)
+    result = store.result(job)
+    assert result is not None
+    assert set(result) >= {"ap", "ap50", "ap75", "seconds", "setting", "rate", "seed", "torch"}
+    assert result["setting"]["told"] == [["alpha", 0.75]]
+    plan = json.loads((store.run(job) / "plan.json").read_text())
+    assert plan["recipe"]["loss"] == "balanced-ce"
+    assert plan["steps"] == plan["validate_every"] == 2
+    assert not (store.run(job) / "last").exists()
+    # Apart: what cannot be trained ends with a message, and the command goes on.
+    absent = replace(job, data=str(tmp_path / "absent"))
+    said: list[str] = []
+    (failure,) = run_all([absent], store, parallel=1, say=said.append, done=lambda: None)
+    assert "exit code 2; retinanet: " in failure
+    assert "absent" in failure
+    assert store.result(absent) is None
+
+
+def test_a_loss_that_is_not_finite_is_kept_as_a_result(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCALES, "tiny", replace(TINY, steps=2))
+    job = Job(cross_entropy(0.75), "tiny", str(data), 1e30, 0)
+    store = Store(tmp_path)
+    run_one(job, store)
+    result = store.result(job)
+    assert result is not None
+    assert result["ap"] == 0 or "diverged" in result
+
+
+# ---------------------------------------------------------------------------------- data and the command
+
+
+def test_images_are_drawn_once_and_known_again(tmp_path: Path) -> None:
+    small = replace(TINY, shapes=(ShapesSpec(image_size=96), 3, 2))
+    asked = replace(request(tmp_path, tmp_path), scale=small, data=None)
+    said: list[str] = []
+    made = prepare(asked, said.append)
+    assert made.data == tmp_path / "data" / "shapes-tiny"
+    assert prepare(asked, said.append) == made
+    assert len(said) == 1
+    other = replace(asked, scale=replace(small, shapes=(ShapesSpec(image_size=96), 4, 2)))
+    with pytest.raises(DataError, match="holds other images than this version draws for --scale tiny"):
+        prepare(other, said.append)
+    assert prepare(replace(asked, data=tmp_path), said.append).data == tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(["paper", *arguments])
+    return int(stopped.value.code or 0), *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("iou", "--seeds", "2"), "--seeds belongs to items that are measured, such as table1b"),
+        (("iou", "--dry-run"), "--dry-run belongs to items that are measured"),
+        (("table1b", "--seeds", "0"), "--seeds needs 1 or more; got 0"),
+        (("table1b", "--parallel", "0"), "--parallel needs 1 or more; got 0"),
+        (("table1b", "--scale", "paper"), "--scale paper needs --data: a folder with COCO's annotations"),
+        (("table1b", "--scale", "large"), "--scale needs one of tiny, small, paper; got 'large'"),
+        (
+            ("table1b", "--rows", "gamma 3"),
+            "--rows 'gamma 3' is part of no row's name.* There are: gamma 0, alpha",
+        ),
+        (("table1z",), "Did you mean 'table1"),
+    ],
+)
+def test_wrong_requests(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert re.search(message, " ".join(err.split()))
+
+
+def test_the_command_measures_and_tells(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(monkeypatch, lambda job: 0.3 if job.setting != cross_entropy(0.75) else None)
+    code, out, _ = run(
+        capsys,
+        "table3",
+        "iou",
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "--rows",
+        "FL, ,CE",
+    )
+    assert code == 1
+    assert f"iou: {tmp_path / 'iou'}.md" in out
+    assert f"table3: {tmp_path / 'table3'}.md (.html, .json, .png)" in out
+    assert out.count("failed: ") == 3
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files as COCO has them: 80 classes would take 80 categories; three are enough for the layout."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    random = np.random.default_rng(0)
+    for split, count in (("train2017", 4), ("val2017", 2)):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for number in range(1, count + 1):
+            name = f"{number:012d}.jpg"
+            Image.fromarray(random.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(root / split / name)
+            images.append({"id": number, "file_name": name, "width": 80, "height": 60})
+            annotations.append(
+                {"id": number, "image_id": number, "category_id": 1 + number % 3, "bbox": [5, 5, 40, 30],
+                 "area": 1200, "iscrowd": 0, "segmentation": []}
+            )  # fmt: skip
+        (root / "annotations" / f"instances_{split}.json").write_text(
+            json.dumps(
+                {
+                    "images": images,
+                    "annotations": annotations,
+                    "categories": [{"id": i, "name": name} for i, name in enumerate(("a", "b", "c"), 1)],
+                }
+            )
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import timm
+    from safetensors.torch import save_file
+
+    file = tmp_path_factory.mktemp("weights") / "resnet50.safetensors"
+    save_file(timm.create_model("resnet50").state_dict(), file)
+    return file
+
+
+def test_the_scale_of_the_paper_is_the_papers(
+    capsys: pytest.CaptureFixture[str], coco: Path, resnet50: Path, tmp_path: Path
+) -> None:
+    code, _, out = run(
+        capsys, "table1b", "--scale", "paper", "--data", str(coco), "--pretrained", str(resnet50),
+        "--output", str(tmp_path), "--dry-run", "--seeds", "1",
+    )  # fmt: skip
+    said = " ".join(out.split())
+    assert code == 0
+    assert "7 settings, each at 1 rate with the first seed" in said
+    assert "rate 0.01, a tenth of it from steps 60,000 and 80,000; 90,000 steps of 16 images" in said
+    assert "train2017 is the paper's trainval35k" in said
+    assert "val2017 its minival" in said
+    assert re.search(r"shortest side 600, longest .{0,20}1000", said)  # the table wraps
+    assert "resnet50, from weights of" in said
+    assert not any(tmp_path.iterdir())
+    assert drops_of(90_000) == (60_000, 80_000)
+    steps = [
+        rate(s, 90_000, schedule="step", warmup_steps=0, warmup_from=1)
+        for s in (59_999, 60_000, 79_999, 80_000)
+    ]
+    assert steps == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_the_first_steps_at_the_scale_of_the_paper(
+    coco: Path, resnet50: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Everything but the number of steps, of images a step and their size is as 8 GPUs would have it.
+    short = replace(SCALES["paper"], steps=2, side=64, options={**SCALES["paper"].options, "batch_size": 2})
+    monkeypatch.setitem(SCALES, "paper", short)
+    job = Job(focal(2), "paper", str(coco), 1.0, 0, pretrained=str(resnet50))
+    store = Store(tmp_path)
+    run_one(job, store)
+    result = store.result(job)
+    assert result is not None
+    assert "diverged" not in result
+    plan = json.loads((store.run(job) / "plan.json").read_text())
+    assert plan["recipe"]["name"] == "paper"
+    assert plan["spec"]["backbone"]["norm"] == "frozen"
+
+
+def test_a_page_without_measured_rows(data: Path, tmp_path: Path) -> None:
+    page = page_of(STUDIES["table2"](TINY), request(data, tmp_path), Store(tmp_path))
+    (table,) = [part for part in page.parts if isinstance(part, Table)]
+    assert len(table.rows) == 9
+    assert [row[7] for row in table.rows] == ["-"] * 7 + ["not yet", "-"]
+    assert STUDIES["table2"](TINY).rows[0].published == Published(34.9, 55.7, 37.4, 15.6, 38.7, 50.9)
+
+
+def test_check_rows_takes_parts_of_names() -> None:
+    measuring.check_rows(["table1b"], TINY, ("gamma 2", "alpha 0.75"))
+    with pytest.raises(ConfigError, match="part of no row's name"):
+        measuring.check_rows(["table1b"], TINY, ("OHEM",))
