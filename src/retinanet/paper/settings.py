@@ -96,7 +96,9 @@ class Scale:
     shapes: tuple[ShapesSpec, int, int] | None = None
 
     def pixels(self, setting: Setting) -> int:
-        """Return the shortest side of a setting's images, a multiple of 32."""
+        """Return the shortest side of a setting's images: the paper's own, elsewhere a multiple of 32."""
+        if self.side == PAPER_SIDE:
+            return setting.side
         return max(32, round(self.side * setting.side / PAPER_SIDE / 32) * 32)
 
 
