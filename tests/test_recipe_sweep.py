@@ -18,6 +18,7 @@ from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.matching import match_anchors
 from retinanet.objective import Objective, focal
 from retinanet.records import Classes
+from retinanet.training import sizing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe, small
@@ -225,8 +226,8 @@ def test_what_was_measured_with_an_older_recipe_is_measured_again(
 
 def test_the_label_is_that_of_the_recipe(sweep: ModuleType) -> None:
     recipe = small(Classes(("a",)), "resnet18", "cpu")
-    length = f"{recipe.pixels_seen / 1e6:.0f} megapixels, {recipe.epochs} passes"
-    said = f"{recipe.batch_size} images a step, {length}"
+    step = f"{sizing.OBJECTS_A_STEP} objects and {recipe.batch_size} images a step at most"
+    said = f"{step}, {recipe.pixels_seen / 1e6:.0f} megapixels of {sizing.OBJECTS_SEEN:,} objects"
     assert said == sweep.RECIPE  # else rows of two recipes would be compared
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import retinanet
+from retinanet.anchors import CPU
 from retinanet.batches import RawPredictions
 from retinanet.checkpoint import load_model
 from retinanet.data import open_dataset, write_coco
@@ -42,10 +43,11 @@ from retinanet.training.configuration import LossName, TrainingOptions, read_con
 from retinanet.training.muon import Muon
 from retinanet.training.objectives import EVERY_SETTING, SETTINGS, settings_of
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.planning import Plan, choose_rate, plan_run
 from retinanet.training.run import run_training
 from retinanet.training.sizing import (
     anchor_choices,
+    choose_batch,
     choose_max_detections,
     choose_preprocessing,
     coverage,
@@ -341,9 +343,7 @@ def test_pixels_are_those_of_padded_batches() -> None:
     class Sized:
         def __init__(self, sizes: np.ndarray) -> None:
             self.sizes = sizes
-
-        def __len__(self) -> int:
-            return len(self.sizes)
+            self.widths = sizes[:, 0]
 
         def size(self, index: int) -> tuple[int, int]:
             return tuple(self.sizes[index])
@@ -866,6 +866,8 @@ def squares(side: float, native: int = 256) -> SimpleNamespace:
         (5, 256, "cpu", None, 256, "half of class a is below 5 px in images of 256; 256 at most on cpu"),
         (5, 100, "cuda", None, 192, "half of class a is below 5 px in images of 100; at most twice their size"),
         (20, 40, "cpu", None, 80, "half of class a is below 20 px in images of 40; at most twice their size"),
+        # Sixteen objects an image: at 288 px, 150 megapixels would show fewer than 30,000 of them.
+        (12, 256, "cpu", "8,16,32,64,128", 256, "half of class a is below 12 px in images of 256; 256 at most on cpu"),
     ],
 )  # fmt: skip
 def test_images_are_as_large_as_objects_and_anchors_need(
@@ -883,6 +885,32 @@ def test_images_are_as_large_as_objects_and_anchors_need(
         reasons,
     )
     assert (chosen.image_size, reasons[0][2]) == (size, why)
+
+
+def test_images_full_of_objects_are_larger_and_fewer_a_step() -> None:
+    """Beyond 256 px on a CPU as far as the pixels of the recipe show 30,000 objects, here 64 an image of 512 px."""
+    full = squares(14, 512)
+    full.boxes = np.concatenate([full.boxes + np.float32([x, y, x, y]) for x in (0, 20) for y in (0, 20)])
+    full.labels, full.ignore = np.zeros(64, np.int64), np.zeros(64, np.int8)
+    full.offsets = np.array([0, 64])
+    recipe = recipes.small(Classes(("a",)), "resnet18", "cpu")
+    options = TrainingOptions(data="x")
+    reasons: list[tuple[str, str, str]] = []
+    fewer = choose_batch(recipe, options, full, CPU, reasons)  # type: ignore[arg-type]
+    assert fewer.batch_size == 1  # 80 objects a step
+    assert reasons == [("batch size", "1", "an image holds 64 objects")]
+    assert choose_rate(fewer)[0] == pytest.approx(choose_rate(recipe)[0])  # of a step
+    choices = anchor_choices(options, recipe.model.anchors, fixed=False)
+    size = choose_preprocessing(fewer, options, full, choices, CPU, reasons).image_size  # type: ignore[arg-type]
+    assert 256 < size <= 544
+    assert 150e6 / size**2 * 64 > 29_000
+    assert "150 megapixels show 30,000 objects" in reasons[-1][2]
+    # Asked for, or elsewhere, the recipe's batch stands; so do usual images.
+    asked = TrainingOptions(data="x", batch_size=4)
+    assert choose_batch(recipe, asked, full, CPU, []) is recipe  # type: ignore[arg-type]
+    on_cuda = recipes.small(Classes(("a",)), "resnet18", "cuda")
+    assert choose_batch(on_cuda, options, full, torch.device("cuda"), []) is on_cuda  # type: ignore[arg-type]
+    assert choose_batch(recipe, options, squares(40), CPU, []) is recipe  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("fullest", "most"), [(0, 100), (99, 100), (100, 200), (369, 400)])

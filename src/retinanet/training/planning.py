@@ -32,6 +32,7 @@ from retinanet.training.recipes import Recipe, modern, paper, paper_jitter, smal
 from retinanet.training.sizing import (
     anchor_choices,
     choose_anchors,
+    choose_batch,
     choose_max_detections,
     choose_preprocessing,
     choose_steps,
@@ -173,6 +174,7 @@ def plan_run(
         why = f"recipe {recipe.name} wants {backbone.norm}, which {backbone.name} cannot have"
         reasons.append(("backbone norm", norm, why))
     choices = anchor_choices(options, recipe.model.anchors, fixed=start is not None)
+    recipe = choose_batch(recipe, options, train, device, reasons)
     preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons)
     anchors = choose_anchors(options, train, choices, preprocessing, reasons)
     max_detections = choose_max_detections(options, train, reasons)
@@ -293,7 +295,7 @@ def choose_rate(recipe: Recipe) -> tuple[float, str]:
     ratio = recipe.batch_size / 16
     if recipe.optimizer == "sgd":
         return recipe.lr * ratio, f"{recipe.lr:g} for 16 images, times {recipe.batch_size}/16"
-    why = f"{recipe.lr:g} for 16 images, times the root of {recipe.batch_size}/16"
+    why = f"{recipe.lr:.3g} for 16 images, times the root of {recipe.batch_size}/16"
     if recipe.optimizer == "muon":
         why += f"; Muon's own rate is {MUON_FACTOR:g} times that"
     return recipe.lr * math.sqrt(ratio), why

@@ -23,10 +23,14 @@ COVERAGE_SAMPLE = 400
 # An object's side in the network input that anchors and stride 8 still resolve: two cells of P3.
 COMFORTABLE_SIDE = 16
 # Share of objects that some anchor reaches with IoU 0.5, for which images are enlarged beyond the comfortable.
-WELL_COVERED = 0.75
+WELL_COVERED = 0.9
 # What a larger image must add to that share, and how many sides are tried.
 WORTH_LARGER, SIDES_TRIED = 0.02, 6
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
+# A CPU's images may be larger still if as many pixels as the recipe sees then show as many objects.
+OBJECTS_SEEN, LARGEST_OF_ALL = 30_000, 640
+# Objects that a step shows, by which a CPU's batch becomes smaller than the recipe's.
+OBJECTS_A_STEP = 80
 # Images from which the padding of batches is estimated, at least.
 LEAST_SAMPLE = 1000
 
@@ -68,8 +72,7 @@ def _image_size(
     """
     native = int(np.median(np.minimum(train.widths, train.heights)))
     smallest = _smallest_class(train)
-    of_device = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
-    limits = [(of_device, f"{of_device} at most on {device.type}"), (2 * native, "at most twice their size")]
+    limits = [_limit_of_device(recipe, train, device), (2 * native, "at most twice their size")]
     if recipe.max_size is not None:
         limits.append((recipe.max_size, f"--max-size {recipe.max_size}"))
     most, limit = min(limits)
@@ -83,6 +86,47 @@ def _image_size(
     if size > comfortable:
         why += f"; from {comfortable}, where anchors reach {at_first:.0%} of objects, to {size}, where {covered:.0%}"
     return size, f"{why}; {limit}"
+
+
+def _limit_of_device(recipe: Recipe, train: Dataset, device: torch.device) -> tuple[int, str]:
+    """Return the largest side that a device has time for, and why."""
+    most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
+    why = f"{most} at most on {device.type}"
+    if device.type == "cuda" or not recipe.pixels_seen:
+        return most, why
+    for size in range(most + 32, LARGEST_OF_ALL + 1, 32):
+        pixels = padded_pixels(train, _frame(recipe, size), recipe.batch_size)
+        if recipe.pixels_seen / pixels * _objects_an_image(train) < OBJECTS_SEEN:
+            break
+        most = size
+        why = (
+            f"{most} at most on {device.type}, where {recipe.pixels_seen / 1e6:,.0f} megapixels show "
+            f"{OBJECTS_SEEN:,} objects"
+        )
+    return most, why
+
+
+def choose_batch(
+    recipe: Recipe,
+    options: TrainingOptions,
+    train: Dataset,
+    device: torch.device,
+    reasons: list[tuple[str, str, str]],
+) -> Recipe:
+    """Return a CPU's recipe with fewer images a step where they are full of objects, at the same rate a step; append
+    the reason.
+    """
+    objects = _objects_an_image(train)
+    fitting = 2 ** round(math.log2(max(1.0, OBJECTS_A_STEP / max(objects, 1.0))))
+    if device.type != "cpu" or options.batch_size or not recipe.pixels_seen or fitting >= recipe.batch_size:
+        return recipe
+    reasons.append(("batch size", str(fitting), f"an image holds {objects:.0f} objects"))
+    rate = recipe.lr if options.lr else recipe.lr * math.sqrt(recipe.batch_size / fitting)
+    return replace(recipe, batch_size=fitting, lr=rate)
+
+
+def _objects_an_image(train: Dataset) -> float:
+    return int((train.ignore == Ignore.NO).sum()) / max(1, len(train.widths))
 
 
 def _covering_size(
@@ -204,10 +248,11 @@ def choose_steps(
 
 def padded_pixels(train: Dataset, preprocessing: Preprocessing, batch_size: int) -> float:
     """Return the mean pixels of an image as the network sees it: padded to the largest of its batch."""
-    sizes = np.array([preprocessing.resized_size(*train.size(i)) for i in range(len(train))])
+    images = len(train.widths)
+    sizes = np.array([preprocessing.resized_size(*train.size(i)) for i in range(images)])
     # Of random batches, as the padding of images of many shapes is a matter of who comes together.
-    random, epochs = np.random.default_rng(0), -(-max(LEAST_SAMPLE, batch_size) // len(train))
-    order = np.concatenate([random.permutation(len(train)) for _ in range(epochs)])
+    random, epochs = np.random.default_rng(0), -(-max(LEAST_SAMPLE, batch_size) // images)
+    order = np.concatenate([random.permutation(images) for _ in range(epochs)])
     batches = sizes[order[: len(order) // batch_size * batch_size]].reshape(-1, batch_size, 2)
     sides = -(-batches.max(axis=1) // preprocessing.divisor) * preprocessing.divisor
     return float(sides.prod(axis=1).mean())
