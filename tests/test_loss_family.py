@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch.nn.functional import cross_entropy, one_hot
 
 from retinanet.errors import ConfigError
@@ -284,6 +285,34 @@ def test_normalizers(loss, dtype):
     close(call(none, normalizer="positives"), SIGMOID[loss][0](x, none, reduction="sum"))
 
 
+def test_positives_are_the_same_in_both_forms_where_single_elements_are_ignored():
+    x = torch.zeros(3, 2)
+    indices, ignore = torch.tensor([0, 0, 1]), torch.tensor([[True, False], [False, False], [True, False]])
+    pairs = torch.eye(2)[indices]
+    for targets in (indices, pairs):
+        total = sigmoid_focal_loss(x, targets, reduction="sum", ignore=ignore)
+        mean = sigmoid_focal_loss(x, targets, reduction="mean", normalizer="positives", ignore=ignore)
+        torch.testing.assert_close(mean, total / 2)  # the first row's own class is not known
+
+
+def test_a_weight_that_is_no_number_does_not_matter_where_it_is_ignored():
+    x, indices = case(9)
+    weight, ignore = torch.ones(40), torch.arange(40) < 10
+    weight[:10] = math.nan
+    for dtype in (torch.float32, torch.float64):
+        total = sigmoid_focal_loss(
+            x.to(dtype), indices, reduction="sum", weight=weight.to(dtype), ignore=ignore
+        )
+        expected = sigmoid_focal_loss(x.to(dtype), indices, reduction="sum", ignore=ignore)
+        torch.testing.assert_close(total, expected)
+
+
+def test_softmax_takes_no_single_alpha():
+    # Under pytest the annotation speaks first; without it, our own message.
+    with pytest.raises((ConfigError, TypeCheckError), match="alpha"):
+        softmax_focal_loss(ROWS, NONE, 0.25)
+
+
 @both
 def test_nothing_at_all(loss):
     for shape in ((0, CLASSES), (2, 0, CLASSES), (3, 0)):
@@ -466,6 +495,22 @@ ROWS, NONE = torch.zeros(2, 3), torch.full((2,), -1)
         ),
         (lambda: sigmoid_hinge_loss(ROWS, ROWS[:1]), "sigmoid_hinge_loss needs floating targets of shape"),
         (lambda: softmax_focal_loss(ROWS, NONE, gamma=-1), "softmax_focal_loss needs gamma >= 0; got -1"),
+        (
+            lambda: softmax_focal_loss(ROWS, NONE, gamma=math.inf),
+            "softmax_focal_loss needs gamma >= 0; got inf",
+        ),
+        (
+            lambda: sigmoid_focal_loss(ROWS, NONE, gamma=math.inf),
+            "sigmoid_focal_loss needs gamma >= 0; got inf",
+        ),
+        (
+            lambda: sigmoid_balanced_cross_entropy(ROWS, NONE, -0.5),
+            r"sigmoid_balanced_cross_entropy needs alpha in \[0, 1\]; got -0.5",
+        ),
+        (
+            lambda: sigmoid_focal_loss(ROWS, NONE, reduction="mean", normalizer=torch.tensor(0.0)),
+            r"a number above 0 or a scalar tensor; got tensor\(0\.\)",
+        ),
         (
             lambda: softmax_focal_loss(ROWS, NONE, ignore=ROWS.bool()),
             r"softmax_focal_loss needs an ignore of shape \[2\]; got \[2, 3\]",

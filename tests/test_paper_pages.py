@@ -1,17 +1,30 @@
 """Figures and explanations of the paper: what their numbers say, what is written, and the command."""
 
+import dataclasses
 import json
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from retinanet.anchors import AnchorSpec, all_anchors_of_image
+from retinanet.batches import MatchState
+from retinanet.checkpoint import Model, load_model, save_model
 from retinanet.cli.main import main
-from retinanet.model import BackboneSpec, ModelSpec, build_retinanet
-from retinanet.paper import architecture, curves, explanations, imbalance
-from retinanet.paper.items import ITEMS
+from retinanet.data import open_dataset
+from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.errors import ConfigError, DataError
+from retinanet.images import Preprocessing, decode
+from retinanet.losses import sigmoid_focal_loss
+from retinanet.matching import match_anchors
+from retinanet.model import BackboneSpec, ModelSpec, PyramidSpec, build_retinanet
+from retinanet.paper import architecture, curves, explanations, imbalance, loss_shares
+from retinanet.paper.items import ITEMS, OF_RESULTS
+from retinanet.paper.loss_shares import hardest_share
 from retinanet.paper.page import Page, Picture, Table, new_figure, write_page
 from retinanet.paper.tables import STUDIES
 from retinanet.records import Classes
@@ -176,7 +189,7 @@ def test_list_names_every_item(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ((), ("list",)):
         code, out, _ = run(capsys, *arguments)
         assert code == 0
-        assert [line.split()[0] for line in out.splitlines()] == [*ITEMS, *STUDIES]
+        assert [line.split()[0] for line in out.splitlines()] == [*ITEMS, *OF_RESULTS, *STUDIES]
 
 
 def test_items_are_made_where_one_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -200,3 +213,138 @@ def test_wrong_items(capsys: pytest.CaptureFixture[str], arguments: tuple[str, .
     code, _, err = run(capsys, *arguments)
     assert code == 2
     assert re.search(message, err)
+
+
+# ---------------------------------------------------------------------------------- figure 4
+
+
+def test_shares_of_the_hardest_by_hand() -> None:
+    losses = np.array([0, 0, 1, 1, 2, 2, 4, 10, 20, 60], np.float32)
+    assert hardest_share(losses, 0.2) == pytest.approx(0.8)
+    assert hardest_share(losses, 0.01) == pytest.approx(0.6)  # at least one
+    assert hardest_share(losses * 0, 0.2) == 0
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes") / "data"
+    return generate_shapes(folder, train=1, val=5, spec=ShapesSpec(image_size=96))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    spec = ModelSpec(
+        Classes(("square", "disk", "triangle")),
+        backbone=BackboneSpec("test_resnet"),
+        pyramid=PyramidSpec(channels=64),
+        anchors=AnchorSpec(sizes=(16.0, 32.0, 64.0, 128.0, 256.0)),
+        preprocessing=Preprocessing(image_size=96, max_size=96),
+    )
+    network = build_retinanet(spec)
+    torch.nn.init.normal_(network.class_head.last.weight, std=0.5)
+    return save_model(tmp_path_factory.mktemp("model"), Model(network, spec))
+
+
+def test_the_losses_of_a_model_are_those_of_its_anchors(shapes: Path, model: Path) -> None:
+    dataset, loaded = open_dataset(shapes, "val"), load_model(model)
+    windows = loss_shares.losses_of(loaded, dataset)
+    assert windows.images == 5
+    # Image by image, with the classes in the model's order, which is not the data's.
+    positives: list[Tensor] = []
+    negatives: list[Tensor] = []
+    anchors = all_anchors_of_image(loaded.spec.anchors, 96, 96)
+    for index in range(5):
+        truth = dataset.ground_truth(index)
+        pixels, _ = loaded.spec.preprocessing.prepare(decode(dataset.path(index)))
+        with torch.no_grad():
+            found = loaded.network.eval()(torch.from_numpy(pixels)[None])
+        logits = torch.cat(found.logits, dim=1)[0]
+        matches = match_anchors(anchors, torch.from_numpy(truth.boxes.copy()).reshape(-1, 4))
+        names = [loaded.spec.classes.names.index(dataset.classes.names[k]) for k in truth.classes]
+        for of, state in ((positives, MatchState.POSITIVE), (negatives, MatchState.NEGATIVE)):
+            rows = torch.nonzero(matches.state == state)[:, 0]
+            label = torch.full((len(rows),), -1)
+            if state == MatchState.POSITIVE:
+                label = torch.tensor([names[i] for i in matches.index[rows]], dtype=torch.int64)
+            of.append(sigmoid_focal_loss(logits[rows], label, 0.25, 2).sum(dim=1))
+    for found_here, expected in ((windows.positives, positives), (windows.negatives, negatives)):
+        wanted = torch.cat(expected).sort().values.numpy()
+        np.testing.assert_allclose(found_here[loss_shares.GAMMAS.index(2)], wanted, rtol=1e-3, atol=1e-6)
+        assert (np.diff(found_here, axis=1) >= 0).all()
+    # A larger gamma moves the loss of the negatives to the hardest.
+    shares = [hardest_share(losses, 0.01) for losses in windows.negatives]
+    assert shares == sorted(shares)
+
+
+def test_of_very_many_negatives_a_part_is_drawn(
+    shapes: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, loaded = open_dataset(shapes, "val"), load_model(model)
+    whole = loss_shares.losses_of(loaded, dataset)
+    monkeypatch.setattr(loss_shares, "MOST_NEGATIVES", 1000)
+    part = loss_shares.losses_of(loaded, dataset)
+    assert 800 < part.negatives.shape[1] < 1200 < whole.negatives.shape[1]
+    np.testing.assert_array_equal(part.positives, whole.positives)
+
+
+def test_fig4_of_a_model_of_ones_own(
+    capsys: pytest.CaptureFixture[str], shapes: Path, model: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run(
+        capsys, "fig4", "--model", str(model), "--data", str(shapes), "--output", str(tmp_path)
+    )
+    assert code == 0
+    assert out.splitlines() == [f"fig4: {tmp_path / 'fig4'}.md (.html, .json, fig4.png)"]
+    values = json.loads((tmp_path / "fig4.json").read_text())
+    assert values["gammas"] == [0, 0.5, 1, 2]
+    assert len(values["shares"]["negatives"]) == 4
+    assert values["images"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fig4", "--model", "x"), "--model needs --data, whose val split the model is looked at with"),
+        (("iou", "--model", "x"), "--model belongs to fig4"),
+        (("fig4", "--rows", "CE"), "--rows belongs to items that are measured"),
+    ],
+)
+def test_wrong_requests_of_fig4(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_fig4_without_a_model_needs_a_trained_row(
+    capsys: pytest.CaptureFixture[str], shapes: Path, tmp_path: Path
+) -> None:
+    code, _, err = run(capsys, "fig4", "--data", str(shapes), "--output", str(tmp_path))
+    assert code == 2
+    assert "the row `gamma 2` of table1b, which is not trained yet" in err
+
+
+def test_fig4_needs_the_models_classes_and_objects(shapes: Path, model: Path, tmp_path: Path) -> None:
+    loaded = load_model(model)
+    other = dataclasses.replace(
+        loaded, spec=dataclasses.replace(loaded.spec, classes=Classes(("disk", "cat", "dog")))
+    )
+    with pytest.raises(ConfigError, match="it knows disk, cat, dog, and not square, triangle"):
+        loss_shares.losses_of(other, open_dataset(shapes, "val"))
+    empty = generate_shapes(tmp_path / "d", train=0, val=2, spec=ShapesSpec(image_size=96, empty_share=1.0))
+    with pytest.raises(DataError, match="fig4 needs objects that anchors reach"):
+        loss_shares.losses_of(loaded, open_dataset(empty, "val"))
+
+
+def test_the_playground_is_in_the_page_and_needs_nothing_else(tmp_path: Path) -> None:
+    write_page(ITEMS["inliers"].make(), tmp_path)
+    html = (tmp_path / "inliers.html").read_text()
+    for name in ("gamma", "alpha", "easy", "sure", "hard", "lost"):
+        assert f'<input id="{name}" type="range"' in html
+    assert "<script>" in html
+    assert not re.search(r"(?:src|href)=.(?!data:)", html)
+    markdown = (tmp_path / "inliers.md").read_text()
+    assert "sliders for gamma, alpha" in markdown
+    assert "<script" not in markdown

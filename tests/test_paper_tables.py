@@ -2,7 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import kendalltau
 
+from retinanet.checkpoint import Model, save_model
 from retinanet.cli.main import main
 from retinanet.data import open_dataset
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
-from retinanet.paper import imbalance, measuring, running
-from retinanet.paper.comparison import compare_order, interval
-from retinanet.paper.measuring import Request, measure, page_of, prepare, what_is_known
-from retinanet.paper.page import Table
+from retinanet.model import BackboneSpec, ModelSpec, PyramidSpec, build_retinanet
+from retinanet.paper import imbalance, running, speed
+from retinanet.paper.comparison import Interval, compare_order, interval
+from retinanet.paper.measuring import check_rows, measure, prepare
+from retinanet.paper.page import Picture, Table
+from retinanet.paper.results import Request, what_is_known
 from retinanet.paper.running import Job, Store, job_of, run_all, run_one
 from retinanet.paper.settings import (
     SCALES,
@@ -30,7 +40,9 @@ from retinanet.paper.settings import (
     focal_star,
     options_of,
 )
+from retinanet.paper.study_page import page_of
 from retinanet.paper.tables import STUDIES, Published
+from retinanet.records import Classes
 from retinanet.training.optimizer import drops_of, rate
 from retinanet.training.planning import plan_run
 
@@ -110,17 +122,35 @@ def test_a_setting_becomes_a_plan(data: Path) -> None:
     assert usual.steps == TINY.steps
 
 
-def test_the_tiny_images_are_those_that_their_imbalance_chose() -> None:
-    found = [
-        imbalance.imbalance_of(ShapesSpec(max_objects=most, empty_share=empty), images=60)
-        for most in (1, 2)
-        for empty in (0.1, 0.25, 0.75)
-    ]
-    assert TINY.shapes is not None
-    assert imbalance.choose(found).spec == TINY.shapes[0]
-    one = found[1]
-    assert one.ratio == pytest.approx(one.negatives / one.positives)
+def test_the_imbalance_of_images() -> None:
+    one = imbalance.imbalance_of(ShapesSpec(max_objects=1, empty_share=0.5), images=20)
     assert one.anchors == 4842
+    assert 0.3 < one.objects < 0.7
+    assert one.ratio == pytest.approx(one.negatives / one.positives)
+    assert one.positives + one.negatives <= 4842
+
+
+def test_the_candidate_nearest_to_one_in_a_thousand_is_chosen() -> None:
+    def candidate(ratio: float, empty: float) -> imbalance.Imbalance:
+        return imbalance.Imbalance(ShapesSpec(empty_share=empty), 5000, 1.0, 1.0, ratio)
+
+    far, near, emptier, fuller = (
+        candidate(400, 0.1),
+        candidate(900, 0.5),
+        candidate(950, 0.7),
+        candidate(1100, 0.6),
+    )
+    assert imbalance.choose([far, near, emptier, fuller]) is near
+    assert imbalance.choose([far, emptier, fuller]) is fuller
+    assert imbalance.choose([candidate(2000, 0.1), far]).ratio == 2000  # twice is nearer than two fifths
+
+
+def test_the_tiny_images_are_those_that_were_chosen() -> None:
+    """The page was made before anything was trained on them: `retinanet paper setting`."""
+    chosen = json.loads((Path(__file__).parents[1] / "docs" / "paper" / "setting.json").read_text())
+    assert TINY.shapes is not None
+    spec = TINY.shapes[0]
+    assert (spec.max_objects, spec.empty_share) == (chosen["max_objects"], chosen["empty_share"])
 
 
 # ---------------------------------------------------------------------------------- statistics
@@ -136,23 +166,55 @@ def test_interval_by_hand() -> None:
 
 
 def test_the_order_of_rows() -> None:
-    same = compare_order([1, 2, 3], [[0.1, 0.11], [0.2, 0.21], [0.3, 0.31]])
-    assert (same.tau, same.low, same.high, same.same) == (1, 1, 1, True)
-    assert "order of the paper's rows is reproduced: Kendall's tau over 3 rows is 1.00" in same.in_words()
+    same = compare_order([1, 2, 3], [[0.1, 0.11], [0.5, 0.51], [0.9, 0.91]])
+    assert (same.tau, same.same, same.rows) == (1, True, 3)
+    sure = compare_order([1, 2, 3], [[0.1] * 5, [0.5] * 5, [0.9] * 5])
+    assert (sure.tau, sure.low, sure.high) == (1, 1, 1)
+    assert sure.in_words().startswith(
+        "The order of the paper's rows is reproduced: Kendall's tau over 3 rows is 1.00 (1"
+    )
     reverse = compare_order([1, 2, 3], [[0.3, 0.3], [0.2, 0.2], [0.1, 0.1]])
     assert reverse.tau == -1
-    assert "is not reproduced" in reverse.in_words()
+    assert "is not told apart from chance" in reverse.in_words()
     part = compare_order([1, 2, 3, 4], [[0.1, 0.1], [0.3, 0.3], [0.2, 0.2], [0.4, 0.4]])
+    assert part.tau is not None
     assert 0 < part.tau < 1
-    assert "reproduced in part" in part.in_words()
-    # Equal published rows need no order; noise as large as the differences makes the interval wide.
-    assert compare_order([1, 1, 2], [[0.2], [0.1], [0.3]]).same
-    noisy = compare_order([1, 2, 3], [[0.1, 0.4], [0.2, 0.3], [0.15, 0.5]])
+    assert "is reproduced in part" in part.in_words()
+    # Noise as large as the differences: the means are in order, and nobody knows whether the rows are.
+    noisy = compare_order([1, 2, 3], [[0.1, 0.3], [0.15, 0.3], [0.2, 0.3]])
+    assert noisy.same
     assert noisy.low is not None
-    assert noisy.high is not None
-    assert noisy.low < 0.5 < noisy.high
-    assert "one seed a row" in compare_order([1, 2, 3], [[0.1], [0.2], [0.3]]).in_words()
-    assert "all alike" in compare_order([1, 2, 3], [[0.1], [0.1], [0.1]]).in_words()
+    assert noisy.low < 0
+    assert "is not told apart from chance" in noisy.in_words()
+    # Equal published rows need no order, and tau-b below 1 says that there are some.
+    tied = compare_order([1, 1, 2], [[0.2], [0.1], [0.3]])
+    assert tied.same
+    assert tied.tau == pytest.approx(0.816, abs=1e-3)
+    alone = compare_order([1, 2, 3], [[0.1, 0.1], [0.2], [0.3]])
+    assert alone.low is None
+    assert "are in the paper's order" in alone.in_words()
+    assert "a row has one seed" in alone.in_words()
+    alike = compare_order([1, 2, 3], [[0.1, 0.2], [0.1, 0.2], [0.1, 0.2]])
+    assert alike.tau is None
+    assert "all alike" in alike.in_words()
+
+
+def test_tau_is_scipys() -> None:
+    random = np.random.default_rng(0)
+    for rows in (3, 4, 9):
+        published = random.integers(0, 5, rows).astype(float)
+        measured = random.integers(0, 4, rows).astype(float)
+        expected = kendalltau(published, measured).statistic
+        found = compare_order(published.tolist(), [[value] for value in measured]).tau
+        assert found == (None if np.isnan(expected) else pytest.approx(expected))
+
+
+def test_one_interval_above_another() -> None:
+    low, high, wide = Interval(0.2, 0.01), Interval(0.3, 0.02), Interval(0.25, 0.1)
+    assert high.above(low) is True
+    assert low.above(high) is False
+    assert wide.above(low) is None
+    assert Interval(0.3, None).above(Interval(0.2, None)) is True
 
 
 # ---------------------------------------------------------------------------------- running
@@ -160,7 +222,7 @@ def test_the_order_of_rows() -> None:
 
 def request(data: Path, output: Path, **changes: Any) -> Request:
     usual = Request(scale=TINY, data=data, output=output, seeds=3, rows=(), parallel=2)
-    return replace(usual, **changes)
+    return replace(usual, about_data="blood: 8 training images, 25% without objects", **changes)
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, ap: Any) -> list[Job]:
@@ -174,8 +236,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, ap: Any) -> list[Job]:
             return 2, "retinanet: something was wrong"
         file = store.file(job)
         file.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"ap": value, "ap50": value, "ap75": value}
-        result = {"diverged": "the loss is nan at step 10", "ap": 0.0} if value == "nan" else figures
+        figures = dict.fromkeys(running.FIGURES, 0.0 if value == "nan" else value)
+        result = {**figures, "diverged": "the loss is nan at step 10"} if value == "nan" else figures
         write_json(file, {**result, "seconds": 60.0})
         return 0, ""
 
@@ -207,10 +269,26 @@ def test_every_rate_with_one_seed_then_the_best_with_the_others(
     ran.clear()
     measure(["table3"], request(data, tmp_path), said.append)
     assert ran == []
-    measure(["table1b"], request(data, tmp_path, rows=("gamma 2", "gamma 0,")), said.append)
+    measure(["table1b"], request(data, tmp_path, rows=("gamma 2", "gamma 0, alpha 0.75")), said.append)
     assert ran == []
     measure(["table1b"], request(data, tmp_path, rows=("gamma 5",)), said.append)
     assert {job.setting for job in ran} == {focal(5)}
+
+
+def test_figure_7_draws_the_rows_that_are_known(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    better = focal_star(4, 1)
+    ran = fake(monkeypatch, lambda job: 0.3 if job.setting == better else 0.2)
+    asked = request(data, tmp_path, seeds=2, rows=("CE", "gamma 4, beta 1", "gamma 1, beta 0"))
+    measure(["fig7"], asked, lambda _: None)
+    assert {job.setting for job in ran} == {cross_entropy(0.75), better, cross_entropy(0.25)}
+    page = page_of(STUDIES["fig7"](TINY), asked, Store(tmp_path))
+    (picture,) = [part for part in page.parts if isinstance(part, Picture)]
+    lines = {line.get_label(): line.get_color() for line in picture.figure.axes[0].lines}
+    assert set(lines) >= {"CE", "$\\gamma$ 4, $\\beta$ 1: 30.0 ± 0.0", "$\\gamma$ 1, $\\beta$ 0: 20.0 ± 0.0"}
+    assert lines["$\\gamma$ 4, $\\beta$ 1: 30.0 ± 0.0"] != lines["$\\gamma$ 1, $\\beta$ 0: 20.0 ± 0.0"]
+    assert "Kendall" not in (tmp_path / "fig7.md").read_text()
 
 
 def test_a_page_while_rows_are_missing_and_when_all_are_there(
@@ -223,11 +301,11 @@ def test_a_page_while_rows_are_missing_and_when_all_are_there(
     assert "| CE | 31.1 | 49.4 | 33.0 | 22.0 ± 5.0 | 22.0 ± 5.0 | 22.0 ± 5.0 | x 0.5 | 3 |" in text
     assert "| FL, gamma 2 | 34.0 | 52.5 | 36.5 | not yet |  |  |  |  |" in text
     assert "Kendall" not in text
-    assert "8 training images" in text
+    assert "on blood: 8 training images, 25% without objects; " in text
     assert "600 steps of 8, recipe small, 160 px" in text
     measure(["table3"], replace(asked, rows=()), lambda _: None)
     text = (tmp_path / "table3.md").read_text()
-    assert "Kendall's tau over 4 rows" in text or "all alike" in text
+    assert "The 4 measured rows are all alike, and have no order." in text
     assert "![AP of the rows" in text
     values = json.loads((tmp_path / "table3.json").read_text())
     assert [len(row["results"]) for row in values["rows"]] == [3] * 4
@@ -260,18 +338,39 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_told(
     assert measure(["prior"], request(data, tmp_path, seeds=2), said.append) == []
 
 
-def test_results_of_other_data_and_scales_do_not_mix(tmp_path: Path) -> None:
+def test_results_under_other_conditions_do_not_mix(data: Path, tmp_path: Path) -> None:
     store = Store(tmp_path)
     job = Job(focal(2), "tiny", "/a/blood", 1.0, 0)
-    others = [
+    jobs = [
+        job,
         replace(job, scale="small"),
         replace(job, data="/a/cells"),
+        replace(job, conditions="1a2b"),
         replace(job, rate=2.0),
+        replace(job, rate=0.5),
+        replace(job, rate=0.5, seed=1),
         replace(job, seed=1),
         replace(job, setting=focal(1)),
     ]
-    assert len({store.file(one) for one in (job, *others)}) == 6
-    assert len({store.run(one) for one in (job, *others)}) == 6
+    for place in (store.file, store.run, store.log):
+        assert len({place(one) for one in jobs}) == len(jobs)
+    # Data of the same name, other weights, another length: all of that is in the conditions.
+    other = generate_shapes(tmp_path / "shapes", train=8, val=4, seed=1, spec=ShapesSpec(image_size=96))
+    assert other.name == data.name
+    usual = request(data, tmp_path)
+    asked = [
+        usual,
+        replace(usual, data=other),
+        replace(usual, pretrained="none"),
+        replace(usual, scale=replace(TINY, steps=601)),
+        replace(usual, scale=replace(TINY, options={**TINY.options, "channels": 96})),
+    ]
+    conditions = [prepare(one, lambda _: None, draw=True).conditions for one in asked]
+    assert len(set(conditions)) == len(asked)
+    copy = shutil.copytree(data, tmp_path / "elsewhere" / data.name)
+    assert prepare(replace(usual, data=copy), lambda _: None, draw=True).conditions == conditions[0]
+    about = prepare(usual, lambda _: None, draw=True).about_data
+    assert re.fullmatch(r"shapes: 8 training images, \d+% without objects", about)
 
 
 def test_a_real_run_in_a_process_of_its_own(
@@ -308,7 +407,8 @@ def test_a_loss_that_is_not_finite_is_kept_as_a_result(
     run_one(job, store)
     result = store.result(job)
     assert result is not None
-    assert result["ap"] == 0 or "diverged" in result
+    assert "the loss is" in result["diverged"]
+    assert [result[figure] for figure in running.FIGURES] == [0.0] * 6
 
 
 # ---------------------------------------------------------------------------------- data and the command
@@ -318,14 +418,15 @@ def test_images_are_drawn_once_and_known_again(tmp_path: Path) -> None:
     small = replace(TINY, shapes=(ShapesSpec(image_size=96), 3, 2))
     asked = replace(request(tmp_path, tmp_path), scale=small, data=None)
     said: list[str] = []
-    made = prepare(asked, said.append)
+    with pytest.raises(ConfigError, match=r"nothing is trained at scale tiny in .* yet; train a table first"):
+        prepare(asked, said.append, draw=False)
+    made = prepare(asked, said.append, draw=True)
     assert made.data == tmp_path / "data" / "shapes-tiny"
-    assert prepare(asked, said.append) == made
+    assert prepare(asked, said.append, draw=False) == made
     assert len(said) == 1
     other = replace(asked, scale=replace(small, shapes=(ShapesSpec(image_size=96), 4, 2)))
     with pytest.raises(DataError, match="holds other images than this version draws for --scale tiny"):
-        prepare(other, said.append)
-    assert prepare(replace(asked, data=tmp_path), said.append).data == tmp_path
+        prepare(other, said.append, draw=True)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -342,10 +443,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (("table1b", "--seeds", "0"), "--seeds needs 1 or more; got 0"),
         (("table1b", "--parallel", "0"), "--parallel needs 1 or more; got 0"),
         (("table1b", "--scale", "paper"), "--scale paper needs --data: a folder with COCO's annotations"),
+        (("fig4", "--scale", "paper"), "--scale paper needs --data: a folder with COCO's annotations"),
+        (("table1b", "--pretrained", "x"), "--pretrained belongs to --scale paper; tiny starts from scratch"),
+        (("iou", "--seeds", "0"), "--seeds belongs to items that are measured"),
+        (("iou", "--rows", ""), "--rows belongs to items that are measured"),
+        (("table2", "--rows", "YOLO"), "--rows 'YOLO' is part of the name of no row that is trained"),
         (("table1b", "--scale", "large"), "--scale needs one of tiny, small, paper; got 'large'"),
         (
             ("table1b", "--rows", "gamma 3"),
-            "--rows 'gamma 3' is part of no row's name.* There are: gamma 0, alpha",
+            "--rows 'gamma 3' is part of the name of no row.* There are: gamma 0, alpha",
         ),
         (("table1z",), "Did you mean 'table1"),
     ],
@@ -371,7 +477,7 @@ def test_the_command_measures_and_tells(
         "--seeds",
         "1",
         "--rows",
-        "FL, ,CE",
+        "FL, ; CE",
     )
     assert code == 1
     assert f"iou: {tmp_path / 'iou'}.md" in out
@@ -467,7 +573,127 @@ def test_a_page_without_measured_rows(data: Path, tmp_path: Path) -> None:
     assert STUDIES["table2"](TINY).rows[0].published == Published(34.9, 55.7, 37.4, 15.6, 38.7, 50.9)
 
 
+def test_figure_2_from_the_rows_that_are_trained(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, "fig2", "--data", str(data), "--output", str(tmp_path))
+    assert code == 2
+    assert "fig2 needs rows of table1e with their models, of which none is in" in err
+    fake(monkeypatch, lambda job: 0.3 if job.setting.deep else 0.2)
+    asked = prepare(request(data, tmp_path), lambda _: None, draw=False)
+    measure(["table1e"], replace(asked, rows=("50, 400", "50, 600", "101, 400")), lambda _: None)
+    code, _, err = run(capsys, "fig2", "--data", str(data), "--output", str(tmp_path))
+    assert code == 2  # results without models are not enough
+    for file in (tmp_path / "results").rglob("*.json"):
+        run_of = str(file).replace("/results/", "/runs/").removesuffix(".json")
+        (Path(run_of) / "best").mkdir(parents=True)
+    monkeypatch.setattr(speed, "milliseconds", lambda model, _: 20.0 if "deep" in str(model) else 10.0)
+    code, _, _ = run(capsys, "fig2", "--data", str(data), "--output", str(tmp_path))
+    assert code == 0
+    text = (tmp_path / "fig2.md").read_text()
+    assert re.findall(r"\| (\d+, \d+ px).*\| ([\d.]+) ± .*\| ([\d.]+) \|", text) == [
+        ("50, 400 px", "20.0", "10.0"),
+        ("50, 600 px", "20.0", "10.0"),
+        ("101, 400 px", "30.0", "20.0"),
+    ]
+
+
+def test_the_speed_of_a_model(data: Path, tmp_path: Path) -> None:
+    network_spec = ModelSpec(
+        Classes(("disk", "square", "triangle")),
+        backbone=BackboneSpec("test_resnet"),
+        pyramid=PyramidSpec(channels=64),
+    )
+    model = save_model(tmp_path, Model(build_retinanet(network_spec), network_spec))
+    assert 0 < speed.milliseconds(model, str(data)) < 10_000
+
+
 def test_check_rows_takes_parts_of_names() -> None:
-    measuring.check_rows(["table1b"], TINY, ("gamma 2", "alpha 0.75"))
-    with pytest.raises(ConfigError, match="part of no row's name"):
-        measuring.check_rows(["table1b"], TINY, ("OHEM",))
+    check_rows(["table1b"], TINY, ("gamma 2", "alpha 0.75"))
+    with pytest.raises(ConfigError, match="part of the name of no row"):
+        check_rows(["table1b"], TINY, ("OHEM",))
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "trained"),
+    [
+        ("table1b", ("gamma 2, alpha 0.25",), [focal(2)]),
+        ("table1b", ("gamma 2",), [focal(2)]),
+        ("table1b", ("gamma 2", "gamma 5"), [focal(2), focal(5)]),
+        ("table1b", ("alpha 0.5",), [focal(0.5, 0.5)]),
+        # A whole name is that row alone, though others begin with it.
+        ("table1a", ("alpha 0.9",), [cross_entropy(0.9)]),
+        ("table1a", ("alpha 0.9", "alpha 0.99"), [cross_entropy(0.9), cross_entropy(0.99)]),
+    ],
+)
+def test_rows_by_name(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    table: str,
+    rows: tuple[str, ...],
+    trained: list[Setting],
+) -> None:
+    ran = fake(monkeypatch, lambda job: 0.3)
+    measure([table], request(data, tmp_path, seeds=1, rows=rows), lambda _: None)
+    assert {job.setting for job in ran} == set(trained)
+
+
+# ---------------------------------------------------------------------------------- processes and devices
+
+
+def test_devices_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert running.visible_devices() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-5f")
+    assert running.visible_devices() == ["2", "GPU-5f"]
+
+
+def test_runs_are_spread_over_the_devices(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "visible_devices", lambda: ["2", "5"])
+    given: list[str | None] = []
+
+    def run_apart(job: Job, store: Store, parallel: int, device: str | None, _: object) -> tuple[int, str]:
+        given.append(device)
+        time.sleep(0.2)
+        return 1, "x"
+
+    monkeypatch.setattr(running, "_run_apart", run_apart)
+    jobs = [Job(focal(2), "tiny", str(data), 1.0, seed) for seed in range(4)]
+    run_all(jobs, Store(tmp_path), parallel=4, say=lambda _: None, done=lambda: None)
+    assert sorted(given, key=str) == ["2", "2", "5", "5"]
+
+
+SLEEPER = """
+import sys
+from pathlib import Path
+from retinanet.paper import running
+from retinanet.paper.settings import focal
+
+def sleep(job, store, parallel, device, children):
+    asleep = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+    return children.run(asleep, {}, Path(sys.argv[1]) / f"{job.seed}.log"), ""
+
+running._run_apart = sleep
+jobs = [running.Job(focal(2), "tiny", "x", 1.0, seed) for seed in range(3)]
+running.run_all(jobs, running.Store(Path(sys.argv[1])), parallel=2, say=print, done=lambda: None)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_no_run_behind(tmp_path: Path, number: signal.Signals) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(logs := [file for file in tmp_path.glob("*.log") if file.read_text()]) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    children = [int(file.read_text()) for file in logs]
+    parent.send_signal(number)
+    assert parent.wait(20) != 0
+    for pid in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert len(list(tmp_path.glob("*.log"))) == 2  # the third never began

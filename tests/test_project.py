@@ -70,6 +70,21 @@ def test_files_named_in_the_readme_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_the_page_of_the_paper_names_what_exists() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text()
+    names, tests = re.findall(r"`retinanet\.([\w.]+)`", text), re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    assert len(names) > 30
+    assert len(tests) > 30
+    for name in names:
+        found: object = importlib.import_module("retinanet")
+        for number, part in enumerate(name.split(".")):
+            if not hasattr(found, part):
+                importlib.import_module(".".join(["retinanet", *name.split(".")[: number + 1]]))
+            found = getattr(found, part)
+    for file, test in tests:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
 @pytest.mark.parametrize("folder", ["src", "bench"])
 def test_every_global_name_is_defined(folder: str) -> None:
     """jaxtyping's shapes look like undefined names to ruff and mypy, for which neither is asked about them."""
@@ -92,6 +107,7 @@ def test_every_global_name_is_defined(folder: str) -> None:
     [
         "retinanet.boxes",
         "retinanet.losses.focal",
+        "retinanet.losses.softmax",
         "retinanet.images.preprocessing",
         "retinanet.bench.measuring",
         "retinanet.bench.utilisation",

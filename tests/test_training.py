@@ -508,6 +508,24 @@ def test_as_many_steps_as_fit_into_the_time(data: Path, monkeypatch: pytest.Monk
     assert any("s left: 2.00 s a step" in why for _, _, why in fitted.reasons)
 
 
+@pytest.mark.parametrize(
+    ("images", "asked", "every"),
+    [
+        (10, None, 20),  # 5 validations of 10 images are nothing beside 400 that are trained on
+        (40, None, 34),  # 3 of them take a tenth of the time
+        (500, None, 100),  # the last one always takes place
+        (500, 7, 7),  # as asked
+    ],
+)
+def test_large_validation_sets_are_looked_at_less_often(
+    data: Path, images: int, asked: int | None, every: int
+) -> None:
+    options = TrainingOptions(
+        data=str(data), pretrained="none", device="cpu", steps=100, batch_size=4, validate_every_steps=asked
+    )
+    assert plan_run(options, open_dataset(data, "train")).validating(images).validate_every == every
+
+
 def test_validations_that_take_long_become_few(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = open_dataset(data, "train")
     plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
@@ -900,6 +918,9 @@ def test_images_full_of_objects_are_larger_and_fewer_a_step() -> None:
     assert fewer.batch_size == 1  # 80 objects a step
     assert reasons == [("batch size", "1", "an image holds 64 objects")]
     assert choose_rate(fewer)[0] == pytest.approx(choose_rate(recipe)[0])  # of a step
+    by_sgd = dataclasses.replace(recipe, optimizer="sgd")
+    fewer_by_sgd = choose_batch(by_sgd, options, full, CPU, [])  # type: ignore[arg-type]
+    assert choose_rate(fewer_by_sgd)[0] == pytest.approx(choose_rate(by_sgd)[0])
     choices = anchor_choices(options, recipe.model.anchors, fixed=False)
     size = choose_preprocessing(fewer, options, full, choices, CPU, reasons).image_size  # type: ignore[arg-type]
     assert 256 < size <= 544

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from retinanet.paper.measuring import Request
-
-OPTIONAL = tyro.conf.arg(help_behavior_hint="")
+    from retinanet.paper.page import Page
+    from retinanet.paper.results import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +30,15 @@ class Paper:
     data: Annotated[
         str | None, tyro.conf.arg(metavar="DATA", help_behavior_hint="(default: synthetic shapes)")
     ] = None
-    """Tables: what to train on."""
+    """Tables: what to train on; fig4: whose val split is looked at."""
+    model: Annotated[
+        str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: table1b's with gamma 2)")
+    ] = None
+    """fig4: a run or model file of your own."""
     seeds: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 3)")] = None
     """Tables: runs of every row at its best rate."""
     rows: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: all)")] = None
-    """Tables: names of rows, or parts of names, with commas."""
+    """Tables: names of rows, or parts of names, with semicolons between them."""
     parallel: Annotated[
         int | None, tyro.conf.arg(help_behavior_hint="(default: one a GPU, else one a core)")
     ] = None
@@ -43,17 +46,18 @@ class Paper:
     pretrained: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: auto)")] = (
         None
     )
-    """Tables: as of train; scales tiny and small start from scratch."""
+    """Tables at scale paper: as of train, or a folder of BACKBONE.safetensors; other scales start from scratch."""
     dry_run: bool = False
     """Tables: print the runs and the plan of the first, and stop."""
 
     def run(self) -> int:
         from retinanet.errors import ConfigError, did_you_mean
-        from retinanet.paper.items import ITEMS
-        from retinanet.paper.page import write_page
+        from retinanet.paper.items import ITEMS, OF_RESULTS
+        from retinanet.paper.measuring import dry_run, prepare
         from retinanet.paper.tables import STUDIES
 
         known = {name: item.what for name, item in ITEMS.items()}
+        known |= {name: item.what for name, item in OF_RESULTS.items()}
         known |= {name: (study.__doc__ or "").rstrip(".") for name, study in STUDIES.items()}
         for name in self.items:
             if name not in (*known, "list"):
@@ -67,24 +71,53 @@ class Paper:
             return 0
         if "list" in self.items:
             raise ConfigError("`retinanet paper list` stands alone; got other items as well")
-        studies = [name for name in dict.fromkeys(self.items) if name in STUDIES]
-        if not studies:
-            self._refuse_options_of_tables()
-        request = self._request(studies) if studies else None
-        for name in dict.fromkeys(self.items):
-            if name in ITEMS and not self.dry_run:
-                page, *rest = write_page(ITEMS[name].make(), Path(self.output))
-                pictures = [file.name for file in rest if file.suffix == ".png"]
-                print(f"{name}: {page} ({', '.join(['.html', '.json', *pictures])})", flush=True)
-        return 0 if request is None else self._measure(studies, request)
+        asked = dict.fromkeys(self.items)
+        studies = [name for name in asked if name in STUDIES]
+        of_results = [name for name in asked if name in OF_RESULTS]
+        self._refuse_what_does_not_belong(asked, measured=bool(studies), of_results=bool(of_results))
+        request = self._request(studies) if studies or of_results else None
+        if not self.dry_run:
+            for name in asked:
+                if name in ITEMS:
+                    self._write(ITEMS[name].make())
+        if request is None:
+            return 0
+        if self.dry_run:
+            dry_run(studies, request)
+            return 0
+        request = prepare(request, say, draw=bool(studies))
+        code = self._measure(studies, request) if studies else 0
+        for name in of_results:
+            self._write(OF_RESULTS[name].make(request))
+        return code
 
-    def _refuse_options_of_tables(self) -> None:
+    def _write(self, page: Page) -> None:
+        from retinanet.paper.page import write_page
+
+        markdown, *rest = write_page(page, Path(self.output))
+        pictures = [file.name for file in rest if file.suffix == ".png"]
+        print(f"{page.name}: {markdown} ({', '.join(['.html', '.json', *pictures])})", flush=True)
+
+    def _refuse_what_does_not_belong(
+        self, asked: Collection[str], *, measured: bool, of_results: bool
+    ) -> None:
         from retinanet.errors import ConfigError
         from retinanet.training.configuration import option
 
-        for name in ("scale", "data", "seeds", "rows", "parallel", "pretrained", "dry_run"):
-            if getattr(self, name):
-                raise ConfigError(f"{option(name)} belongs to items that are measured, such as table1b")
+        if self.model is not None and "fig4" not in asked:
+            raise ConfigError("--model belongs to fig4")
+        if self.model is not None and self.data is None:
+            raise ConfigError(
+                "--model needs --data, whose val split the model is looked at with; none was given"
+            )
+        of_tables = ["rows", "parallel", "pretrained"]
+        if not of_results:
+            of_tables += ["scale", "data", "seeds"]
+        given = [name for name in of_tables if getattr(self, name) is not None]
+        if self.dry_run:
+            given.append("dry_run")
+        if given and not measured:
+            raise ConfigError(f"{option(given[0])} belongs to items that are measured, such as table1b")
 
     def _request(self, studies: Sequence[str]) -> Request:
         import os
@@ -92,7 +125,8 @@ class Paper:
         import torch
 
         from retinanet.errors import ConfigError
-        from retinanet.paper.measuring import Request, check_rows
+        from retinanet.paper.measuring import check_rows
+        from retinanet.paper.results import Request
         from retinanet.paper.settings import SCALES
 
         for name in ("seeds", "parallel"):
@@ -100,7 +134,9 @@ class Paper:
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} needs 1 or more; got {value}")
         scale = SCALES[self.scale or "tiny"]
-        rows = tuple(part.strip() for part in (self.rows or "").split(",") if part.strip())
+        if self.pretrained is not None and scale.options["recipe"] == "small":
+            raise ConfigError(f"--pretrained belongs to --scale paper; {scale.name} starts from scratch")
+        rows = tuple(part.strip() for part in (self.rows or "").split(";") if part.strip())
         check_rows(studies, scale, rows)
         if self.data is None and scale.shapes is None:
             raise ConfigError(
@@ -116,21 +152,19 @@ class Paper:
             rows=rows,
             parallel=self.parallel or torch.cuda.device_count() or cores,
             pretrained=self.pretrained or "auto",
+            model=self.model,
         )
 
     def _measure(self, studies: Sequence[str], request: Request) -> int:
-        from retinanet.paper.measuring import dry_run, measure, prepare
+        from retinanet.paper.measuring import measure
 
-        def say(line: str) -> None:
-            print(line, flush=True)
-
-        request = prepare(request, say)
-        if self.dry_run:
-            dry_run(studies, request)
-            return 0
         failures = measure(studies, request, say)
         for name in studies:
             say(f"{name}: {request.output / name}.md (.html, .json, .png)")
         for failure in failures:
             say(f"failed: {failure}")
         return 1 if failures else 0
+
+
+def say(line: str) -> None:
+    print(line, flush=True)

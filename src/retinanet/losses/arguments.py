@@ -82,7 +82,9 @@ def divisor(
     if normalizer == "positives":
         if targets.dtype == torch.int64:
             share = (targets >= 0).float()
-            unknown = None if ignore is None else of_rows(ignore, elements)
+            unknown = ignore
+            if ignore is not None and ignore.ndim == elements.ndim and elements.numel():
+                unknown = ignore.gather(-1, targets.clamp(min=0)[..., None])[..., 0]  # of its own class
         else:
             share = targets.detach().float()
             unknown = None if ignore is None else of_elements(ignore, elements)
@@ -170,13 +172,14 @@ def _require_normalizer(who: str, reduction: Reduction, normalizer: Normalizer |
             f"{who} needs reduction='mean' for a normalizer, which is what the sum is divided by; got {reduction!r}"
         )
     if isinstance(normalizer, Tensor):
-        fits = normalizer.ndim == 0
+        fits = normalizer.ndim == 0 and not (known(normalizer) and not 0 < float(normalizer) < float("inf"))
     elif isinstance(normalizer, str):
         fits = normalizer in ("elements", "rows", "positives")
     else:
         fits = 0 < normalizer < float("inf")
     if not fits:
-        got = f"shape {list(normalizer.shape)}" if isinstance(normalizer, Tensor) else repr(normalizer)
+        of_tensor = isinstance(normalizer, Tensor) and normalizer.ndim > 0
+        got = f"shape {list(normalizer.shape)}" if of_tensor else repr(normalizer)  # type: ignore[union-attr]
         raise ConfigError(
             f"{who} needs normalizer 'elements', 'rows', 'positives', a number above 0 or a scalar tensor; got {got}"
         )

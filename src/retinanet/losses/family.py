@@ -46,6 +46,8 @@ def sigmoid_balanced_cross_entropy(
 
     The focal loss with gamma 0. The other arguments, shapes and errors: see `sigmoid_focal_loss`.
     """
+    if not isinstance(alpha, Tensor) and not alpha >= 0:
+        raise ConfigError(f"sigmoid_balanced_cross_entropy needs alpha in [0, 1]; got {alpha}")
     return sigmoid_focal_loss(
         inputs, targets, alpha, 0, reduction, weight=weight, ignore=ignore, normalizer=normalizer
     )

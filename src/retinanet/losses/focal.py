@@ -72,7 +72,7 @@ def sigmoid_focal_loss(
 
     Reference: Lin, Goyal, Girshick, He, Dollár, "Focal Loss for Dense Object Detection", ICCV 2017.
     """
-    if not gamma >= 0:
+    if not 0 <= gamma < float("inf"):
         raise ConfigError(f"{WHO} needs gamma >= 0; got {gamma}")
     if reduction != "none" and inputs.numel() and _has_fast_path(inputs, targets, alpha, weight, ignore):
         require(WHO, inputs, targets, alpha, reduction, normalizer, weight, ignore)
@@ -131,8 +131,8 @@ def _fast(
     of_positive, of_negative = balance(alpha, inputs)
     weights = None if weight is None else weight.reshape(-1).float()
     if ignore is not None:
-        kept = (~ignore).reshape(-1).float()
-        weights = kept if weights is None else weights * kept
+        known = inputs.new_ones(targets.numel(), dtype=torch.float32) if weights is None else weights
+        weights = torch.where(ignore.reshape(-1), 0, known)
     if reduction == "mean":  # within the sum, so that a bfloat16 gradient is rounded once
         ones = inputs.new_ones(targets.numel(), dtype=torch.float32)
         weights = (ones if weights is None else weights) / divisor(inputs, targets, normalizer, ignore)

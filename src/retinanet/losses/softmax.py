@@ -45,8 +45,12 @@ def softmax_focal_loss(
     tensor([0.1733])
     """
     who = "softmax_focal_loss"
-    if not gamma >= 0:
+    if not 0 <= gamma < float("inf"):
         raise ConfigError(f"{who} needs gamma >= 0; got {gamma}")
+    if alpha is not None and not isinstance(alpha, Tensor):
+        raise ConfigError(
+            f"{who} needs an alpha for each class, a tensor of shape {list(inputs.shape[-1:])}; got {alpha}"
+        )
     by_index = require(who, inputs, targets, alpha, reduction, normalizer, weight, ignore)
     if ignore is not None and ignore.ndim == inputs.ndim:
         raise ConfigError(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-from scipy.stats import kendalltau, t
+from numpy.typing import NDArray
+from scipy.stats import t
 
-RESAMPLES = 2000
+Float64Array: TypeAlias = NDArray[np.float64]
+
+DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,12 @@ class Interval:
         spread = "" if self.half is None else f" ± {100 * self.half:.1f}"
         return f"{100 * self.mean:.1f}{spread}"
 
+    def above(self, other: Interval) -> bool | None:
+        """Return whether this mean is above the other's; None where the two intervals meet."""
+        if abs(self.mean - other.mean) <= (self.half or 0) + (other.half or 0):
+            return None
+        return self.mean > other.mean
+
 
 def interval(values: Sequence[float]) -> Interval:
     """Return the mean of seeds and its 95 % interval by Student's t: t s / sqrt(n)."""
@@ -36,13 +46,14 @@ def interval(values: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True)
 class Order:
-    """Kendall's tau-b between published and measured AP of the rows: 1 is the same order, -1 the reverse.
+    """Kendall's tau-b between published and measured AP of the rows: 1 is the same order where no two rows are equal,
+    -1 the reverse, None without any order.
 
-    `low` and `high` hold 95 % of what it is when seeds are drawn again; None with one seed a row. `same` says
-    whether the means stand in the published order, where that is strict.
+    `low` and `high` hold 95 % of what it is when every row's mean is drawn again from Student's distribution around
+    it; None where a row has one seed. `same` says whether the means stand in the published order, where that is strict.
     """
 
-    tau: float
+    tau: float | None
     low: float | None
     high: float | None
     same: bool
@@ -50,33 +61,45 @@ class Order:
 
     def in_words(self) -> str:
         """Return a sentence."""
-        if math.isnan(self.tau):
+        if self.tau is None:
             return f"The {self.rows} measured rows are all alike, and have no order."
-        known = "one seed a row, so its uncertainty is unknown"
-        if self.low is not None and self.high is not None:
-            known = f"{self.low:.2f} to {self.high:.2f} when seeds are drawn again"
-        if self.same:
-            verdict = "The order of the paper's rows is reproduced"
-        elif self.low is not None and self.low > 0:
-            verdict = "The order of the paper's rows is reproduced in part"
+        if self.low is None or self.high is None:
+            known = "a row has one seed, so how certain that is is unknown"
+            verdict = "are in the paper's order" if self.same else "are not in the paper's order"
+            return f"The means of the rows {verdict}: Kendall's tau over {self.rows} rows is {self.tau:.2f} ({known})."
+        known = f"{self.low:.2f} to {self.high:.2f} when the means are drawn again within their uncertainty"
+        if self.low <= 0:
+            verdict = "is not told apart from chance"
         else:
-            verdict = "The order of the paper's rows is not reproduced"
-        return f"{verdict}: Kendall's tau over {self.rows} rows is {self.tau:.2f} ({known})."
+            verdict = "is reproduced" if self.same else "is reproduced in part"
+        tau = f"Kendall's tau over {self.rows} rows is {self.tau:.2f}"
+        return f"The order of the paper's rows {verdict}: {tau} ({known})."
 
 
 def compare_order(published: Sequence[float], measured: Sequence[Sequence[float]]) -> Order:
     """Compare the order of rows; `measured` holds a row's seeds."""
     means = np.array([np.mean(seeds) for seeds in measured])
     paper = np.array(published)
-    tau = float(kendalltau(paper, means).statistic)
     pairs = [(i, j) for i in range(len(paper)) for j in range(len(paper)) if paper[i] > paper[j]]
     same = bool(pairs) and all(means[i] > means[j] for i, j in pairs)
-    low = high = None
-    if all(len(seeds) > 1 for seeds in measured):
-        random = np.random.default_rng(0)
-        drawn = []
-        for _ in range(RESAMPLES):
-            again = [np.mean(random.choice(seeds, len(seeds))) for seeds in measured]
-            drawn.append(kendalltau(paper, again).statistic)
-        low, high = (float(q) for q in np.nanquantile(drawn, (0.025, 0.975)))
+    found = float(_tau(paper, means[None])[0])
+    tau = None if math.isnan(found) else found
+    if tau is None or any(len(seeds) < 2 for seeds in measured):
+        return Order(tau, None, None, same, len(paper))
+    random = np.random.default_rng(0)
+    counts = np.array([len(seeds) for seeds in measured])
+    errors = np.array([np.std(seeds, ddof=1) for seeds in measured]) / np.sqrt(counts)
+    drawn = means + errors * random.standard_t(counts - 1, size=(DRAWS, len(means)))
+    low, high = (float(q) for q in np.nanquantile(_tau(paper, drawn), (0.025, 0.975)))
     return Order(tau, low, high, same, len(paper))
+
+
+def _tau(paper: Float64Array, means: Float64Array) -> Float64Array:
+    """Return tau-b for each of N lists of means `[N, rows]`: concordant minus discordant pairs, divided by the root of
+    the pairs not tied on one side times those not tied on the other; NaN where one side has no order.
+    """
+    first, second = np.triu_indices(len(paper), 1)
+    a, b = np.sign(paper[first] - paper[second]), np.sign(means[:, first] - means[:, second])
+    with np.errstate(invalid="ignore"):
+        tau: Float64Array = (a * b).sum(axis=1) / np.sqrt(np.abs(a).sum() * np.abs(b).sum(axis=1))
+    return tau

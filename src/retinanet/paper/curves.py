@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
@@ -16,8 +17,9 @@ from retinanet.losses import (
     sigmoid_focal_loss,
     sigmoid_focal_star_loss,
 )
-from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
+from retinanet.paper.page import COLOURS, Interactive, Page, Picture, Table, new_figure
 
+PLAYGROUND = Path(__file__).with_name("playground.html")
 # The gammas of Figure 1, and the settings of FL* in Figures 5 and 6 and in Table 3.
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 STARS = ((2.0, 1.0), (4.0, 0.0))
@@ -202,6 +204,11 @@ def inliers() -> Page:
             "So the loss of what is frequent and classified well falls a lot, that of what is rare and misclassified "
             "hardly. In the detector itself the best alpha for objects, the rare class, is 0.25: gamma has done the "
             "balancing already (Section 4.1).",
+            Interactive(
+                PLAYGROUND.read_text(encoding="utf-8"),
+                "The HTML form of this page has sliders for gamma, alpha, and how many easy and hard examples there "
+                "are: `retinanet paper inliers`.",
+            ),
         ),
         {"ratios": {name: _ratio(p_t, alpha) for name, p_t, alpha in effects}},
     )

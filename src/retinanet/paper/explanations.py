@@ -55,7 +55,7 @@ def iou_page() -> Page:
         (
             "How well two boxes agree is the area they share, divided by the area they cover together: 1 for equal "
             "boxes, 0 for boxes apart, whatever their size. An anchor belongs to an object from IoU 0.5 on (equal to "
-            "0.5 is enough) and to the background below 0.4; a detection counts as right above a threshold that COCO "
+            "0.5 is enough) and to the background below 0.4; a detection counts as right from a threshold on that COCO "
             "moves from 0.5 to 0.95.",
             Picture(figure, "Three detections of one object. Shaded: the intersection."),
             Table(("", "shift, sides", "IoU"), rows),

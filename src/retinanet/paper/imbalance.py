@@ -57,8 +57,8 @@ def _sizes() -> tuple[float, ...]:
 
 
 def choose(found: Sequence[Imbalance]) -> Imbalance:
-    """Return the candidate whose ratio is nearest to 1:1000, in octaves; within a tenth of it, the fewest empty
-    images."""
+    """Return the candidate whose ratio of negatives to positives is nearest to 1,000, as a factor; of those within a
+    tenth of the best factor, the one with the fewest empty images."""
     limit = 1.1 * min(_distance(one) for one in found)
     return min((one for one in found if _distance(one) <= limit), key=lambda one: one.spec.empty_share)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from retinanet.paper import architecture, curves, explanations, imbalance
+from retinanet.paper import architecture, curves, explanations, imbalance, loss_shares, speed
+from retinanet.paper.measuring import trained_model
 from retinanet.paper.page import Page
+from retinanet.paper.results import Request
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,20 @@ class Item:
 
     what: str
     make: Callable[[], Page]
+
+
+@dataclass(frozen=True)
+class OfResults:
+    """An item about what was trained: the rows of tables, or a model of one's own."""
+
+    what: str
+    make: Callable[[Request], Page]
+
+
+def fig4(request: Request) -> Page:
+    """Figure 4 of `--model`, or of the row of the focal loss."""
+    model = Path(request.model) if request.model else trained_model(request)
+    return loss_shares.fig4(model, str(request.data))
 
 
 ITEMS: dict[str, Item] = {
@@ -29,4 +46,9 @@ ITEMS: dict[str, Item] = {
     "fig5": Item("FL and FL* over the logit", curves.fig5),
     "fig6": Item("derivatives of CE, FL and FL*", curves.fig6),
     "setting": Item("how the images of the tiny scale were chosen: by their imbalance", imbalance.setting),
+}
+
+OF_RESULTS: dict[str, OfResults] = {
+    "fig2": OfResults("speed against accuracy, from the rows of table1e", speed.fig2),
+    "fig4": OfResults("where the loss of a trained model comes from, for several gammas", fig4),
 }

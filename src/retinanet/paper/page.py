@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -39,16 +39,27 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Interactive:
+    """Something to play with: HTML and script of its own, in the HTML form alone, and what Markdown says instead."""
+
+    html: str
+    instead: str
+
+
+@dataclass(frozen=True)
 class Page:
-    """An item, made. `parts` are paragraphs (str), tables and pictures in their order.
+    """An item, made. `parts` are paragraphs (str), tables, pictures and what one can play with, in their order.
 
     `numbers` is what the JSON file holds beside the tables.
     """
 
     name: str
     title: str
-    parts: Sequence[str | Table | Picture]
+    parts: Sequence[Part]
     numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+Part: TypeAlias = str | Table | Picture | Interactive
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -71,7 +82,7 @@ def write_page(page: Page, folder: Path) -> list[Path]:
         [dict(zip(t.head, row, strict=True)) for row in t.rows] for t in page.parts if isinstance(t, Table)
     ]
     values = {"item": page.name, "title": page.title, **page.numbers, "tables": tables}
-    write_text(folder / f"{page.name}.json", json.dumps(values, indent=1) + "\n")
+    write_text(folder / f"{page.name}.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
     return [folder / name for name in (*(f"{page.name}.{kind}" for kind in ("md", "html", "json")), *names)]
 
 
@@ -91,6 +102,8 @@ def _markdown(page: Page, pictures: Sequence[str]) -> str:
         elif isinstance(part, Table):
             rule = ["---", *("---:" for _ in part.head[1:])]
             blocks.append("\n".join("| " + " | ".join(row) + " |" for row in (part.head, rule, *part.rows)))
+        elif isinstance(part, Interactive):
+            blocks.append(part.instead)
         else:
             blocks.append(f"![{part.caption}]({left.pop(0)})\n\n*{part.caption}*")
     return "\n\n".join(blocks) + "\n"
@@ -108,6 +121,8 @@ def _html(page: Page, pictures: Sequence[bytes]) -> str:
                 "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in part.rows
             )
             blocks.append(f"<table><tr>{head}</tr>{rows}</table>")
+        elif isinstance(part, Interactive):
+            blocks.append(part.html)
         else:
             source = f"data:image/png;base64,{base64.b64encode(left.pop(0)).decode()}"
             caption = escape(part.caption)

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from retinanet.errors import RetinaNetError, TrainingError
 from retinanet.folders import write_json
 from retinanet.paper.settings import SCALES, ScaleName, Setting, change_of, options_of
+from retinanet.training.run import run_training
 
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a setting at a rate and a seed."""
+    """One run: a setting at a rate and a seed.
+
+    `conditions` tells apart what else decides the result: the annotations, the scale's numbers, the weights.
+    """
 
     setting: Setting
     scale: ScaleName
@@ -32,26 +43,33 @@ class Job:
     rate: float
     seed: int
     pretrained: str = "auto"
+    conditions: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.setting.key}/rate-{self.rate:g}-seed-{self.seed}"
 
+    @property
+    def folder(self) -> str:
+        """The folder of all runs under the same conditions."""
+        return "-".join(part for part in (self.scale, Path(self.data).name, self.conditions) if part)
+
 
 @dataclass(frozen=True)
 class Store:
-    """Where results are: a JSON file a run under `results/`, which is worth keeping, and the run folders themselves.
-
-    Results of another data set or scale never mix: each has a folder of its own.
-    """
+    """Where results are: a JSON file a run under `results/`, which is worth keeping, and the run folders themselves."""
 
     folder: Path
 
     def file(self, job: Job) -> Path:
-        return self.folder / "results" / f"{job.scale}-{Path(job.data).name}" / f"{job.name}.json"
+        return self.folder / "results" / job.folder / f"{job.name}.json"
 
     def run(self, job: Job) -> Path:
-        return self.folder / "runs" / f"{job.scale}-{Path(job.data).name}" / job.name
+        return self.folder / "runs" / job.folder / job.name
+
+    def log(self, job: Job) -> Path:
+        run = self.run(job)
+        return run.with_name(f"{run.name}.log")
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """Return what a finished run found."""
@@ -59,10 +77,40 @@ class Store:
         return json.loads(file.read_text()) if file.exists() else None
 
 
+@dataclass
+class _Children:
+    """The processes that are running: none is started any more once they are to stop."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    stopping: bool = False
+
+    def run(self, arguments: Sequence[str], environment: dict[str, str], log: Path) -> int:
+        """Run a process to its end and return its exit code, with what it prints in a file."""
+        with log.open("wb") as output:
+            with self.lock:
+                if self.stopping:
+                    return -signal.SIGTERM
+                child = subprocess.Popen(arguments, env=environment, stdout=output, stderr=subprocess.STDOUT)
+                self.running.add(child)
+            code = child.wait()
+            with self.lock:
+                self.running.discard(child)
+        return code
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopping = True
+            for child in self.running:
+                child.terminate()
+
+
 def run_all(
     jobs: Iterable[Job], store: Store, *, parallel: int, say: Callable[[str], None], done: Callable[[], None]
 ) -> list[str]:
     """Run the jobs that have no result yet, `parallel` at a time; return what failed.
+
+    A signal stops them, and what they have not finished is done when the command is given again.
 
     Args:
         say: told a line for every run.
@@ -70,29 +118,26 @@ def run_all(
     """
     waiting = [job for job in dict.fromkeys(jobs) if store.result(job) is None]
     failures: list[str] = []
-    lock, children = threading.Lock(), set[subprocess.Popen[bytes]]()
-    devices: list[int] = list(range(torch.cuda.device_count()))
+    lock, children, used = threading.Lock(), _Children(), Counter[str]()
+    devices = visible_devices()
 
     def run(number: int, job: Job) -> None:
         with lock:
-            device = devices.pop() if devices else None
-        try:
-            code, tail = _run_apart(job, store, parallel, device, children)
-        finally:
-            if device is not None:
-                with lock:
-                    devices.append(device)
+            device = min(devices, key=lambda name: used[name]) if devices else None
+            used[device or ""] += 1
+        code, tail = _run_apart(job, store, parallel, device, children)
         result = store.result(job)
         with lock:
-            if result is None:
-                failures.append(f"{job.name}: exit code {code}; {tail}")
-                say(f"{number}/{len(waiting)} {job.name}: failed ({tail})")
-            else:
+            used[device or ""] -= 1
+            if result is not None:
                 found = f"AP {result['ap']:.3f}" if "diverged" not in result else "diverged"
                 say(f"{number}/{len(waiting)} {job.name}: {found}, {result['seconds'] / 60:.1f} min")
+            elif not children.stopping:
+                failures.append(f"{job.name}: exit code {code}; {tail}")
+                say(f"{number}/{len(waiting)} {job.name}: failed ({tail})")
             done()
 
-    with ThreadPoolExecutor(parallel) as pool:
+    with _interrupted_by_sigterm(), ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(run, number, job) for number, job in enumerate(waiting, 1)]
         try:
             for future in as_completed(futures):
@@ -100,42 +145,54 @@ def run_all(
         except BaseException:
             for future in futures:
                 future.cancel()
-            for child in tuple(children):
-                child.terminate()
+            children.stop()
             raise
     return failures
 
 
+def visible_devices() -> list[str]:
+    """Return the names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(number) for number in range(count)]
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does, so that no run is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run_apart(
-    job: Job, store: Store, parallel: int, device: int | None, children: set[subprocess.Popen[bytes]]
+    job: Job, store: Store, parallel: int, device: str | None, children: _Children
 ) -> tuple[int, str]:
     """Run a job in a process of its own; return its exit code and the last line that it printed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // parallel))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(device)
-    log = store.run(job).with_suffix(".log")
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    log = store.log(job)
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [sys.executable, "-m", "retinanet.paper.running", json.dumps(asdict(job)), str(store.folder)]
-    with log.open("wb") as output:
-        child = subprocess.Popen(arguments, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        children.add(child)
-        code = child.wait()
-        children.discard(child)
+    code = children.run(arguments, environment, log)
     lines = log.read_text(errors="replace").splitlines()
     return code, lines[-1] if lines else "nothing printed"
 
 
 def run_one(job: Job, store: Store) -> None:
     """Train one setting in this process and write its result; a loss that is not finite is a result, too."""
-    import shutil
-    import time
-
-    from rich.console import Console
-
-    from retinanet.training.run import run_training
-
     folder = store.run(job)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     began = time.monotonic()
@@ -147,7 +204,7 @@ def run_one(job: Job, store: Store) -> None:
         assert run is not None  # no dry run
         result |= {name: run.metrics[name] for name in FIGURES}
     except TrainingError as error:
-        result |= {"ap": 0.0, "diverged": str(error)}
+        result |= {**dict.fromkeys(FIGURES, 0.0), "diverged": str(error)}
     result |= {"seconds": round(time.monotonic() - began, 1), "torch": str(torch.__version__)}
     shutil.rmtree(folder / "last", ignore_errors=True)
     store.file(job).parent.mkdir(parents=True, exist_ok=True)

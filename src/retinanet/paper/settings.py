@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from retinanet.data.shapes import ShapesSpec
@@ -61,7 +62,9 @@ def focal(gamma: float, alpha: float = 0.25) -> Setting:
 
 
 def focal_star(gamma: float, beta: float) -> Setting:
-    """FL* (Table 3)."""
+    """FL* (Table 3, Figure 7); with gamma 1 and beta 0 the same setting as cross entropy."""
+    if (gamma, beta) == (1, 0):
+        return cross_entropy(0.25)
     return Setting(loss="fl-star", told=(("alpha", 0.25), ("gamma", gamma), ("beta", beta)))
 
 
@@ -127,7 +130,7 @@ SCALES: dict[ScaleName, Scale] = {
     ),
     "paper": Scale(
         name="paper",
-        what="COCO, 8 GPUs: ResNet-50 and ResNet-101, 90,000 steps of 16 images, the paper's schedule",
+        what="COCO: ResNet-50 and ResNet-101, 90,000 steps of 16 images, the paper's schedule",
         base="resnet50",
         deep="resnet101",
         side=600,
@@ -141,13 +144,20 @@ SCALES: dict[ScaleName, Scale] = {
 def options_of(
     setting: Setting, scale: Scale, data: str, *, seed: int, pretrained: str = "auto"
 ) -> TrainingOptions:
-    """Return the options that train a setting."""
+    """Return the options that train a setting.
+
+    Args:
+        pretrained: as of `retinanet train`; a folder holds a file BACKBONE.safetensors for each.
+    """
     side = scale.pixels(setting)
+    backbone = scale.deep if setting.deep else scale.base
+    if Path(pretrained).is_dir():
+        pretrained = str(Path(pretrained) / f"{backbone}.safetensors")
     told: dict[str, Any] = {**dict(setting.told), **scale.options}
     return TrainingOptions(
         data=data,
         pretrained=pretrained,
-        backbone=scale.deep if setting.deep else scale.base,
+        backbone=backbone,
         image_size=side,
         max_size=round(side * 5 / 3),  # as Detectron's: 1,000 beside 600, 1,333 beside 800
         loss=setting.loss,

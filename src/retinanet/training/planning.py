@@ -40,6 +40,8 @@ from retinanet.training.sizing import (
 
 # Validations in a run, unless --validate-every-steps says otherwise or --time leaves no time for as many.
 VALIDATIONS = 5
+# The share of a run that they may take, and how long a validated image takes beside a trained one: it has no way back.
+VALIDATIONS_TAKE, LOOKED_AT = 0.1, 1 / 3
 # With fewer passes over the images each is new often enough, and zooming only makes it harder.
 FEW_PASSES = 3
 # Padded sides of training images are multiples of this with --compile.
@@ -103,6 +105,14 @@ class Plan:
             augmentation=augmentation,
             reasons=tuple((setting, *row) for setting, row in {**known, **changed}.items()),
         )
+
+    def validating(self, images: int) -> Plan:
+        """Return the plan with fewer validations where those of so many images would take more than their share."""
+        if self.options.validate_every_steps is not None or not images:
+            return self
+        affordable = VALIDATIONS_TAKE / LOOKED_AT * self.steps * self.batch_size / images
+        validations = max(1, min(VALIDATIONS, int(affordable)))
+        return dataclasses.replace(self, validate_every=math.ceil(self.steps / validations))
 
     def to_json(self) -> dict[str, Any]:
         """Return what was decided, for `plan.json`."""

@@ -97,7 +97,9 @@ def run_training(
     network = build_network(plan)
     folder = None if options.dry_run else RunFolder.create(options.output, options)
     seconds = options.seconds()
-    if seconds is not None:
+    if seconds is None:
+        plan = plan.validating(len(val_set))
+    else:
         plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
     plan.show(console)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)

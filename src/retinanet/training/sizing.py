@@ -121,7 +121,9 @@ def choose_batch(
     if device.type != "cpu" or options.batch_size or not recipe.pixels_seen or fitting >= recipe.batch_size:
         return recipe
     reasons.append(("batch size", str(fitting), f"an image holds {objects:.0f} objects"))
-    rate = recipe.lr if options.lr else recipe.lr * math.sqrt(recipe.batch_size / fitting)
+    ratio = recipe.batch_size / fitting
+    # `choose_rate` will divide by as much.
+    rate = recipe.lr if options.lr else recipe.lr * (ratio if recipe.optimizer == "sgd" else math.sqrt(ratio))
     return replace(recipe, batch_size=fitting, lr=rate)
 
 

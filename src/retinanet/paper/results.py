@@ -1,0 +1,80 @@
+"""What was asked for, which runs that takes, and what is known of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retinanet.paper.comparison import Interval, interval
+from retinanet.paper.running import Job, Store
+from retinanet.paper.settings import Scale, Setting
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Args:
+        rows: names, or parts of names that are no row's whole name, of the rows to train; empty is all.
+        seeds: how many; the first chooses the rate.
+        model: for figure 4, instead of a row's.
+        about_data, conditions: what `prepare` finds: the data in words, and what tells results apart.
+    """
+
+    scale: Scale
+    data: Path | None
+    output: Path
+    seeds: int
+    rows: tuple[str, ...]
+    parallel: int
+    pretrained: str = "auto"
+    model: str | None = None
+    about_data: str = ""
+    conditions: str = ""
+
+    def job(self, setting: Setting, rate: float, seed: int) -> Job:
+        """Return the run of a setting."""
+        return Job(setting, self.scale.name, str(self.data), rate, seed, self.pretrained, self.conditions)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a setting: AP at each rate with the first seed, the best rate, and the results at it."""
+
+    rates: dict[float, float]
+    rate: float | None
+    results: list[dict[str, Any]]
+
+    def of(self, figure: str) -> Interval | None:
+        values = [result[figure] for result in self.results if result.get(figure) is not None]
+        return interval(values) if values else None
+
+
+def search_jobs(settings: Iterable[Setting], request: Request) -> list[Job]:
+    """Return the runs that find each setting's rate."""
+    return [request.job(setting, rate, 0) for setting in settings for rate in request.scale.rates]
+
+
+def seed_jobs(settings: Iterable[Setting], request: Request, store: Store) -> list[Job]:
+    """Return the runs of the other seeds, of settings whose rate is known."""
+    jobs = []
+    for setting in settings:
+        rate = what_is_known(setting, request, store).rate
+        if rate is not None:
+            jobs += [request.job(setting, rate, seed) for seed in range(1, request.seeds)]
+    return jobs
+
+
+def what_is_known(setting: Setting, request: Request, store: Store) -> Measured:
+    """Return the results of a setting so far. The best rate is known when all were tried."""
+    found = {job.rate: store.result(job) for job in search_jobs([setting], request)}
+    rates = {rate: float(result["ap"]) for rate, result in found.items() if result is not None}
+    if len(rates) < len(found):
+        return Measured(rates, None, [])
+    rate = max(rates, key=lambda rate: rates[rate])
+    others = [store.result(request.job(setting, rate, seed)) for seed in range(1, request.seeds)]
+    first = found[rate]
+    assert first is not None  # all of them are there
+    return Measured(rates, rate, [first, *(result for result in others if result is not None)])

@@ -1,0 +1,111 @@
+"""Figure 2: speed against accuracy, from the rows of Table 1e."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from retinanet.data import open_dataset
+from retinanet.errors import ConfigError
+from retinanet.images import decode
+from retinanet.inference import load
+from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
+from retinanet.paper.results import Measured, Request, what_is_known
+from retinanet.paper.running import Store
+from retinanet.paper.tables import table1e
+
+# The other detectors of the paper's figure: AP and milliseconds on an M40.
+OTHERS = {
+    "YOLOv2": (21.6, 25),
+    "SSD321": (28.0, 61),
+    "DSSD321": (28.0, 85),
+    "R-FCN (extrapolated)": (29.9, 85),
+    "SSD513": (31.2, 125),
+    "DSSD513": (33.2, 156),
+    "FPN Faster R-CNN": (36.2, 172),
+}
+# Images looked at before the clock starts, and those of which the median is taken.
+WARM, TIMED = 3, 20
+
+
+def fig2(request: Request) -> Page:
+    """Figure 2: AP over milliseconds an image, published, and of the rows of Table 1e that are trained."""
+    store, study = Store(request.output), table1e(request.scale)
+    known: dict[str, tuple[Measured, float]] = {}
+    for row in study.rows:
+        assert row.setting is not None  # all of Table 1e can be trained
+        found = what_is_known(row.setting, request, store)
+        if found.rate is not None:
+            known[row.name] = (
+                found,
+                milliseconds(store.run(request.job(row.setting, found.rate, 0)), str(request.data)),
+            )
+    if not known:
+        raise ConfigError(
+            f"fig2 needs rows of table1e with their models, of which none is in {request.output}: "
+            f"retinanet paper table1e --output {request.output}"
+        )
+    figure = new_figure(10, 4.2)
+    left, right = figure.subplots(1, 2)
+    rows = []
+    for axes, deep, colour in ((left, False, COLOURS[0]), (left, True, COLOURS[1])):
+        of = [row.published for row in study.rows if row.setting is not None and row.setting.deep == deep]
+        _line(
+            axes, [p.ms or 0 for p in of], [p.ap or 0 for p in of], colour, f"RetinaNet-{101 if deep else 50}"
+        )
+    for name, (ap, ms) in OTHERS.items():
+        left.plot(ms, ap, "s", color="#888888", markersize=5)
+        left.annotate(name, (ms, ap), xytext=(4, -9), textcoords="offset points", fontsize=7)
+    left.set(title="published: COCO test-dev, M40", xlim=(0, 260))
+    for deep, colour in ((False, COLOURS[0]), (True, COLOURS[1])):
+        of_depth = [
+            row for row in study.rows if row.name in known and row.setting and row.setting.deep == deep
+        ]
+        means = [known[row.name][0].of("ap") for row in of_depth]
+        speeds = [known[row.name][1] for row in of_depth]
+        name = request.scale.deep if deep else request.scale.base
+        if of_depth:
+            _line(right, speeds, [100 * mean.mean for mean in means if mean is not None], colour, name)
+        rows += [
+            (row.name, f"{mean.percent()}", f"{ms:.1f}")
+            for row, mean, ms in zip(of_depth, means, speeds, strict=True)
+            if mean is not None
+        ]
+    right.set(title="measured here, val", xlim=(0, None))
+    for axes in (left, right):
+        axes.set(xlabel="milliseconds an image", ylabel="AP, %")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right")
+    return Page(
+        "fig2",
+        "Figure 2: speed against accuracy",
+        (
+            "Each line joins image sizes of one depth, those of Table 1e; in the paper RetinaNet is above all others "
+            f"from 64 ms on. Measured: AP on val as in table1e, and the median time of {TIMED} images, one at a time, "
+            "from pixels to boxes, on this machine.",
+            Picture(figure, "AP over the time of an image."),
+            Table(("row", "AP", "ms an image"), rows),
+        ),
+        {"milliseconds": {name: ms for name, (_, ms) in known.items()}},
+    )
+
+
+def milliseconds(model: Path, data: str) -> float:
+    """Return the median time that a detector takes for one image of val that is decoded already."""
+    detector, dataset = load(model), open_dataset(data, "val")
+    times = []
+    for index in islice(range(len(dataset)), WARM + TIMED):
+        image = decode(dataset.path(index))
+        began = time.perf_counter()
+        detector.predict([image])
+        times.append(time.perf_counter() - began)
+    return 1000 * float(np.median(times[min(WARM, len(times) - 1) :]))
+
+
+def _line(axes: Axes, x: list[float], y: list[float], colour: str, name: str) -> None:
+    axes.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=5, label=name)

@@ -1,0 +1,189 @@
+"""The page of a study: published rows beside measured ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from retinanet.losses import sigmoid_cross_entropy, sigmoid_focal_star_loss
+from retinanet.paper.comparison import compare_order, interval
+from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
+from retinanet.paper.results import Measured, Request, what_is_known
+from retinanet.paper.running import Store
+from retinanet.paper.tables import Row, Study
+
+HEADINGS = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "APs",
+    "ap_medium": "APm",
+    "ap_large": "APl",
+}
+# How Figure 7 draws a setting that is above cross entropy, below it, or not told apart from it.
+JUDGED = {True: (COLOURS[0], "-"), False: (COLOURS[3], "--"), None: ("#888888", ":")}
+
+
+def page_of(study: Study, request: Request, store: Store) -> Page:
+    """Return the page of a study with what is known so far."""
+    known = {
+        row.name: what_is_known(row.setting, request, store) for row in study.rows if row.setting is not None
+    }
+    figures = ("ap", *study.figures)
+    head = ["row", *(f"{HEADINGS[figure]}, paper" for figure in figures), *(HEADINGS[f] for f in figures)]
+    table = Table(
+        [*head, "rate", "seeds"],
+        [
+            [row.name, *_published(row, figures), *_measured(known.get(row.name), figures)]
+            for row in study.rows
+        ],
+    )
+    finished = [row for row in study.rows if row.name in known and known[row.name].rate is not None]
+    parts: list[str | Table | Picture] = [study.about, _how(request), table, *_divergences(known)]
+    ordered = [row for row in finished if row.published.ap is not None]
+    numbers: dict[str, Any] = {"scale": request.scale.name, "data": request.about_data}
+    if study.ordered and len(ordered) > 2:
+        order = compare_order(
+            [row.published.ap or 0.0 for row in ordered],
+            [[result["ap"] for result in known[row.name].results] for row in ordered],
+        )
+        parts.append(order.in_words())
+        numbers["order"] = asdict(order)
+    if study.stars and len(finished) > 1 and known["CE"].rate is not None:
+        parts.append(_stars(study, known))
+    elif len(finished) > 1:
+        parts.append(_picture(study, finished, known))
+    tried = [row for row in study.rows if row.name in known and known[row.name].rates]
+    if len(request.scale.rates) > 1 and tried:
+        parts += [
+            "AP at every rate that was tried, with the first seed (factors on the recipe's rate; the best is used for "
+            "the other seeds):",
+            Table(
+                ["row", *(f"rate x {rate:g}" for rate in request.scale.rates)],
+                [
+                    [row.name, *(_rate(known[row.name], rate) for rate in request.scale.rates)]
+                    for row in tried
+                ],
+            ),
+        ]
+    numbers["rows"] = [
+        {
+            "name": row.name,
+            "setting": asdict(row.setting) if row.setting else None,
+            "published": asdict(row.published),
+            "rates": {f"{rate:g}": ap for rate, ap in known[row.name].rates.items()}
+            if row.name in known
+            else {},
+            "results": known[row.name].results if row.name in known else [],
+        }
+        for row in study.rows
+    ]
+    return Page(study.name, study.title, parts, numbers)
+
+
+def _how(request: Request) -> str:
+    scale, options = request.scale, request.scale.options
+    chosen = (
+        " The rate of a row is the best on val with its first seed, which counts among the seeds: that lifts every row "
+        "a little."
+    )
+    return (
+        f"Measured at scale {scale.name} ({scale.what}) on {request.about_data}; {scale.steps:,} steps of "
+        f"{options['batch_size']}, recipe {options['recipe']}, {scale.side} px, where the row does not say otherwise. "
+        "AP is in percent, on val: the mean of seeds ± half of its 95 % interval (Student's t)."
+        f"{chosen if len(scale.rates) > 1 else ''} What was published is of COCO."
+    )
+
+
+def _published(row: Row, figures: Sequence[str]) -> list[str]:
+    values = [getattr(row.published, figure) for figure in figures]
+    return ["-" if value is None else f"{value:.1f}" for value in values]
+
+
+def _measured(found: Measured | None, figures: Sequence[str]) -> list[str]:
+    if found is None:
+        return ["-"] * (len(figures) + 2)
+    if found.rate is None:
+        return ["not yet" if figure == "ap" else "" for figure in figures] + ["", ""]
+    cells = []
+    for figure in figures:
+        known = found.of(figure)
+        cells.append("-" if known is None else known.percent())
+    return [*cells, f"x {found.rate:g}", f"{len(found.results)}"]
+
+
+def _rate(found: Measured, rate: float) -> str:
+    return f"{100 * found.rates[rate]:.1f}" if rate in found.rates else "not yet"
+
+
+def _divergences(known: dict[str, Measured]) -> list[str]:
+    """Return a paragraph for each row with runs that diverged."""
+    lines = []
+    for name, found in known.items():
+        messages = [result["diverged"] for result in found.results if "diverged" in result]
+        if messages:
+            lines.append(f"{name}: {len(messages)} of {len(found.results)} runs diverged ({messages[0]}).")
+    return lines
+
+
+def _picture(study: Study, rows: Sequence[Row], known: dict[str, Measured]) -> Picture:
+    """Published and measured AP of the rows, side by side."""
+    figure = new_figure(8.4, 0.34 * len(rows) + 1.2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = list(range(len(rows)))
+    left.barh(places, [row.published.ap or 0 for row in rows], color="#bbbbbb", height=0.6)
+    left.set(title="published, COCO", xlabel="AP, %", yticks=places, yticklabels=[row.name for row in rows])
+    left.invert_yaxis()
+    intervals = [interval([result["ap"] for result in known[row.name].results]) for row in rows]
+    right.barh(
+        places,
+        [100 * one.mean for one in intervals],
+        xerr=[100 * (one.half or 0) for one in intervals],
+        color=COLOURS[0],
+        height=0.6,
+        capsize=3,
+    )
+    for place, row in zip(places, rows, strict=True):
+        seeds = [100 * result["ap"] for result in known[row.name].results]
+        right.plot(seeds, [place] * len(seeds), "o", color=COLOURS[1], markersize=4)
+    right.set(title="measured", xlabel="AP, %", xlim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.25, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+    return Picture(figure, "AP of the rows. Dots: seeds. Lines: 95 % intervals of the mean.")
+
+
+def _stars(study: Study, known: dict[str, Measured]) -> Picture:
+    """The losses of the rows over x_t, blue where they beat cross entropy."""
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    x = torch.linspace(-4, 5, 300, dtype=torch.float64)
+    ones = torch.ones_like(x)
+    least = known["CE"].of("ap")
+    assert least is not None  # its rate is known
+    axes.plot(x.numpy(), sigmoid_cross_entropy(x, ones).numpy(), color="#000000", linewidth=2.2, label="CE")
+    for name, star in study.stars.items():
+        found = known[name].of("ap") if name in known else None
+        if found is not None:
+            colour, dash = JUDGED[found.above(least)]
+            axes.plot(
+                x.numpy(),
+                sigmoid_focal_star_loss(x, ones, None, *star).numpy(),
+                color=colour,
+                linestyle=dash,
+                linewidth=1.3,
+                label=f"$\\gamma$ {star[0]:g}, $\\beta$ {star[1]:g}: {found.percent()}",
+            )
+    axes.axvline(0, color="#8888", linewidth=1)
+    axes.set(xlim=(-4, 5), ylim=(-0.1, 4.2), xlabel="$x_t = y\\,x$", ylabel="loss")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    caption = (
+        f"FL* by setting: blue is above cross entropy (AP {least.percent()}), dashed red below it, dotted grey not "
+        "told apart, as the intervals meet."
+    )
+    return Picture(figure, caption)
