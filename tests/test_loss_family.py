@@ -323,6 +323,15 @@ def test_nothing_at_all(loss):
                 value = SIGMOID[loss][0](x, none, reduction=reduction, normalizer=normalizer)
                 value.backward()
                 assert value.item() == 0
+        nothing_known = torch.ones(shape, dtype=torch.bool)
+        value = SIGMOID[loss][0](
+            x,
+            none,
+            reduction="mean",
+            normalizer="elements" if shape[-1] == 0 else "positives",
+            ignore=nothing_known,
+        )
+        assert value.item() == 0
     everything = torch.ones(4, dtype=torch.bool)
     x = torch.zeros(4, CLASSES)
     zero = SIGMOID[loss][0](x, torch.zeros(4, dtype=torch.int64), reduction="mean", ignore=everything)

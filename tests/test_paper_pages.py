@@ -300,6 +300,15 @@ def test_fig4_of_a_model_of_ones_own(
     assert values["gammas"] == [0, 0.5, 1, 2]
     assert len(values["shares"]["negatives"]) == 4
     assert values["images"] == 5
+    # The val split is enough.
+    (shapes / "annotations" / "instances_train.json").rename(tmp_path / "away.json")
+    try:
+        code, _, err = run(
+            capsys, "fig4", "--model", str(model), "--data", str(shapes), "--output", str(tmp_path)
+        )
+    finally:
+        (tmp_path / "away.json").rename(shapes / "annotations" / "instances_train.json")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(

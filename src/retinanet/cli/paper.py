@@ -85,7 +85,10 @@ class Paper:
         if self.dry_run:
             dry_run(studies, request)
             return 0
-        request = prepare(request, say, draw=bool(studies))
+        if (
+            studies or self.model is None or of_results != ["fig4"]
+        ):  # a model of one's own needs its val split alone
+            request = prepare(request, say, draw=bool(studies))
         code = self._measure(studies, request) if studies else 0
         for name in of_results:
             self._write(OF_RESULTS[name].make(request))
@@ -160,7 +163,10 @@ class Paper:
 
         failures = measure(studies, request, say)
         for name in studies:
-            say(f"{name}: {request.output / name}.md (.html, .json, .png)")
+            made = [
+                kind for kind in (".html", ".json", ".png") if (request.output / f"{name}{kind}").exists()
+            ]
+            say(f"{name}: {request.output / name}.md ({', '.join(made)})")
         for failure in failures:
             say(f"failed: {failure}")
         return 1 if failures else 0

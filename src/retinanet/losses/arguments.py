@@ -83,7 +83,7 @@ def divisor(
         if targets.dtype == torch.int64:
             share = (targets >= 0).float()
             unknown = ignore
-            if ignore is not None and ignore.ndim == elements.ndim and elements.numel():
+            if ignore is not None and ignore.ndim == elements.ndim and elements.shape[-1]:
                 unknown = ignore.gather(-1, targets.clamp(min=0)[..., None])[..., 0]  # of its own class
         else:
             share = targets.detach().float()
