@@ -447,11 +447,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (("table1b", "--pretrained", "x"), "--pretrained belongs to --scale paper; tiny starts from scratch"),
         (("iou", "--seeds", "0"), "--seeds belongs to items that are measured"),
         (("iou", "--rows", ""), "--rows belongs to items that are measured"),
-        (("table2", "--rows", "YOLO"), "--rows 'YOLO' is part of the name of no row that is trained"),
+        (("table2", "--rows", "YOLO"), "--rows: no row that is trained has a name with 'YOLO' in it"),
         (("table1b", "--scale", "large"), "--scale needs one of tiny, small, paper; got 'large'"),
         (
             ("table1b", "--rows", "gamma 3"),
-            "--rows 'gamma 3' is part of the name of no row.* There are: gamma 0, alpha",
+            "--rows: no row that is trained has a name with 'gamma 3' in it.* There are: gamma 0, alpha",
         ),
         (("table1z",), "Did you mean 'table1"),
     ],
@@ -540,6 +540,7 @@ def test_the_scale_of_the_paper_is_the_papers(
     said = " ".join(out.split())
     assert code == 0
     assert "7 settings, each at 1 rate with the first seed" in said
+    assert "gamma 0.1, alpha 0.75 gamma 0.2, alpha 0.75" in said
     assert "rate 0.01, a tenth of it from steps 60,000 and 80,000; 90,000 steps of 16 images" in said
     assert "train2017 is the paper's trainval35k" in said
     assert "val2017 its minival" in said
@@ -616,7 +617,7 @@ def test_the_speed_of_a_model(data: Path, tmp_path: Path) -> None:
 
 def test_check_rows_takes_parts_of_names() -> None:
     check_rows(["table1b"], TINY, ("gamma 2", "alpha 0.75"))
-    with pytest.raises(ConfigError, match="part of the name of no row"):
+    with pytest.raises(ConfigError, match="no row that is trained has a name with"):
         check_rows(["table1b"], TINY, ("OHEM",))
 
 

@@ -39,9 +39,16 @@ from retinanet.losses import sigmoid_focal_loss, sigmoid_focal_star_loss, sigmoi
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
 from retinanet.records import Classes, GroundTruth, Ignore
 from retinanet.training import loop, recipes, timing
-from retinanet.training.configuration import LossName, TrainingOptions, read_config, write_config
+from retinanet.training.configuration import (
+    EVERY_SETTING,
+    SETTINGS,
+    LossName,
+    TrainingOptions,
+    read_config,
+    write_config,
+)
 from retinanet.training.muon import Muon
-from retinanet.training.objectives import EVERY_SETTING, SETTINGS, settings_of
+from retinanet.training.objectives import settings_of
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
 from retinanet.training.planning import Plan, choose_rate, plan_run
 from retinanet.training.run import run_training
@@ -550,6 +557,17 @@ def test_a_time_without_room_for_a_step_and_a_validation_is_refused(
         timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 20)
 
 
+def test_a_run_that_never_began_leaves_its_name_free(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 18.0)
+    options = TrainingOptions(data=str(data), output=str(tmp_path / "run"), time="10s", **TINY)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="is too short"):
+        run_training(options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_last_validation_is_counted_when_the_cadence_is_asked_for(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1002,6 +1020,10 @@ def test_the_loss_that_was_asked_for(data: Path, options: dict, words: str) -> N
     ],
 )
 def test_what_does_not_belong_to_a_loss_is_refused(data: Path, options: dict, message: str) -> None:
+    if "loss" in options:  # before anything is read
+        with pytest.raises(ConfigError, match=message):
+            TrainingOptions(data="nowhere", **options)
+        return
     asked = TrainingOptions(data=str(data), pretrained="none", device="cpu", **options)
     with pytest.raises(ConfigError, match=message):
         plan_run(asked, open_dataset(data, "train"))

@@ -48,7 +48,7 @@ class Paper:
     )
     """Tables at scale paper: as of train, or a folder of BACKBONE.safetensors; other scales start from scratch."""
     dry_run: bool = False
-    """Tables: print the runs and the plan of the first, and stop."""
+    """Tables: print the rows that would be trained, and the plan of the first where its images are there, and stop."""
 
     def run(self) -> int:
         from retinanet.errors import ConfigError, did_you_mean

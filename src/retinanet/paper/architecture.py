@@ -15,6 +15,8 @@ from retinanet.records import Classes
 # The paper's tables are of COCO: 80 classes.
 COCO_CLASSES = Classes(tuple(f"class {number}" for number in range(1, 81)))
 SIDE = 800
+# Where the picture has the line that joins the levels, and the two heads.
+BUS, HEADS = 7.1, (3.6, 0.9)
 
 
 def fig3(spec: ModelSpec | None = None, side: int = SIDE) -> Page:
@@ -118,9 +120,7 @@ def _draw(
     for name, _, (channels, height, width) in pyramid:
         x, y = places[name]
         _box(axes, x, y, 2.0, 0.85, COLOURS[1], f"{name}\n{channels} x {height} x {width}")
-        axes.annotate(
-            "", (7.55, y + 0.42), (6.65, y + 0.42), arrowprops={"arrowstyle": "->", "color": "#888888"}
-        )
+        axes.plot([6.65, BUS], [y + 0.42, y + 0.42], color="#444444", linewidth=1)
     for high, low in (("P5", "P4"), ("P4", "P3")):
         axes.annotate(
             "",
@@ -150,10 +150,17 @@ def _draw(
     )
     relu = "ReLU, " if spec.pyramid.relu_before_p7 else ""
     axes.text(5.7, six[1] + 0.97, f"{relu}3 x 3, stride 2", fontsize=7)
+    # Every level goes to both heads.
+    ends = [y + 0.42 for _, y in places.values()]
+    axes.plot([BUS, BUS], [min(ends), max(ends)], color="#444444", linewidth=2.5)
+    for y in HEADS:
+        axes.annotate(
+            "", (7.55, y + 0.95), (BUS, y + 0.95), arrowprops={"arrowstyle": "->", "color": "#444444"}
+        )
     width, depth = spec.pyramid.channels, spec.head.depth
     for y, name, values, colour in (
-        (3.6, "class head", f"{classes} x {per_location}", COLOURS[2]),
-        (0.9, "box head", f"4 x {per_location}", COLOURS[4]),
+        (HEADS[0], "class head", f"{classes} x {per_location}", COLOURS[2]),
+        (HEADS[1], "box head", f"4 x {per_location}", COLOURS[4]),
     ):
         axes.add_patch(
             FancyBboxPatch(

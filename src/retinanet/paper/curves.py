@@ -182,8 +182,9 @@ def inliers() -> Page:
         "inliers",
         "Fifty easy examples against five hard ones",
         (
-            "Fifty easy examples of loss 1 (p_t = 0.37) together cost 50; five hard ones of loss 5 (p_t = 0.007) cost "
-            "25: under cross entropy the step follows what is nearly right. With gamma = 2 the hard ones weigh more.",
+            "Fifty examples of loss 1 (p_t = 0.37), easy beside the others, together cost 50; five hard ones of loss 5 "
+            "(p_t = 0.007) cost 25: under cross entropy the step follows the many. With gamma = 2 the hard ones weigh "
+            "more. In a detector the easy ones are far easier, and a hundred thousand.",
             Picture(figure, "Sums of the losses of 50 easy and 5 hard examples."),
             Table(("gamma", "50 easy", "5 hard", "easy / hard"), rows),
             "With a weight for the rare class as well (here 0.75, and 0.25 for the frequent one), the ratio of the "

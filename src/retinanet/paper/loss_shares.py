@@ -84,9 +84,9 @@ def fig4(model: Path, data: str, split: str = "val") -> Page:
             f"The anchors of {windows.images:,} images of {dataset.name}, {split}, as {Path(model).name} sees them "
             f"({loaded.spec.backbone.name}, trained by recipe {loaded.training.get('recipe', 'unknown')}). For each "
             "gamma the losses of the positives, and those of the negatives, are sorted and summed up from the easiest "
-            "to the hardest, and divided by their sum. In the paper about a fifth of the positives carries half of "
-            "their loss whatever gamma is, while gamma = 2 puts nearly all of the negatives' loss on a small fraction "
-            "of them.",
+            "to the hardest, and divided by their sum. In the paper's model a fifth of the positives has about half "
+            "of their loss, whatever gamma is, while gamma = 2 puts nearly all of the negatives' loss on a small "
+            "fraction of them.",
             Picture(figure, "Cumulative share of the loss over the share of anchors."),
             Table(
                 ("gamma", "loss on the hardest 20 % of positives", "on the hardest 1 % of negatives"), rows

@@ -88,7 +88,8 @@ def dry_run(names: Sequence[str], request: Request) -> None:
         soft_wrap=True,
     )
     for setting in settings:
-        console.print(f"  {setting.key}", highlight=False)
+        names = [row.name for study in studies for row in study.rows if row.setting == setting]
+        console.print(f"  {' = '.join(dict.fromkeys(names))}", highlight=False)
     if request.data is None:
         console.print("the plan is known when the images are drawn: without --dry-run", highlight=False)
     if request.data is None or not jobs:
@@ -169,6 +170,6 @@ def check_rows(names: Sequence[str], scale: Scale, rows: Sequence[str]) -> None:
     for part in rows:
         if not any(part in row for row in every):
             raise ConfigError(
-                f"--rows {part!r} is part of the name of no row that is trained.{did_you_mean(part, every)} "
+                f"--rows: no row that is trained has a name with {part!r} in it.{did_you_mean(part, every)} "
                 f"There are: {'; '.join(every)}"
             )

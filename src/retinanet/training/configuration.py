@@ -20,6 +20,18 @@ from retinanet.plain import from_plain
 DEFAULT_BACKBONE = "resnet50"
 LossName: TypeAlias = Literal["focal", "ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"]
 
+# What each loss can be told, and what it is told where nobody says anything: the paper's best.
+SETTINGS: dict[LossName, dict[str, float]] = {
+    "focal": {"alpha": 0.25, "gamma": 2.0},
+    "ce": {},
+    "balanced-ce": {"alpha": 0.75},
+    "fl-star": {"alpha": 0.25, "gamma": 2.0, "beta": 1.0},
+    "hinge": {"margin": 0.9},
+    "ohem": {"mining_batch": 128, "mining_nms": 0.5},
+    "ohem-1to3": {"mining_batch": 128, "mining_nms": 0.5},
+}
+EVERY_SETTING = sorted({name for settings in SETTINGS.values() for name in settings})
+
 
 def shown(default: str) -> str:
     """Return what `--help` says of a default: nothing where it says nothing."""
@@ -166,6 +178,8 @@ class TrainingOptions:
             raise ConfigError(f"--margin needs a number in (0, 1]; got {self.margin}")
         if self.mining_nms is not None and not 0 <= self.mining_nms <= 1:
             raise ConfigError(f"--mining-nms needs a number in [0, 1]; got {self.mining_nms}")
+        if self.loss is not None:
+            require_of_loss(self.loss, self)
         if self.loss == "fl-star" and self.gamma == 0:
             raise ConfigError("--loss fl-star needs --gamma above 0; got 0")
         if self.prior is not None and not 0 < self.prior < 1:
@@ -223,6 +237,14 @@ class TrainingOptions:
                 f"--anchors needs five positive sizes with commas, such as 32,64,128,256,512; got {self.anchors!r}"
             )
         return sizes
+
+
+def require_of_loss(loss: LossName, options: TrainingOptions) -> None:
+    """Refuse settings that do not belong to a loss."""
+    for name in EVERY_SETTING:
+        if getattr(options, name) is not None and name not in SETTINGS[loss]:
+            those = ", ".join(other for other, settings in SETTINGS.items() if name in settings)
+            raise ConfigError(f"{option(name)} belongs to --loss {those}; got --loss {loss}")
 
 
 def option(name: str) -> str:

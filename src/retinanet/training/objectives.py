@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from retinanet.errors import ConfigError
 from retinanet.model import ModelSpec
 from retinanet.objective import (
     BoxLoss,
@@ -19,30 +18,16 @@ from retinanet.objective import (
     ohem_one_to_three,
     smooth_l1_of_deltas,
 )
-from retinanet.training.configuration import LossName, TrainingOptions, option
+from retinanet.training.configuration import EVERY_SETTING, SETTINGS, TrainingOptions, require_of_loss
 from retinanet.training.recipes import Recipe
-
-# What each loss can be told, and what it is told where nobody says anything: the paper's best.
-SETTINGS: dict[LossName, dict[str, float]] = {
-    "focal": {"alpha": 0.25, "gamma": 2.0},
-    "ce": {},
-    "balanced-ce": {"alpha": 0.75},
-    "fl-star": {"alpha": 0.25, "gamma": 2.0, "beta": 1.0},
-    "hinge": {"margin": 0.9},
-    "ohem": {"mining_batch": 128, "mining_nms": 0.5},
-    "ohem-1to3": {"mining_batch": 128, "mining_nms": 0.5},
-}
-EVERY_SETTING = sorted({name for settings in SETTINGS.values() for name in settings})
 
 
 def choose_loss(recipe: Recipe, options: TrainingOptions) -> Recipe:
     """Return the recipe with the class loss that was asked for; refuse what does not belong to it."""
     loss = options.loss or recipe.loss
+    require_of_loss(loss, options)
     known = SETTINGS[loss]
     asked = {name: getattr(options, name) for name in EVERY_SETTING if getattr(options, name) is not None}
-    for name in asked.keys() - known.keys():
-        those = ", ".join(other for other, settings in SETTINGS.items() if name in settings)
-        raise ConfigError(f"{option(name)} belongs to --loss {those}; got --loss {loss}")
     usual = recipe.loss_settings if loss == recipe.loss else {}
     return dataclasses.replace(recipe, loss=loss, loss_settings={**known, **usual, **asked})
 

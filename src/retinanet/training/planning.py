@@ -25,7 +25,7 @@ from retinanet.model import ModelSpec, fitting_norm
 from retinanet.objective import Objective
 from retinanet.records import Classes
 from retinanet.training import objectives
-from retinanet.training.configuration import TrainingOptions
+from retinanet.training.configuration import EVERY_SETTING, TrainingOptions
 from retinanet.training.objectives import build_objective, choose_loss
 from retinanet.training.optimizer import MUON_FACTOR
 from retinanet.training.recipes import Recipe, modern, paper, paper_jitter, small
@@ -339,9 +339,7 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         (name.replace("_", " "), _in_words(getattr(changed, name)), "asked for" if name in asked else why)
         for name in ("optimizer", "schedule", "batch_size", "box_loss", "box_weight", "freeze")
     ]
-    of_loss = [
-        name for name in ("loss", *objectives.EVERY_SETTING, "prior") if getattr(options, name) is not None
-    ]
+    of_loss = [name for name in ("loss", *EVERY_SETTING, "prior") if getattr(options, name) is not None]
     reasons += [
         (
             "class loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from retinanet.data import Dataset, available_splits, open_dataset
 from retinanet.devices import deterministic_algorithms
-from retinanet.errors import ConfigError, DataError
+from retinanet.errors import ConfigError, DataError, RetinaNetError
 from retinanet.folders import require_new, write_json
 from retinanet.inference import Detector, Validation, load
 from retinanet.report.curves import draw_curves
@@ -100,7 +101,12 @@ def run_training(
     if seconds is None:
         plan = plan.validating(len(val_set))
     else:
-        plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
+        try:
+            plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
+        except RetinaNetError:
+            if folder is not None:  # nothing is in it that the same command would not write again
+                shutil.rmtree(folder.path)
+            raise
     plan.show(console)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
