@@ -25,7 +25,7 @@ from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import BackboneSpec, ModelSpec, PyramidSpec, build_retinanet
-from retinanet.paper import imbalance, running, speed
+from retinanet.paper import imbalance, measuring, running, speed
 from retinanet.paper.comparison import Interval, compare_order, interval
 from retinanet.paper.measuring import check_rows, measure, prepare
 from retinanet.paper.page import Picture, Table
@@ -43,6 +43,7 @@ from retinanet.paper.settings import (
 from retinanet.paper.study_page import page_of
 from retinanet.paper.tables import STUDIES, Published
 from retinanet.records import Classes
+from retinanet.training import recipes
 from retinanet.training.optimizer import drops_of, rate
 from retinanet.training.planning import plan_run
 
@@ -338,7 +339,9 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_told(
     assert measure(["prior"], request(data, tmp_path, seeds=2), said.append) == []
 
 
-def test_results_under_other_conditions_do_not_mix(data: Path, tmp_path: Path) -> None:
+def test_results_under_other_conditions_do_not_mix(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(tmp_path)
     job = Job(focal(2), "tiny", "/a/blood", 1.0, 0)
     jobs = [
@@ -367,6 +370,10 @@ def test_results_under_other_conditions_do_not_mix(data: Path, tmp_path: Path) -
     ]
     conditions = [prepare(one, lambda _: None, draw=True).conditions for one in asked]
     assert len(set(conditions)) == len(asked)
+    # A recipe that has changed since is another condition, too.
+    monkeypatch.setattr(measuring, "small", lambda *of: replace(recipes.small(*of), average_decay=0.9))
+    assert prepare(usual, lambda _: None, draw=True).conditions not in conditions
+    monkeypatch.undo()
     copy = shutil.copytree(data, tmp_path / "elsewhere" / data.name)
     assert prepare(replace(usual, data=copy), lambda _: None, draw=True).conditions == conditions[0]
     about = prepare(usual, lambda _: None, draw=True).about_data

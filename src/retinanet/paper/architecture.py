@@ -105,58 +105,43 @@ def _draw(
 ) -> None:
     bottom_up, pyramid = maps[:3], maps[3:]
     places = {f"P{n}": (4.6, 0.3 + 1.25 * (n - 3)) for n in range(3, 8)}
-    for (name, _, (channels, height, width)), x in zip(bottom_up, (1.0, 1.0, 1.0), strict=True):
+    for name, _, (channels, height, width) in bottom_up:
         y = places["P" + name[1]][1]
-        _box(axes, x, y, 2.0, 0.85, COLOURS[5], f"{name}\n{channels} x {height} x {width}")
-        axes.annotate(
-            "", (4.55, y + 0.42), (3.05, y + 0.42), arrowprops={"arrowstyle": "->", "color": "#444444"}
-        )
+        _box(axes, 1.0, y, 2.0, 0.85, COLOURS[5], f"{name}\n{channels} x {height} x {width}")
+        _arrow(axes, (3.05, y + 0.42), (4.55, y + 0.42))
         axes.text(3.8, y + 0.5, "1 x 1", ha="center", fontsize=7)
     for low, high in (("C3", "C4"), ("C4", "C5")):
         y = places["P" + low[1]][1] + 0.85
-        axes.annotate(
-            "", (2.0, places["P" + high[1]][1]), (2.0, y), arrowprops={"arrowstyle": "->", "color": "#444444"}
-        )
+        _arrow(axes, (2.0, y), (2.0, places["P" + high[1]][1]))
     for name, _, (channels, height, width) in pyramid:
         x, y = places[name]
         _box(axes, x, y, 2.0, 0.85, COLOURS[1], f"{name}\n{channels} x {height} x {width}")
         axes.plot([6.65, BUS], [y + 0.42, y + 0.42], color="#444444", linewidth=1)
     for high, low in (("P5", "P4"), ("P4", "P3")):
-        axes.annotate(
-            "",
-            (5.6, places[low][1] + 0.85),
-            (5.6, places[high][1]),
-            arrowprops={"arrowstyle": "->", "color": "#444444"},
-        )
+        _arrow(axes, (5.6, places[high][1]), (5.6, places[low][1] + 0.85))
         axes.text(5.7, places[low][1] + 0.97, "x 2, +", fontsize=7)
     six = places["P6"]
     if spec.pyramid.p6_from == "c5":
-        axes.annotate(
-            "",
-            (4.55, six[1] + 0.42),
-            (2.0, places["P5"][1] + 0.87),
-            arrowprops={"arrowstyle": "->", "color": "#444444"},
-        )
+        _arrow(axes, (2.0, places["P5"][1] + 0.87), (4.55, six[1] + 0.42))
     else:
-        axes.annotate(
-            "",
-            (5.6, six[1]),
-            (5.6, places["P5"][1] + 0.87),
-            arrowprops={"arrowstyle": "->", "color": "#444444"},
-        )
+        _arrow(axes, (5.6, places["P5"][1] + 0.87), (5.6, six[1]))
     axes.text(2.9, six[1] + 0.2, "3 x 3, stride 2", fontsize=7, rotation=12)
-    axes.annotate(
-        "", (5.6, places["P7"][1]), (5.6, six[1] + 0.87), arrowprops={"arrowstyle": "->", "color": "#444444"}
-    )
+    _arrow(axes, (5.6, six[1] + 0.87), (5.6, places["P7"][1]))
     relu = "ReLU, " if spec.pyramid.relu_before_p7 else ""
     axes.text(5.7, six[1] + 0.97, f"{relu}3 x 3, stride 2", fontsize=7)
     # Every level goes to both heads.
     ends = [y + 0.42 for _, y in places.values()]
     axes.plot([BUS, BUS], [min(ends), max(ends)], color="#444444", linewidth=2.5)
     for y in HEADS:
-        axes.annotate(
-            "", (7.55, y + 0.95), (BUS, y + 0.95), arrowprops={"arrowstyle": "->", "color": "#444444"}
-        )
+        _arrow(axes, (BUS, y + 0.95), (7.55, y + 0.95))
+    _draw_heads(axes, spec, per_location, classes)
+    axes.text(2.0, -0.25, spec.backbone.name, ha="center", fontsize=9)
+    axes.text(5.6, -0.25, "feature pyramid", ha="center", fontsize=9)
+    axes.set(xlim=(0.7, 13.1), ylim=(-0.5, 6.4))
+    axes.set_axis_off()
+
+
+def _draw_heads(axes: Axes, spec: ModelSpec, per_location: int, classes: int) -> None:
     width, depth = spec.pyramid.channels, spec.head.depth
     for y, name, values, colour in (
         (HEADS[0], "class head", f"{classes} x {per_location}", COLOURS[2]),
@@ -181,10 +166,10 @@ def _draw(
                 text,
                 size=6 if last else 7,
             )
-    axes.text(2.0, -0.25, spec.backbone.name, ha="center", fontsize=9)
-    axes.text(5.6, -0.25, "feature pyramid", ha="center", fontsize=9)
-    axes.set(xlim=(0.7, 13.1), ylim=(-0.5, 6.4))
-    axes.set_axis_off()
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#444444"})
 
 
 def _box(

@@ -22,6 +22,7 @@ from retinanet.paper.tables import STUDIES, Row, Study
 from retinanet.training.optimizer import drops_of
 from retinanet.training.planning import plan_run
 from retinanet.training.progress import plain_console
+from retinanet.training.recipes import paper, small
 
 
 def prepare(request: Request, say: Callable[[str], None], *, draw: bool) -> Request:
@@ -59,11 +60,17 @@ def prepare(request: Request, say: Callable[[str], None], *, draw: bool) -> Requ
 
 
 def _digest(request: Request, splits: Sequence[Dataset]) -> str:
-    """Return a short name of the annotations, the scale's numbers and the weights: equal ones, equal results."""
-    scale = {name: value for name, value in asdict(request.scale).items() if name not in ("what", "shapes")}
-    digest = hashlib.sha256(json.dumps([scale, request.pretrained], sort_keys=True).encode())
+    """Return a short name of the annotations, the recipe, the scale's numbers and the weights: equal ones, equal
+    results.
+    """
+    numbers = {name: value for name, value in asdict(request.scale).items() if name not in ("what", "shapes")}
+    classes, base = splits[0].classes, request.scale.base
+    recipe = (
+        small(classes, base, "cpu") if numbers["options"]["recipe"] == "small" else paper(classes, base, None)
+    )
+    decided = [numbers, asdict(recipe), request.pretrained]
+    digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode())
     for split in splits:
-        digest.update("\n".join(split.classes.names).encode())
         for values in (split.widths, split.heights, split.offsets, split.boxes, split.labels, split.ignore):
             digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()[:8]
