@@ -32,12 +32,17 @@ class Fault:
         record: where in the file, e.g. "annotations[3] (id 17)" or "object 2 (RBC)".
         reason: what was required and what came.
         action: "repaired" where the record has one meaning, "dropped" where it has none.
+        kind: what it is in one or two words, the same for every fault of its sort and in every format, e.g.
+            "reversed box": reports count and group by it.
+        fix: what to do about it in the data set; empty where the reason says all.
     """
 
     file: str
     record: str
     reason: str
     action: Literal["repaired", "dropped"]
+    kind: str = "fault"
+    fix: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}: {self.record}: {self.reason} ({self.action})"
