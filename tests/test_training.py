@@ -690,9 +690,13 @@ def test_norms_and_biases_are_not_decayed_unless_asked() -> None:
     network = small_network()
     flat = sum(p.ndim == 1 for p in network.parameters())
     deep = sum(p.ndim > 1 for p in network.parameters())
-    (decayed,) = build_optimizers(network, name="adamw", lr=1.0, weight_decay=0.1, decay_all=False)
+    (decayed,) = build_optimizers(
+        network, outputs=network.outputs, name="adamw", lr=1.0, weight_decay=0.1, decay_all=False
+    )
     assert [(len(g["params"]), g["weight_decay"]) for g in decayed.param_groups] == [(deep, 0.1), (flat, 0.0)]
-    (paper,) = build_optimizers(network, name="sgd", lr=1.0, weight_decay=0.1, decay_all=True)
+    (paper,) = build_optimizers(
+        network, outputs=network.outputs, name="sgd", lr=1.0, weight_decay=0.1, decay_all=True
+    )
     assert [(len(g["params"]), g["weight_decay"]) for g in paper.param_groups] == [(deep + flat, 0.1)]
     assert paper.defaults["momentum"] == 0.9
 
@@ -700,7 +704,9 @@ def test_norms_and_biases_are_not_decayed_unless_asked() -> None:
 def test_muon_trains_what_lies_between_pixels_and_outputs_and_adamw_the_rest() -> None:
     network = small_network()
     network.backbone.freeze("stage1")
-    muon, adamw = build_optimizers(network, name="muon", lr=1.0, weight_decay=0.1, decay_all=False)
+    muon, adamw = build_optimizers(
+        network, outputs=network.outputs, name="muon", lr=1.0, weight_decay=0.1, decay_all=False
+    )
     assert isinstance(muon, Muon)
     inside = {id(p) for group in muon.param_groups for p in group["params"]}
     beside = {id(p) for group in adamw.param_groups for p in group["params"]}
@@ -718,7 +724,7 @@ def test_muon_leaves_pixels_outputs_and_grouped_convolutions_alone(backbone: str
     spec = ModelSpec(Classes(("a",)), backbone=BackboneSpec(backbone), pyramid=PyramidSpec(channels=64))
     with torch.device("meta"):
         network = build_retinanet(spec)
-    inside = {id(weight) for weight in hidden_weights(network)}
+    inside = {id(weight) for weight in hidden_weights(network, network.outputs)}
     convolutions = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d)}
     left_out = {name for name, m in convolutions.items() if id(m.weight) not in inside}
     grouped = {name for name, m in convolutions.items() if m.groups > 1}

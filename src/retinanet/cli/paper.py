@@ -37,6 +37,12 @@ class Paper:
     """fig4: a run or model file of your own."""
     seeds: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 3)")] = None
     """Tables: runs of every row at its best rate."""
+    peers: bool = False
+    """table2, fig2: train torchvision's Faster R-CNN, SSD and FCOS beside ours, for as long."""
+    own_loss: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = (
+        None
+    )
+    """Tables: a Python file with your own `loss(logits, targets, weight)`, which becomes a row of each."""
     rows: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: all)")] = None
     """Tables: names of rows, or parts of names, with semicolons between them."""
     parallel: Annotated[
@@ -74,6 +80,8 @@ class Paper:
         asked = dict.fromkeys(self.items)
         studies = [name for name in asked if name in STUDIES]
         of_results = [name for name in asked if name in OF_RESULTS]
+        if self.peers and "fig2" in asked and "table2" not in asked:
+            studies.append("table2")  # whose rows the peers are
         self._refuse_what_does_not_belong(asked, measured=bool(studies), of_results=bool(of_results))
         request = self._request(studies) if studies or of_results else None
         if not self.dry_run:
@@ -109,11 +117,13 @@ class Paper:
 
         if self.model is not None and "fig4" not in asked:
             raise ConfigError("--model belongs to fig4")
+        if self.peers and not {"table2", "fig2"} & set(asked):
+            raise ConfigError("--peers belongs to table2 and fig2")
         if self.model is not None and self.data is None:
             raise ConfigError(
                 "--model needs --data, whose val split the model is looked at with; none was given"
             )
-        of_tables = ["rows", "parallel", "pretrained"]
+        of_tables = ["rows", "parallel", "pretrained", "own_loss"]
         if not of_results:
             of_tables += ["scale", "data", "seeds"]
         given = [name for name in of_tables if getattr(self, name) is not None]
@@ -129,6 +139,7 @@ class Paper:
 
         from retinanet.errors import ConfigError
         from retinanet.paper.measuring import check_rows
+        from retinanet.paper.own_loss import load_own_loss
         from retinanet.paper.results import Request
         from retinanet.paper.settings import SCALES
 
@@ -139,15 +150,16 @@ class Paper:
         scale = SCALES[self.scale or "tiny"]
         if self.pretrained is not None and scale.options["recipe"] == "small":
             raise ConfigError(f"--pretrained belongs to --scale paper; {scale.name} starts from scratch")
+        if self.own_loss is not None:
+            load_own_loss(Path(self.own_loss))
         rows = tuple(part.strip() for part in (self.rows or "").split(";") if part.strip())
-        check_rows(studies, scale, rows)
         if self.data is None and scale.shapes is None:
             raise ConfigError(
                 f"--scale {scale.name} needs --data: a folder with COCO's annotations/instances_train2017.json, "
                 "instances_val2017.json and images"
             )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Request(
+        request = Request(
             scale=scale,
             data=Path(self.data) if self.data else None,
             output=Path(self.output),
@@ -156,7 +168,11 @@ class Paper:
             parallel=self.parallel or torch.cuda.device_count() or cores,
             pretrained=self.pretrained or "auto",
             model=self.model,
+            peers=self.peers,
+            own_loss=Path(self.own_loss).resolve() if self.own_loss else None,
         )
+        check_rows(studies, request)
+        return request
 
     def _measure(self, studies: Sequence[str], request: Request) -> int:
         from retinanet.paper.measuring import measure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -69,14 +70,14 @@ class Backbone(nn.Module):
         return self
 
 
-def build_backbone(spec: BackboneSpec) -> Backbone:
-    """Build the timm network of a spec, without loading weights."""
+def build_backbone(spec: BackboneSpec, strides: Sequence[int] = STRIDES) -> Backbone:
+    """Build the timm network of a spec, without loading weights; RetinaNet takes its maps at strides 8, 16 and 32."""
     if not timm.is_model(spec.name):
         near = did_you_mean(spec.name, timm.list_models())
         raise ConfigError(
             f"--backbone needs the name of a timm model, such as resnet50; got {spec.name!r}.{near}"
         )
-    indices = _indices_of_strides(spec.name)
+    indices = _indices_of_strides(spec.name, strides)
     options: dict[str, Any] = {"norm_layer": GroupNorm} if spec.norm == "group" else {}
     try:
         network: Any = timm.create_model(spec.name, features_only=True, out_indices=indices, **options)
@@ -115,17 +116,18 @@ def fitting_norm(
     return wanted
 
 
-def _indices_of_strides(name: str) -> tuple[int, ...]:
+def _indices_of_strides(name: str, strides: Sequence[int]) -> tuple[int, ...]:
     try:
         with torch.device("meta"):
             network: Any = timm.create_model(name, features_only=True)
         if getattr(network, "output_fmt", "NCHW") != "NCHW":  # Swin: channels last, and one image size only
             raise ValueError
         reductions = network.feature_info.reduction()
-        return tuple(max(i for i, r in enumerate(reductions) if r == stride) for stride in STRIDES)
+        return tuple(max(i for i, r in enumerate(reductions) if r == stride) for stride in strides)
     except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):
         raise ConfigError(
-            f"--backbone needs feature maps at strides 8, 16 and 32; timm's {name!r} does not give them. "
+            f"--backbone needs feature maps at strides {', '.join(map(str, strides[:-1]))} and {strides[-1]}; timm's "
+            f"{name!r} does not give them. "
             "Use a convolutional network such as resnet50, convnext_tiny or mobilenetv3_large_100"
         ) from None
 

@@ -1,4 +1,4 @@
-"""The feature pyramid network: C3-C5 -> P3-P7 (Section 4, footnote 2 of the paper)."""
+"""The feature pyramid network: C3-C5 -> P3-P7 (Section 4, footnote 2 of the paper); and what is left without it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ class FeaturePyramid(nn.Module):
         self.p6 = nn.Conv2d(in_channels[-1] if self.p6_from_c5 else width, width, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(width, width, 3, stride=2, padding=1)
         self.before_p7 = nn.ReLU() if spec.relu_before_p7 else nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # every one of them has a bias
+        initialise(self)
 
     def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return (P3, P4, P5, P6, P7)."""
@@ -41,6 +38,34 @@ class FeaturePyramid(nn.Module):
             levels.insert(0, self.output[i](above))
         p6 = self.p6(features[-1] if self.p6_from_c5 else levels[-1])
         return (*levels, p6, self.p7(self.before_p7(p6)))
+
+
+class LastMap(nn.Module):
+    """C5 alone, at stride 32: lateral 1x1 and 3x3 output, as P5 without a pyramid. The paper found its AP low."""
+
+    def __init__(self, *, in_channels: tuple[int, ...], spec: PyramidSpec) -> None:
+        super().__init__()
+        self.lateral = nn.Conv2d(in_channels[-1], spec.channels, 1)
+        self.output = Convolution3x3(spec.channels, spec.channels, 3, padding=1)
+        initialise(self)
+
+    def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return one level."""
+        return (self.output(self.lateral(features[-1])),)
+
+
+def build_pyramid(in_channels: tuple[int, ...], spec: PyramidSpec) -> FeaturePyramid | LastMap:
+    """Return the spec's way from C3-C5 to the levels that the heads see."""
+    kind = FeaturePyramid if spec.levels == "p3-p7" else LastMap
+    return kind(in_channels=in_channels, spec=spec)
+
+
+def initialise(pyramid: nn.Module) -> None:
+    """Draw every convolution Xavier-uniform, bias 0."""
+    for module in pyramid.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # every one of them has a bias
 
 
 def upsample_nearest(coarse: Tensor, height: int, width: int) -> Tensor:

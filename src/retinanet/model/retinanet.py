@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from retinanet.batches import RawPredictions
 from retinanet.errors import ConfigError
 from retinanet.model.backbone import Backbone, build_backbone
-from retinanet.model.fpn import FeaturePyramid
+from retinanet.model.fpn import FeaturePyramid, LastMap, build_pyramid
 from retinanet.model.heads import Head
 from retinanet.model.spec import ModelSpec
 
@@ -16,13 +16,18 @@ class RetinaNet(nn.Module):
     """The network of the paper from ready parts. It returns the same thing in training and in evaluation."""
 
     def __init__(
-        self, *, backbone: Backbone, pyramid: FeaturePyramid, class_head: Head, box_head: Head
+        self, *, backbone: Backbone, pyramid: FeaturePyramid | LastMap, class_head: Head, box_head: Head
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pyramid = pyramid
         self.class_head = class_head
         self.box_head = box_head
+
+    @property
+    def outputs(self) -> tuple[nn.Module, ...]:
+        """The last layer of each head."""
+        return self.class_head.last, self.box_head.last
 
     def forward(self, images: Tensor) -> RawPredictions:
         """Map normalised images `[B, 3, H, W]` (H and W multiples of 32) to raw predictions."""
@@ -46,7 +51,7 @@ def build_retinanet(spec: ModelSpec, *, prior: float = 0.01) -> RetinaNet:
     width, anchors = spec.pyramid.channels, spec.anchors.per_location
     return RetinaNet(
         backbone=backbone,
-        pyramid=FeaturePyramid(in_channels=backbone.channels, spec=spec.pyramid),
+        pyramid=build_pyramid(backbone.channels, spec.pyramid),
         class_head=Head(
             channels=width, anchors=anchors, values=len(spec.classes), spec=spec.head, prior=prior
         ),

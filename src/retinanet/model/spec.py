@@ -43,15 +43,26 @@ class BackboneSpec:
 
 @dataclass(frozen=True)
 class PyramidSpec:
-    """The feature pyramid P3-P7: width, where P6 comes from, and whether ReLU stands before P7's convolution."""
+    """The feature pyramid: width, where P6 comes from, and whether ReLU stands before P7's convolution.
+
+    Args:
+        levels: "p3-p7" is the paper's pyramid; "c5" is none: the backbone's last map alone, at stride 32, which the
+            paper compares it with.
+    """
 
     channels: int = 256
     p6_from: Literal["c5", "p5"] = "c5"
     relu_before_p7: bool = True
+    levels: Literal["p3-p7", "c5"] = "p3-p7"
 
     def __post_init__(self) -> None:
         if self.channels < 1:
             raise ConfigError(f"PyramidSpec.channels needs at least 1; got {self.channels}")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels between the locations of each level."""
+        return (8, 16, 32, 64, 128) if self.levels == "p3-p7" else (32,)
 
 
 @dataclass(frozen=True)
@@ -138,9 +149,10 @@ class ModelSpec:
     post_processing: PostProcessing = field(default_factory=PostProcessing)
 
     def __post_init__(self) -> None:
-        if self.anchors.strides != (8, 16, 32, 64, 128):
+        if self.anchors.strides != self.pyramid.strides:
             raise ConfigError(
-                f"ModelSpec needs anchors on P3..P7, strides (8, 16, 32, 64, 128); got {self.anchors.strides}"
+                f"ModelSpec needs anchors on {self.pyramid.levels.upper()}, strides {self.pyramid.strides}; "
+                f"got {self.anchors.strides}"
             )
         self.post_processing.thresholds(len(self.anchors.strides))
         # With one channel a group, a single location of P7 would be normalised to nothing; torch refuses it.

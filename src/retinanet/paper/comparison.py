@@ -45,6 +45,40 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """The difference of two means and its 95 % interval, by Welch's t (variances may differ); None with one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def in_words(self, first: str, second: str) -> str:
+        """Return a sentence about two rows, in points of AP."""
+        points = f"{first} against {second}: {100 * self.mean:+.1f} AP"
+        if self.low is None or self.high is None:
+            return f"{points}, of one seed, so how certain that is is unknown."
+        verdict = (
+            "which are not told apart" if self.low <= 0 <= self.high else "which is more than seeds explain"
+        )
+        return f"{points} (95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}), {verdict}."
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Return by how much the mean of the first seeds is above that of the second."""
+    mean = float(np.mean(first) - np.mean(second))
+    if min(len(first), len(second)) < 2:
+        return Difference(mean, None, None)
+    parts = [float(np.var(seeds, ddof=1)) / len(seeds) for seeds in (first, second)]
+    if not sum(parts):
+        return Difference(mean, mean, mean)
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(seeds) - 1) for part, seeds in zip(parts, (first, second), strict=True)
+    )
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
+    return Difference(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
 class Order:
     """Kendall's tau-b between published and measured AP of the rows: 1 is the same order where no two rows are equal,
     -1 the reverse, None without any order.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +16,10 @@ from retinanet.data.shapes import generate_shapes, holds_shapes
 from retinanet.errors import ConfigError, DataError, did_you_mean
 from retinanet.paper.page import write_page
 from retinanet.paper.results import Request, search_jobs, seed_jobs, what_is_known
-from retinanet.paper.running import Store, run_all
-from retinanet.paper.settings import Scale, Setting, change_of, focal, options_of
+from retinanet.paper.running import Job, Store, run_all
+from retinanet.paper.settings import Setting, change_of, focal, options_of
 from retinanet.paper.study_page import page_of
-from retinanet.paper.tables import STUDIES, Row, Study
+from retinanet.paper.tables import Row, Study
 from retinanet.training.optimizer import drops_of
 from retinanet.training.planning import plan_run
 from retinanet.training.progress import plain_console
@@ -68,7 +69,7 @@ def _digest(request: Request, splits: Sequence[Dataset]) -> str:
     recipe = (
         small(classes, base, "cpu") if numbers["options"]["recipe"] == "small" else paper(classes, base, None)
     )
-    decided = [numbers, asdict(recipe), request.pretrained]
+    decided = [numbers, without_defaults(recipe), request.pretrained]
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode())
     for split in splits:
         for values in (split.widths, split.heights, split.offsets, split.boxes, split.labels, split.ignore):
@@ -76,11 +77,25 @@ def _digest(request: Request, splits: Sequence[Dataset]) -> str:
     return digest.hexdigest()[:8]
 
 
+def without_defaults(value: Any) -> Any:
+    """Return a dataclass as plain values, without what is as it is by default: results outlive a new setting that is
+    off. A default that changes changes results: its recipe has to name the value then.
+    """
+    if not is_dataclass(value):
+        return [without_defaults(item) for item in value] if isinstance(value, tuple) else value
+    kept = {}
+    for one in fields(value):
+        usual = one.default if one.default_factory is MISSING else one.default_factory()
+        if getattr(value, one.name) != usual:
+            kept[one.name] = without_defaults(getattr(value, one.name))
+    return kept
+
+
 def dry_run(names: Sequence[str], request: Request) -> None:
     """Print the runs that the studies take, and the plan of the first of them where there are images to plan for."""
     if request.data is not None or (request.output / "data" / f"shapes-{request.scale.name}").exists():
         request = prepare(request, lambda _: None, draw=False)
-    studies = [STUDIES[name](request.scale) for name in names]
+    studies = [request.study(name) for name in names]
     store, console = Store(request.output), plain_console()
     settings = _settings(studies, request.rows)
     jobs = search_jobs(settings, request)
@@ -140,7 +155,7 @@ def trained_model(request: Request) -> Path:
 
 def measure(names: Sequence[str], request: Request, say: Callable[[str], None]) -> list[str]:
     """Run what the studies lack and write their pages after every run; return what failed."""
-    studies = [STUDIES[name](request.scale) for name in names]
+    studies = [request.study(name) for name in names]
     store = Store(request.output)
     settings = _settings(studies, request.rows)
 
@@ -148,18 +163,34 @@ def measure(names: Sequence[str], request: Request, say: Callable[[str], None]) 
         for study in studies:
             write_page(page_of(study, request, store), request.output)
 
+    def run(jobs: Sequence[Job]) -> list[str]:
+        return run_all(jobs, store, parallel=request.parallel, say=say, done=write)
+
     write()
-    # First every setting at every rate with one seed, then the other seeds at the best.
-    failures = run_all(search_jobs(settings, request), store, parallel=request.parallel, say=say, done=write)
-    return failures + run_all(
-        seed_jobs(settings, request, store), store, parallel=request.parallel, say=say, done=write
-    )
+    failures: list[str] = []
+    # Peers come last: they train for as long as ours did.
+    for group in ([one for one in settings if one.peer is None], [one for one in settings if one.peer]):
+        # First every setting at every rate with one seed, then the other seeds at the best.
+        failures += run(timed(search_jobs(group, request), request, store))
+        failures += run(timed(seed_jobs(group, request, store), request, store))
+    return failures
+
+
+def timed(jobs: Sequence[Job], request: Request, store: Store) -> list[Job]:
+    """Return the jobs with the time that peers have; a peer of a row without results is left out."""
+    known: dict[Setting, float | None] = {}
+    for job in jobs:
+        if job.setting.peer is not None and job.setting.ours not in known:
+            known[job.setting.ours] = what_is_known(job.setting.ours, request, store).seconds
+    seconds = [0.0 if job.setting.peer is None else known[job.setting.ours] for job in jobs]
+    return [replace(job, seconds=s) for job, s in zip(jobs, seconds, strict=True) if s is not None]
 
 
 def _settings(studies: Sequence[Study], rows: Sequence[str]) -> list[Setting]:
-    """Return what has to be trained, equal settings once."""
+    """Return what has to be trained, equal settings once; with a peer the row of ours that says how long."""
     wanted = [row.setting for study in studies for row in _asked(study, rows)]
-    return list(dict.fromkeys(setting for setting in wanted if setting is not None))
+    found = [setting for setting in wanted if setting is not None]
+    return list(dict.fromkeys(one for setting in found for one in (setting.ours, setting)))
 
 
 def _asked(study: Study, rows: Sequence[str]) -> list[Row]:
@@ -171,10 +202,10 @@ def _names(part: str, row: Row, study: Study) -> bool:
     return part == row.name if any(part == other.name for other in study.rows) else part in row.name
 
 
-def check_rows(names: Sequence[str], scale: Scale, rows: Sequence[str]) -> None:
+def check_rows(names: Sequence[str], request: Request) -> None:
     """Refuse a part of a name that no row has which can be trained."""
-    every = [row.name for name in names for row in STUDIES[name](scale).rows if row.setting is not None]
-    for part in rows:
+    every = [row.name for name in names for row in request.study(name).rows if row.setting is not None]
+    for part in request.rows:
         if not any(part in row for row in every):
             raise ConfigError(
                 f"--rows: no row that is trained has a name with {part!r} in it.{did_you_mean(part, every)} "

@@ -10,6 +10,7 @@ from typing import Any
 from retinanet.paper.comparison import Interval, interval
 from retinanet.paper.running import Job, Store
 from retinanet.paper.settings import Scale, Setting
+from retinanet.paper.tables import STUDIES, Study, with_own_loss, with_peers
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Request:
         rows: names, or parts of names that are no row's whole name, of the rows to train; empty is all.
         seeds: how many; the first chooses the rate.
         model: for figure 4, instead of a row's.
+        peers: train torchvision's detectors beside ours in Table 2.
+        own_loss: a file with a loss that becomes a row of every table.
         about_data, conditions: what `prepare` finds: the data in words, and what tells results apart.
     """
 
@@ -31,12 +34,21 @@ class Request:
     parallel: int
     pretrained: str = "auto"
     model: str | None = None
+    peers: bool = False
+    own_loss: Path | None = None
     about_data: str = ""
     conditions: str = ""
 
     def job(self, setting: Setting, rate: float, seed: int) -> Job:
         """Return the run of a setting."""
         return Job(setting, self.scale.name, str(self.data), rate, seed, self.pretrained, self.conditions)
+
+    def study(self, name: str) -> Study:
+        """Return a table with the rows that were asked for besides the paper's."""
+        study = STUDIES[name](self.scale)
+        if self.peers and name == "table2":
+            study = with_peers(study)
+        return study if self.own_loss is None else with_own_loss(study, self.own_loss)
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,12 @@ class Measured:
     rates: dict[float, float]
     rate: float | None
     results: list[dict[str, Any]]
+
+    @property
+    def seconds(self) -> float | None:
+        """Mean time of the runs at the best rate, by the clock that peers are given as much of; None if unknown."""
+        known = [result["own_seconds"] for result in self.results if "own_seconds" in result]
+        return sum(known) / len(known) if known else None
 
     def of(self, figure: str) -> Interval | None:
         values = [result[figure] for result in self.results if result.get(figure) is not None]

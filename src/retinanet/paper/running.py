@@ -22,10 +22,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from retinanet.devices import choose_device
 from retinanet.errors import RetinaNetError, TrainingError
 from retinanet.folders import write_json
+from retinanet.paper.peers import seconds_of, train_peer
 from retinanet.paper.settings import SCALES, ScaleName, Setting, change_of, options_of
-from retinanet.training.run import run_training
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.planning import plan_run
+from retinanet.training.run import open_splits, run_training
 
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
@@ -35,6 +39,7 @@ class Job:
     """One run: a setting at a rate and a seed.
 
     `conditions` tells apart what else decides the result: the annotations, the scale's numbers, the weights.
+    `seconds` is how long a peer trains: as long as ours did.
     """
 
     setting: Setting
@@ -44,6 +49,7 @@ class Job:
     seed: int
     pretrained: str = "auto"
     conditions: str = ""
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -195,20 +201,38 @@ def run_one(job: Job, store: Store) -> None:
     """Train one setting in this process and write its result; a loss that is not finite is a result, too."""
     folder = store.run(job)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-    began = time.monotonic()
+    clock = seconds_of(choose_device("auto"))
+    began, own = time.monotonic(), clock()
     options = options_of(job.setting, SCALES[job.scale], job.data, seed=job.seed, pretrained=job.pretrained)
     options = replace(options, output=str(folder), validate_every_steps=options.steps)
     result: dict[str, Any] = {"setting": asdict(job.setting), "rate": job.rate, "seed": job.seed}
     try:
-        run = run_training(options, Console(width=200), change_of(job.setting, job.rate))
-        assert run is not None  # no dry run
-        result |= {name: run.metrics[name] for name in FIGURES}
+        result |= _train(job, options) if job.setting.peer is None else _train_peer(job, options)
     except TrainingError as error:
         result |= {**dict.fromkeys(FIGURES, 0.0), "diverged": str(error)}
-    result |= {"seconds": round(time.monotonic() - began, 1), "torch": str(torch.__version__)}
+    result |= {
+        "seconds": round(time.monotonic() - began, 1),
+        "own_seconds": round(clock() - own, 1),
+        "torch": str(torch.__version__),
+    }
     shutil.rmtree(folder / "last", ignore_errors=True)
     store.file(job).parent.mkdir(parents=True, exist_ok=True)
     write_json(store.file(job), result)
+
+
+def _train(job: Job, options: TrainingOptions) -> dict[str, Any]:
+    run = run_training(options, Console(width=200), change_of(job.setting, job.rate))
+    assert run is not None  # no dry run
+    return {name: run.metrics[name] for name in FIGURES}
+
+
+def _train_peer(job: Job, options: TrainingOptions) -> dict[str, Any]:
+    assert job.setting.peer is not None
+    train, val = open_splits(options.data)
+    plan = plan_run(options, train, change_of(job.setting, job.rate))
+    done = train_peer(job.setting.peer, plan, train, val, job.seconds, Path(options.output or ""))
+    found = done.metrics.to_json()
+    return {**{name: found[name] for name in FIGURES}, "steps": done.steps}
 
 
 def job_of(text: str) -> Job:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retinanet.data.shapes import ShapesSpec
+from retinanet.paper.own_loss import load_own_loss, name_of_own_loss
 from retinanet.training.configuration import LossName, TrainingOptions
 from retinanet.training.recipes import Recipe
 
 PAPER_SIDE = 600  # the shortest side of the ablations, pixels
 ScaleName = Literal["tiny", "small", "paper"]
+PeerName = Literal["faster-rcnn", "ssd", "fcos"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,9 @@ class Setting:
         deep: the deeper of the scale's two backbones (ResNet-101).
         side: the shortest side in the paper; other scales have sides in the same proportions.
         jitter: scale jitter and 1.5 times as long (Table 2).
+        last_map: the backbone's last map in the place of the pyramid, with the anchors of all levels on it.
+        peer: a detector of torchvision's in the place of ours, trained for as long as ours was.
+        own_loss: a file with a class loss of one's own in the place of `loss` (`paper.own_loss`).
     """
 
     loss: LossName = "focal"
@@ -37,6 +42,9 @@ class Setting:
     deep: bool = False
     side: int = PAPER_SIDE
     jitter: bool = False
+    last_map: bool = False
+    peer: PeerName | None = None
+    own_loss: str | None = None
 
     @property
     def key(self) -> str:
@@ -45,8 +53,14 @@ class Setting:
         usual, numbers = Setting(), ("prior", "scales", "ratios", "side")
         changed = [name for name in numbers if getattr(self, name) != getattr(usual, name)]
         numbered = [f"{name}-{getattr(self, name):g}" for name in changed]
-        flags = [name for name in ("deep", "jitter") if getattr(self, name)]
-        return "_".join((self.loss, *told, *numbered, *flags))
+        flags = [name.replace("_", "-") for name in ("deep", "jitter", "last_map") if getattr(self, name)]
+        loss = [self.loss, *told] if self.own_loss is None else [name_of_own_loss(Path(self.own_loss))]
+        return "_".join((*([self.peer] if self.peer else loss), *numbered, *flags))
+
+    @property
+    def ours(self) -> Setting:
+        """The setting of ours that a peer is compared with."""
+        return replace(self, peer=None)
 
 
 def cross_entropy(alpha: float) -> Setting:
@@ -172,19 +186,27 @@ def change_of(setting: Setting, rate: float) -> Any:
     """Return what is changed of the recipe besides: the rate, the anchors' scales and ratios, scale jitter."""
 
     def change(recipe: Recipe) -> Recipe:
+        pyramid, anchors = recipe.model.pyramid, recipe.model.anchors
+        octaves = 1
+        if setting.last_map:
+            octaves = len(anchors.sizes)
+            pyramid = replace(pyramid, levels="c5")
+            anchors = replace(anchors, sizes=anchors.sizes[:1], strides=pyramid.strides)
         anchors = replace(
-            recipe.model.anchors,
-            scales=tuple(2 ** (k / setting.scales) for k in range(setting.scales)),
+            anchors,
+            scales=tuple(2 ** (k / setting.scales) for k in range(octaves * setting.scales)),
             ratios=(0.5, 1.0, 2.0) if setting.ratios == 3 else (1.0,),
         )
+        own = None if setting.own_loss is None else load_own_loss(Path(setting.own_loss))
         augmentation = recipe.augmentation
         if setting.jitter:
             augmentation = replace(augmentation, scales=tuple(s / 800 for s in range(640, 801, 32)))
         return replace(
             recipe,
             lr=recipe.lr * rate,
-            model=replace(recipe.model, anchors=anchors),
+            model=replace(recipe.model, anchors=anchors, pyramid=pyramid),
             augmentation=augmentation,
+            class_loss=own,
         )
 
     return change

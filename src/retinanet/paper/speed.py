@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from matplotlib.axes import Axes
 
 from retinanet.data import open_dataset
 from retinanet.errors import ConfigError
-from retinanet.images import decode
+from retinanet.images import UInt8Array, decode
 from retinanet.inference import load
 from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
+from retinanet.paper.peers import load_peer
 from retinanet.paper.results import Measured, Request, what_is_known
 from retinanet.paper.running import Store
-from retinanet.paper.tables import table1e
+from retinanet.paper.settings import change_of, options_of
+from retinanet.paper.tables import table1e, table2, with_peers
+from retinanet.training.planning import plan_run
 
 # The other detectors of the paper's figure: AP and milliseconds on an M40.
 OTHERS = {
@@ -33,18 +37,19 @@ WARM, TIMED = 3, 20
 
 
 def fig2(request: Request) -> Page:
-    """Figure 2: AP over milliseconds an image, published, and of the rows of Table 1e that are trained."""
+    """Figure 2: AP over milliseconds an image, published, and of the rows of Table 1e that are trained; with `peers`
+    torchvision's detectors beside them.
+    """
     store, study = Store(request.output), table1e(request.scale)
     known: dict[str, tuple[Measured, float]] = {}
     for row in study.rows:
         assert row.setting is not None  # all of Table 1e can be trained
         found = what_is_known(row.setting, request, store)
         if found.rate is not None:
-            known[row.name] = (
-                found,
-                milliseconds(store.run(request.job(row.setting, found.rate, 0)), str(request.data)),
-            )
-    if not known:
+            run = store.run(request.job(row.setting, found.rate, 0))
+            known[row.name] = found, _of_ours(run, str(request.data))
+    peers = _peers(request, store) if request.peers else {}
+    if not known and not peers:
         raise ConfigError(
             f"fig2 needs rows of table1e with their models, of which none is in {request.output}: "
             f"retinanet paper table1e --output {request.output}"
@@ -57,9 +62,9 @@ def fig2(request: Request) -> Page:
         _line(
             axes, [p.ms or 0 for p in of], [p.ap or 0 for p in of], colour, f"RetinaNet-{101 if deep else 50}"
         )
-    for name, (ap, ms) in OTHERS.items():
-        left.plot(ms, ap, "s", color="#888888", markersize=5)
-        left.annotate(name, (ms, ap), xytext=(4, -9), textcoords="offset points", fontsize=7)
+    for name, (ap, there) in OTHERS.items():
+        left.plot(there, ap, "s", color="#888888", markersize=5)
+        left.annotate(name, (there, ap), xytext=(4, -9), textcoords="offset points", fontsize=7)
     left.set(title="published: COCO test-dev, M40", xlim=(0, 260))
     for deep, colour in ((False, COLOURS[0]), (True, COLOURS[1])):
         of_depth = [
@@ -75,6 +80,11 @@ def fig2(request: Request) -> Page:
             for row, mean, ms in zip(of_depth, means, speeds, strict=True)
             if mean is not None
         ]
+    for (name, (found, ms)), mark in zip(peers.items(), "sD^", strict=False):
+        mean = found.of("ap")
+        assert mean is not None  # it has results
+        right.plot(ms, 100 * mean.mean, mark, color="#888888", markersize=7, label=f"torchvision: {name}")
+        rows.append((name, mean.percent(), f"{ms:.1f}"))
     right.set(title="measured here, val", xlim=(0, None))
     for axes in (left, right):
         axes.set(xlabel="milliseconds an image", ylabel="AP, %")
@@ -91,18 +101,42 @@ def fig2(request: Request) -> Page:
             Picture(figure, "AP over the time of an image."),
             Table(("row", "AP", "ms an image"), rows),
         ),
-        {"milliseconds": {name: ms for name, (_, ms) in known.items()}},
+        {"milliseconds": {name: ms for name, (_, ms) in {**known, **peers}.items()}},
     )
 
 
-def milliseconds(model: Path, data: str) -> float:
+def _of_ours(run: Path, data: str) -> float:
+    detector = load(run)
+    return milliseconds(lambda image: detector.predict([image]), data)
+
+
+def _peers(request: Request, store: Store) -> dict[str, tuple[Measured, float]]:
+    """Return what is known of torchvision's detectors, the rows of Table 2, by their names there."""
+    known = {}
+    for row in with_peers(table2(request.scale)).rows:
+        if row.setting is None or row.setting.peer is None:
+            continue
+        found = what_is_known(row.setting, request, store)
+        if found.rate is not None:
+            job = request.job(row.setting, found.rate, 0)
+            options = options_of(
+                job.setting, request.scale, job.data, seed=job.seed, pretrained=job.pretrained
+            )
+            train = open_dataset(job.data, "train")
+            spec = plan_run(options, train, change_of(job.setting, job.rate)).spec
+            peer = load_peer(row.setting.peer, spec, store.run(job))
+            known[row.name] = found, milliseconds(peer.detect, job.data)
+    return known
+
+
+def milliseconds(detect: Callable[[UInt8Array], object], data: str) -> float:
     """Return the median time that a detector takes for one image of val that is decoded already."""
-    detector, dataset = load(model), open_dataset(data, "val")
+    dataset = open_dataset(data, "val")
     times = []
     for index in islice(range(len(dataset)), WARM + TIMED):
         image = decode(dataset.path(index))
         began = time.perf_counter()
-        detector.predict([image])
+        detect(image)
         times.append(time.perf_counter() - began)
     return 1000 * float(np.median(times[min(WARM, len(times) - 1) :]))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from retinanet.losses import sigmoid_cross_entropy, sigmoid_focal_star_loss
-from retinanet.paper.comparison import compare_order, interval
+from retinanet.paper.comparison import compare_order, difference, interval
 from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
 from retinanet.paper.results import Measured, Request, what_is_known
 from retinanet.paper.running import Store
@@ -52,6 +52,12 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
         )
         parts.append(order.in_words())
         numbers["order"] = asdict(order)
+    for ours, other in study.against:
+        if all(name in known and known[name].rate is not None for name in (ours, other)):
+            seeds = [[result["ap"] for result in known[name].results] for name in (ours, other)]
+            found = difference(*seeds)
+            parts.append(f"{found.in_words(ours, other)} {_steps(known[other])}")
+            numbers.setdefault("against", {})[other] = asdict(found)
     if study.stars and len(finished) > 1 and known["CE"].rate is not None:
         parts.append(_stars(study, known))
     elif len(finished) > 1:
@@ -117,6 +123,12 @@ def _measured(found: Measured | None, figures: Sequence[str]) -> list[str]:
 
 def _rate(found: Measured, rate: float) -> str:
     return f"{100 * found.rates[rate]:.1f}" if rate in found.rates else "not yet"
+
+
+def _steps(peer: Measured) -> str:
+    """Return how far a peer came in our time."""
+    steps = [f"{result['steps']:,}" for result in peer.results if "steps" in result]
+    return f"It took {', '.join(steps)} steps in our time." if steps else ""
 
 
 def _divergences(known: dict[str, Measured]) -> list[str]:

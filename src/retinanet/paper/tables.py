@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from retinanet.paper.settings import Scale, Setting, cross_entropy, focal, focal_star, mined
+from retinanet.paper.settings import PeerName, Scale, Setting, cross_entropy, focal, focal_star, mined
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Study:
         figures: the columns, besides AP.
         ordered: whether the order of the published rows means something that measured rows can reproduce.
         stars: gamma and beta of the rows of FL*, whose losses are drawn over x_t.
+        against: rows whose difference is told with its interval: (ours, the other).
     """
 
     name: str
@@ -48,6 +50,7 @@ class Study:
     figures: Sequence[str] = ("ap50", "ap75")
     ordered: bool = True
     stars: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    against: Sequence[tuple[str, str]] = ()
 
 
 def table1a(scale: Scale) -> Study:
@@ -190,19 +193,61 @@ def table2(scale: Scale) -> Study:
         "RetinaNet, R101": (39.1, 59.1, 42.3, 21.8, 42.7, 50.2),
         "RetinaNet, ResNeXt-101": (40.8, 61.1, 44.1, 24.1, 44.2, 51.2),
     }
+    about = (
+        "The final model is deeper, sees 800 px with scale jitter, and trains 1.5 times as long. The other rows are "
+        "published values."
+    )
     final = replace(focal(2), deep=True, side=800, jitter=True)
+    if scale.name == "tiny":
+        final = focal(2)
+        about += f" At this scale the measured model is that of the other tables, {scale.base}."
     return Study(
         "table2",
         "Table 2: the final model",
-        "The final model is deeper, sees 800 px with scale jitter, and trains 1.5 times as long. The other rows are "
-        "published values.",
-        [
-            Row(name, final if name == "RetinaNet, R101" else None, Published(*ap))
-            for name, ap in published.items()
-        ],
+        about,
+        [Row(name, final if name == FINAL else None, Published(*ap)) for name, ap in published.items()],
         figures=("ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
         ordered=False,
     )
+
+
+# The row of Table 2 that is trained, and torchvision's detectors by the row that they stand in with --peers; FCOS is
+# younger than the paper.
+FINAL = "RetinaNet, R101"
+PEERS: dict[str, PeerName] = {
+    "Faster R-CNN with FPN, R101": "faster-rcnn",
+    "SSD513, R101": "ssd",
+    "FCOS (2019)": "fcos",
+}
+
+
+def with_peers(study: Study) -> Study:
+    """Return Table 2 with torchvision's Faster R-CNN, SSD and FCOS trained beside ours."""
+    ours = next(row.setting for row in study.rows if row.name == FINAL)
+    assert ours is not None
+    rows = [
+        replace(row, setting=replace(ours, peer=PEERS[row.name])) if row.name in PEERS else row
+        for row in study.rows
+    ]
+    known = {row.name for row in rows}
+    rows += [
+        Row(name, replace(ours, peer=peer), Published()) for name, peer in PEERS.items() if name not in known
+    ]
+    about = study.about.replace("The other rows are published values.", OF_PEERS)
+    return replace(study, about=about, rows=rows, against=[(FINAL, name) for name in PEERS])
+
+
+OF_PEERS = (
+    "Beside it torchvision's Faster R-CNN with FPN (two stages), SSD and FCOS, trained here for as long as ours on the "
+    "same images, with the same backbone, augmentation, optimiser, averaged weights and rates to choose from; heads, "
+    "anchors, sampling, losses and post-processing are torchvision's. The other rows are published values."
+)
+
+
+def with_own_loss(study: Study, file: Path) -> Study:
+    """Return a study with a loss of one's own as its last row."""
+    row = Row(f"yours: {file.stem}", replace(focal(2), own_loss=str(file)), Published())
+    return replace(study, rows=[*study.rows, row])
 
 
 def table3(scale: Scale) -> Study:
@@ -235,6 +280,23 @@ def prior(scale: Scale) -> Study:
             Row("FL, pi 0.01", focal(2), Published(34.0)),
             Row("FL, pi 0.5 (no prior)", replace(focal(2), prior=0.5), Published()),
         ],
+        ordered=False,
+    )
+
+
+def pyramid(scale: Scale) -> Study:
+    """The pyramid: P3 to P7 against the backbone's last map alone (Section 4)."""
+    return Study(
+        "pyramid",
+        "The pyramid against the last map",
+        "The paper reports low AP, without a figure, from the features of the final ResNet layer alone. Here that row "
+        "has C5 at stride 32, a 1x1 and a 3x3 convolution, the same heads, and the anchors of all five levels on the "
+        "one map: 45 a location.",
+        [
+            Row("P3 to P7", focal(2), Published(34.0, 52.5, 36.5)),
+            Row("C5 alone", replace(focal(2), last_map=True), Published()),
+        ],
+        figures=("ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
         ordered=False,
     )
 
@@ -287,6 +349,7 @@ STUDIES = {
     "table2": table2,
     "table3": table3,
     "prior": prior,
+    "pyramid": pyramid,
     "hinge": hinge,
     "fig7": fig7,
 }

@@ -34,6 +34,8 @@ def choose_loss(recipe: Recipe, options: TrainingOptions) -> Recipe:
 
 def in_words(recipe: Recipe) -> str:
     """Return the class loss for the table of a plan."""
+    if recipe.class_loss is not None:
+        return f"one of your own, prior {recipe.prior:g}"
     settings = (f"{name.replace('_', ' ')} {value:g}" for name, value in settings_of(recipe).items())
     return ", ".join((recipe.loss, *settings, f"prior {recipe.prior:g}"))
 
@@ -58,6 +60,8 @@ def build_objective(recipe: Recipe, spec: ModelSpec) -> Objective:
 
 
 def _class_loss(recipe: Recipe) -> ClassLoss:
+    if recipe.class_loss is not None:
+        return recipe.class_loss
     settings = settings_of(recipe)
     if recipe.loss == "fl-star":
         return focal_star(settings["alpha"], settings["gamma"], settings["beta"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from retinanet.model import RetinaNet
 from retinanet.training.muon import Muon
 
 M = TypeVar("M", bound=nn.Module)
@@ -20,8 +20,9 @@ MUON_FACTOR = 4.0
 
 
 def build_optimizers(
-    network: RetinaNet,
+    network: nn.Module,
     *,
+    outputs: Sequence[nn.Module],
     name: Literal["sgd", "adamw", "muon"],
     lr: float,
     weight_decay: float,
@@ -30,9 +31,10 @@ def build_optimizers(
     """Return what steps the parameters that train: SGD (momentum 0.9), AdamW, or Muon with AdamW beside it.
 
     Unless `decay_all`, norms and biases (tensors of one dimension) are not decayed: shrinking a scale or an
-    offset does not make a function simpler. With "muon", `lr` is AdamW's and `MUON_FACTOR` times it is Muon's.
+    offset does not make a function simpler. With "muon", `lr` is AdamW's and `MUON_FACTOR` times it is Muon's;
+    `outputs` are the layers that it leaves to AdamW (`hidden_weights`).
     """
-    inside = hidden_weights(network) if name == "muon" else []
+    inside = hidden_weights(network, outputs) if name == "muon" else []
     of_muon = {id(weight) for weight in inside}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in of_muon]
     groups = [
@@ -51,14 +53,14 @@ def build_optimizers(
     ]
 
 
-def hidden_weights(network: RetinaNet) -> list[Tensor]:
+def hidden_weights(network: nn.Module, outputs: Sequence[nn.Module]) -> list[Tensor]:
     """Return the weights that Muon trains: matrices between features.
 
-    Not the first convolution, which reads pixels, nor the last ones, which give the outputs: their rows and
+    Not the first convolution, which reads pixels, nor those of `outputs`, the last ones: their rows and
     columns are no interchangeable features. Nor grouped and depthwise convolutions, which are many matrices.
     """
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    ends = (layers[0], network.class_head.last, network.box_head.last)
+    ends = {layers[0], *(layer for output in outputs for layer in output.modules())}
     inner = [layer for layer in layers if layer not in ends and getattr(layer, "groups", 1) == 1]
     return [layer.weight for layer in inner if layer.weight.requires_grad]
 

@@ -126,8 +126,12 @@ class Plan:
             "weights": self.options.weights,
             "weights_file": str(self.weights_file) if self.weights_file else None,
             "augmentation": dataclasses.asdict(self.augmentation),
-            # The recipe's model went into the spec.
-            "recipe": {k: v for k, v in dataclasses.asdict(self.recipe).items() if k != "model"},
+            # The recipe's model went into the spec; a function is no value.
+            "recipe": {
+                name: value
+                for name, value in dataclasses.asdict(self.recipe).items()
+                if name not in ("model", "class_loss")
+            },
             "spec": self.spec.to_json(),
             "reasons": [list(reason) for reason in self.reasons],
         }

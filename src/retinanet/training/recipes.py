@@ -11,7 +11,7 @@ from typing import Literal
 
 from retinanet.data.transforms import Augmentation
 from retinanet.model import ModelSpec, presets
-from retinanet.objective import Normalizer
+from retinanet.objective import ClassLoss, Normalizer
 from retinanet.records import Classes
 from retinanet.training.configuration import LossName
 
@@ -32,6 +32,7 @@ class Recipe:
         decay_all: weight decay also on norms and biases.
         clip_norm: largest norm of the gradient; None does not clip.
         loss_settings: what the class loss is told beyond its own `training.objectives.SETTINGS`.
+        class_loss: a function in the place of `loss`: a loss of one's own.
         average_decay: of the exponential moving average of the weights that is validated and saved; None
             uses the weights themselves.
     """
@@ -56,6 +57,7 @@ class Recipe:
     freeze: str = "none"
     loss: LossName = "focal"
     loss_settings: Mapping[str, float] = field(default_factory=dict)
+    class_loss: ClassLoss | None = None
     prior: float = 0.01
     box_loss: Literal["smooth-l1", "l1", "giou"] = "smooth-l1"
     box_beta: float = 1.0

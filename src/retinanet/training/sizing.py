@@ -168,7 +168,7 @@ def anchor_choices(options: TrainingOptions, usual: AnchorSpec, *, fixed: bool) 
     """
     asked = options.anchor_sizes()
     if asked is not None:
-        return [replace(usual, sizes=asked)]
+        return [replace(usual, sizes=asked[: len(usual.sizes)])]  # a model of one level has the first
     factors = (1.0,) if fixed else (1.0, 0.5, 0.25)
     return [replace(usual, sizes=tuple(size * f for size in usual.sizes)) for f in factors]
 

@@ -50,7 +50,12 @@ class TrainingStep:
         self.precision: Precision = precision
         self.average = WeightAverage(copy.deepcopy(network), average_decay) if average_decay else None
         self.optimizers = build_optimizers(
-            network, name=optimizer, lr=0.0, weight_decay=weight_decay, decay_all=decay_all
+            network,
+            outputs=network.outputs,
+            name=optimizer,
+            lr=0.0,
+            weight_decay=weight_decay,
+            decay_all=decay_all,
         )
         self.forward: Callable[[torch.Tensor], RawPredictions] = network
         if compile:
