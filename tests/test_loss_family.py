@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from retinanet.errors import ConfigError
 from retinanet.losses import (
+    balanced_sample,
     cross_entropy_derivative,
     focal_loss_derivative,
     focal_star_loss_derivative,
@@ -566,3 +567,47 @@ ROWS, NONE = torch.zeros(2, 3), torch.full((2,), -1)
 def test_errors(call, message):
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_a_balanced_sample():
+    positive = torch.arange(1000) % 20 == 0  # 50 of them
+    able = torch.arange(1000) != 40
+    drawn = balanced_sample(positive, able, batch=100, generator=torch.Generator().manual_seed(0))
+    assert len(set(drawn.tolist())) == 100
+    assert positive[drawn].tolist() == [True] * 25 + [False] * 75
+    assert 40 not in drawn
+    again = balanced_sample(positive, able, batch=100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+    other = balanced_sample(positive, able, batch=100, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(drawn, other)
+    # Few positives: the background fills the batch. Few of everything: all that there is.
+    assert positive[balanced_sample(positive, able, batch=400, positive_share=0.5)].sum() == 49
+    assert len(balanced_sample(positive, able, batch=400, positive_share=0.5)) == 400
+    assert sorted(balanced_sample(positive[:60], able[:60], batch=500).tolist()) == [
+        i for i in range(60) if i != 40
+    ]
+    assert len(balanced_sample(positive[:0], able[:0])) == 0
+
+
+def test_every_example_is_drawn_as_often_as_any_other_of_its_side():
+    positive, able = torch.arange(40) < 8, torch.ones(40, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(3)
+    counts = torch.zeros(40)
+    for _ in range(2000):
+        counts[balanced_sample(positive, able, batch=16, generator=generator)] += 1
+    assert (counts[:8] / 2000 - 4 / 8).abs().max() < 0.05
+    assert (counts[8:] / 2000 - 12 / 32).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"batch": 0}, "batch of 1 or more"),
+        ({"positive_share": 0.0}, r"\(0, 1\)"),
+        ({"positive_share": 1.0}, "0, 1"),
+    ],
+)
+def test_a_balanced_sample_refuses(told, message):
+    ones = torch.ones(3, dtype=torch.bool)
+    with pytest.raises(ConfigError, match=message):
+        balanced_sample(ones, ones, **told)

@@ -22,7 +22,7 @@ from retinanet.images import Preprocessing, decode
 from retinanet.losses import sigmoid_focal_loss
 from retinanet.matching import match_anchors
 from retinanet.model import BackboneSpec, ModelSpec, PyramidSpec, build_retinanet
-from retinanet.paper import architecture, curves, explanations, imbalance, loss_shares
+from retinanet.paper import architecture, balance, curves, explanations, imbalance, loss_shares
 from retinanet.paper.items import ITEMS, OF_RESULTS
 from retinanet.paper.loss_shares import hardest_share
 from retinanet.paper.page import Page, Picture, Table, new_figure, write_page
@@ -357,3 +357,30 @@ def test_the_playground_is_in_the_page_and_needs_nothing_else(tmp_path: Path) ->
     markdown = (tmp_path / "inliers.md").read_text()
     assert "sliders for gamma, alpha" in markdown
     assert "<script" not in markdown
+
+
+def test_shares_of_the_loss_by_what_is_done_about_the_imbalance() -> None:
+    shares = balance.sampling().numbers["shares"]
+    for share in shares.values():
+        assert sum(share.values()) == pytest.approx(1)
+    easy = {way: share["easy background"] for way, share in shares.items()}
+    assert easy["all, cross entropy"] > 0.8
+    assert easy["all, alpha 0.75"] > 0.6
+    assert easy["all, focal loss"] < 0.6
+    assert shares["all, focal loss"]["hard background"] > 8 * shares["all, cross entropy"]["hard background"]
+    # 64 objects were drawn of 192 background anchors, of which one in 700 is hard.
+    assert shares["256 at random, 1:3"]["objects"] > 0.8
+    assert shares["256 at random, 1:3"]["hard background"] < 0.1
+    assert easy["OHEM, the hardest 128"] == 0
+
+
+def test_the_loss_of_the_first_step() -> None:
+    at = torch.tensor([0.5, 0.01], dtype=torch.float64)
+    background, objects = balance.first_loss(at, None, 0.0)
+    assert objects.tolist() == pytest.approx([math.log(2), -math.log(0.01)])
+    assert background[0] == pytest.approx(math.log(2) * (8e6 - 50) / 50)
+    assert background[1] == pytest.approx(-math.log(0.99) * (8e6 - 50) / 50)
+    assert 60 < float(background[0] / background[1]) < 80  # "70 times less"
+    background, objects = balance.first_loss(at, 0.25, 2.0)
+    assert background[1] == pytest.approx(0.75 * 0.01**2 * -math.log(0.99) * (8e6 - 50) / 50)
+    assert objects[1] > background[1]  # "the objects make up most of the first step"

@@ -20,13 +20,14 @@ from retinanet.losses.family import (
     sigmoid_hinge_loss,
 )
 from retinanet.losses.focal import sigmoid_focal_loss
-from retinanet.losses.mining import hardest, hardest_one_to_three
+from retinanet.losses.mining import balanced_sample, hardest, hardest_one_to_three
 from retinanet.losses.softmax import softmax_focal_loss
 
 __all__ = [
     "Alpha",
     "Normalizer",
     "Reduction",
+    "balanced_sample",
     "cross_entropy_derivative",
     "focal_loss_derivative",
     "focal_star_loss_derivative",

@@ -1,4 +1,7 @@
-"""Online hard example mining, what the focal loss makes unnecessary (Section 5.1, Table 1d).
+"""Choosing examples instead of weighing them, what the focal loss makes unnecessary (Sections 2, 3.4, 5.1, Table 1d).
+
+Sampling (Girshick, "Fast R-CNN", 2015; Ren, He, Girshick, Sun, "Faster R-CNN", 2015) draws a minibatch in which
+positives have a fixed share.
 
 OHEM (Shrivastava, Gupta, Girshick, "Training Region-based Object Detectors with Online Hard Example Mining", CVPR
 2016) scores each example by its loss, applies NMS, and makes a minibatch of the hardest that are left. "OHEM 1:3"
@@ -36,6 +39,35 @@ def hardest(
 
 
 @torch.no_grad()
+def balanced_sample(
+    positive: Bool[Tensor, "R"],
+    able: Bool[Tensor, "R"],
+    *,
+    batch: int = 256,
+    positive_share: float = 0.25,
+    generator: torch.Generator | None = None,
+) -> Int64[Tensor, "N"]:
+    """Return the indices of a random minibatch of at most `batch`, first positives: up to their share, as far as there
+    are so many; negatives fill it up.
+
+    Args:
+        positive: which examples are of an object.
+        able: which may be chosen at all (not ignored).
+        batch: examples; Faster R-CNN's proposer draws 256.
+        positive_share: at most, in (0, 1): a quarter for 1:3 (Fast R-CNN), a half for 1:1 (the proposer).
+        generator: of the random numbers; torch's global one by default.
+    """
+    if batch < 1:
+        raise ConfigError(f"balanced_sample needs a batch of 1 or more; got {batch}")
+    if not 0 < positive_share < 1:
+        raise ConfigError(f"balanced_sample needs positive_share in (0, 1); got {positive_share}")
+    positives, negatives = (torch.nonzero(able & of)[:, 0] for of in (positive, ~positive))
+    wanted = min(len(positives), round(batch * positive_share))
+    shuffled = [of[torch.randperm(len(of), generator=generator)] for of in (positives, negatives)]
+    return torch.cat((shuffled[0][:wanted], shuffled[1][: batch - wanted]))
+
+
+@torch.no_grad()
 def hardest_one_to_three(
     losses: Float[Tensor, "R"],
     boxes: Float[Tensor, "R 4"],
@@ -52,10 +84,16 @@ def hardest_one_to_three(
     """
     _require(losses, batch, nms_iou)
     able = torch.nonzero(losses > 0)[:, 0]
-    kept = able[nms(boxes[able], losses[able], torch.zeros_like(able), nms_iou)]
-    positives = kept[positive[kept]][: batch // 4]
-    negatives = kept[~positive[kept]][: 3 * max(1, len(positives))]
-    return torch.cat((positives, negatives))
+    most, limit = batch // 4, 4 * batch
+    while True:
+        # What NMS keeps first is the same for any limit; most images have enough among the hardest.
+        kept = able[nms(boxes[able], losses[able], torch.zeros_like(able), nms_iou, max_kept=limit)]
+        positives = kept[positive[kept]][:most]
+        negatives = kept[~positive[kept]][: 3 * max(1, len(positives))]
+        whole = len(positives) == most and len(negatives) == 3 * most
+        if whole or len(kept) < limit:
+            return torch.cat((positives, negatives))
+        limit *= 8
 
 
 def _require(losses: Tensor, batch: int, nms_iou: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from retinanet.paper import architecture, curves, explanations, imbalance, loss_shares, speed
+from retinanet.paper import architecture, balance, curves, explanations, imbalance, loss_shares, speed
 from retinanet.paper.measuring import trained_model
 from retinanet.paper.page import Page
 from retinanet.paper.results import Request
@@ -41,6 +41,8 @@ ITEMS: dict[str, Item] = {
     "nms": Item("non-maximum suppression, step by step", explanations.nms_page),
     "ap": Item("average precision from ranked detections", explanations.ap_page),
     "inliers": Item("fifty easy examples against five hard ones", curves.inliers),
+    "sampling": Item("sampling, mining and weighing: whose loss a step follows", balance.sampling),
+    "start": Item("the first step's loss, with the prior and without", balance.start),
     "fig1": Item("the focal loss over p_t, gamma from 0 to 5", curves.fig1),
     "fig3": Item("the architecture, drawn from the live model", architecture.fig3),
     "fig5": Item("FL and FL* over the logit", curves.fig5),
