@@ -78,8 +78,8 @@ def sampling() -> Page:
             "Balanced sampling draws a minibatch in which a quarter are objects: an alpha that depends on how many "
             "there happen to be, and hardly any of the hard background is drawn, as it is rare. Mining finds it, and "
             "forgets the rest: which anchors are hard, and how many, changes from step to step. The focal loss keeps "
-            "every anchor and weighs it by what the detector knows of it already: the easy ones, 99.8 % of all, keep half "
-            "of the loss (Sections 2 and 3.4 of the paper).",
+            "every anchor and weighs it by what the detector knows of it already: the easy ones, 99.8 % of all, keep "
+            "half of the loss (Sections 2 and 3.4 of the paper).",
         ),
         {"shares": {way: dict(zip(groups, share, strict=True)) for way, share in shares.items()}},
     )
