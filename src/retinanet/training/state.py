@@ -1,0 +1,251 @@
+"""The training state on disk: whole or not there, checked when it is read, the newest sound one first.
+
+    checkpoints/00000812/
+      network.safetensors  average.safetensors  optimizer.safetensors ...   one file a part
+      state.json                                                            written last: values, and every file's hash
+
+A state is written beside its place, flushed to the disk file by file, and moved; only then older ones go. A reader that
+finds a damaged one says what is wrong with it and takes the one before. Reading executes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.optim import Optimizer
+
+from retinanet.errors import CheckpointError, TrainingError
+
+FORMAT_VERSION = 1
+VALUES = "state.json"
+# Sound states that stay when a newer one is there.
+KEPT = 2
+# Bytes that must be free beyond the tensors' own: headers, values, what else is written meanwhile.
+MARGIN = 2**20
+# A state.json is a few kilobytes.
+LARGEST_VALUES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run needs to go on as if it had never stopped.
+
+    Args:
+        step: steps done.
+        parts: part -> tensor's name -> tensor.
+        values: plain values, as JSON holds them.
+    """
+
+    step: int
+    parts: Mapping[str, Mapping[str, Tensor]]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_state(folder: Path, state: State) -> Path:
+    """Write a state into `folder` and return its own folder; older ones but `KEPT - 1` go when it is there.
+
+    Raises:
+        TrainingError: the disk has no room or refuses; what was there before is untouched.
+    """
+    place = folder / f"{state.step:08d}"
+    if place.exists():
+        if damage_of(place) is None:
+            return place
+        shutil.rmtree(place)
+    draft = folder / f".{place.name}.{os.getpid()}.part"
+    needed = MARGIN + sum(
+        t.numel() * t.element_size() for part in state.parts.values() for t in part.values()
+    )
+    try:
+        draft.mkdir(parents=True)
+        free = shutil.disk_usage(draft).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
+        files = {}
+        for name, tensors in state.parts.items():
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            files[f"{name}.safetensors"] = _write(draft / f"{name}.safetensors", save(plain))
+        values = {"format": FORMAT_VERSION, "step": state.step, "values": dict(state.values), "files": files}
+        text = json.dumps({**values, "sha256": _digest_of(values)}, indent=1, allow_nan=False)
+        _write(draft / VALUES, text.encode())
+        _flush(draft)
+        os.replace(draft, place)
+        _flush(folder)
+    except OSError as error:
+        raise TrainingError(_no_room(folder, needed, error)) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    _rotate(folder)
+    return place
+
+
+def newest_state(folder: Path) -> tuple[State | None, list[str]]:
+    """Return the newest sound state in a folder, None where there is none, and what is wrong with newer ones."""
+    damaged = []
+    for place in reversed(_places(folder)):
+        try:
+            return read_state(place), damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def read_state(place: Path) -> State:
+    """Read a state's folder; every byte is checked against what was written.
+
+    Raises:
+        CheckpointError: a file is missing, cut or changed.
+    """
+    values = _read_values(place)
+    parts = {}
+    for name, written in values["files"].items():
+        content = _read(place / name)
+        if hashlib.sha256(content).hexdigest() != written["sha256"]:
+            raise CheckpointError(f"{place / name} is damaged: it is not what was written")
+        try:
+            parts[name.removesuffix(".safetensors")] = load(content)
+        except SafetensorError as error:  # its hash is right: another version wrote it
+            raise CheckpointError(f"{place / name} cannot be read: {error}") from None
+    return State(values["step"], parts, values["values"])
+
+
+def damage_of(place: Path) -> str | None:
+    """Say what is wrong with a state as far as sizes show, or None."""
+    try:
+        for name, written in _read_values(place)["files"].items():
+            size = (place / name).stat().st_size
+            if size != written["bytes"]:
+                return (
+                    f"{place / name} is damaged: {written['bytes']:,} bytes were written, {size:,} are there"
+                )
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _read_values(place: Path) -> dict[str, Any]:
+    file = place / VALUES
+    content = _read(file, LARGEST_VALUES)
+    try:
+        values = json.loads(content)
+        written = values.pop("sha256")
+        sound = written == _digest_of(values)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{file} is damaged: it is not what was written")
+    if values["format"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format {values['format']}, required is {FORMAT_VERSION}: resume with the version of "
+            "retinanet that wrote it"
+        )
+    found: dict[str, Any] = values
+    return found
+
+
+def _read(file: Path, limit: int | None = None) -> bytes:
+    try:
+        if limit is not None and file.stat().st_size > limit:
+            raise CheckpointError(f"{file} is damaged: it has more than {limit:,} bytes")
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _digest_of(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _write(file: Path, content: bytes) -> dict[str, Any]:
+    """Write a file through to the disk; return its size and hash."""
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _flush(folder: Path) -> None:
+    """Let the disk know which files a folder holds; a system that cannot do that does it by itself."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _no_room(folder: Path, needed: int, error: OSError) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the training state cannot be written to {folder}: {error.strerror or error}"
+    with suppress(OSError):
+        free = f"{shutil.disk_usage(folder).free:,}"
+        return (
+            f"no room for the training state in {folder}: {needed:,} bytes are needed, {free} are free. The state "
+            "before is untouched: free space and go on with --resume"
+        )
+    return f"no room for the training state in {folder}: {needed:,} bytes are needed"
+
+
+def _places(folder: Path) -> list[Path]:
+    """Return the folders of states, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        place for place in folder.iterdir() if re.fullmatch(r"\d{8,}", place.name) and place.is_dir()
+    )
+
+
+def _rotate(folder: Path) -> None:
+    sound = [place for place in _places(folder) if damage_of(place) is None]
+    for place in sound[:-KEPT]:
+        shutil.rmtree(place, ignore_errors=True)
+    for draft in folder.glob(".*.part"):  # left by a process that was killed
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Return what optimisers remember, by optimiser, parameter and name."""
+    found = {}
+    for number, optimizer in enumerate(optimizers):
+        for place, parameter in enumerate(_parameters(optimizer)):
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"{number}/{place}/{name}"] = value
+                elif value is not None:
+                    raise TypeError(
+                        f"the optimiser keeps {name!r} as {type(value).__name__}, not as a tensor"
+                    )
+    return found
+
+
+def restore_optimizers(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Give fresh optimisers of the same parameters what `optimizer_tensors` returned."""
+    for key, value in tensors.items():
+        number, place, name = key.split("/")
+        parameter = _parameters(optimizers[int(number)])[int(place)]
+        kept = value.clone()
+        if value.shape == parameter.shape:
+            # In the parameter's own layout: fused steps walk over both by address.
+            kept = torch.empty_like(parameter).copy_(value)
+        elif name != "step":
+            kept = value.to(parameter.device)
+        optimizers[int(number)].state[parameter][name] = kept
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
