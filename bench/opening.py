@@ -35,7 +35,8 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 scale = 1 if sys.platform == "darwin" else 1024
 print(json.dumps({
     "images": len(dataset), "boxes": len(dataset.boxes), "faults": sum(dataset.fault_counts.values()),
-    "seconds": round(seconds, 2), "cpu_seconds": round(busy, 2), "peak_bytes": peak * scale, "before_bytes": import_peak * scale,
+    "seconds": round(seconds, 2), "cpu_seconds": round(busy, 2), "peak_bytes": peak * scale,
+    "before_bytes": import_peak * scale,
 }))
 """
 

@@ -766,7 +766,9 @@ def test_voc_corners_are_inclusive_and_count_from_one(tmp_path: Path) -> None:
 
 def test_voc_difficult_is_kept_to_be_ignored(tmp_path: Path) -> None:
     easy, hard = (voc_object(extra=f"<difficult>{flag}</difficult>") for flag in (0, 1))
-    dataset = read_voc(voc_folder(tmp_path, {"a": voc_page(easy, hard, voc_object())}), split="train")
+    dataset = read_voc(
+        voc_folder(tmp_path, {"a": voc_page(easy, hard, voc_object(corners="1 1 9 9"))}), split="train"
+    )
     assert dataset.ground_truth(0).ignore.tolist() == [Ignore.NO, Ignore.DIFFICULT, Ignore.NO]
 
 
@@ -813,8 +815,9 @@ OBJECT = "Annotations/a.xml: object 2 (RBC):"
         ),
         (
             voc_object(corners="9 6 5 8"),
-            f"{OBJECT} corners [9, 6, 5, 8] are reversed; xmax >= xmin and ymax >= ymin are required (drop",
-            1,
+            f"{OBJECT} corners [9, 6, 5, 8] are reversed; xmax >= xmin and ymax >= ymin are required: "
+            "taken as [5, 6, 9, 8] (repaired)",
+            2,
         ),
         (
             voc_object(corners="0 1 5 8"),
@@ -955,6 +958,10 @@ def test_voc_refuses_entities_in_any_encoding(tmp_path: Path) -> None:
     bomb = "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation>&b;</annotation>"
     (folder / "Annotations/a.xml").write_bytes(bomb.encode("utf-16"))
     with pytest.raises(DataError, match="needs XML in UTF-8; got zero bytes"):
+        read_voc(folder, split="train")
+    hidden = b"<?xml version='1.0' encoding='cp037'?>" + bomb.encode("cp037")
+    (folder / "Annotations/a.xml").write_bytes(hidden)
+    with pytest.raises(DataError, match="needs plain XML without DOCTYPE"):
         read_voc(folder, split="train")
 
 

@@ -162,6 +162,7 @@ class Dataset:
         sizes: Sequence[tuple[int, int]],
         annotations: Sequence[Annotation],
         faults: Iterable[Fault] = (),
+        fault_counts: Mapping[tuple[str, str], int] | None = None,
     ) -> Dataset:
         """Make a data set from one entry an image and boxes in any order (kept within an image)."""
         return cls.from_columns(
@@ -179,6 +180,7 @@ class Dataset:
             ignore=np.array([a.ignore for a in annotations], np.int8),
             annotation_ids=np.array([a.id for a in annotations], np.int64),
             faults=faults,
+            fault_counts=fault_counts,
         )
 
     @classmethod

@@ -160,18 +160,18 @@ def smallest_size(boxes: list[Box]) -> tuple[int, int]:
 
 def clip_boxes(
     boxes: NDArray[np.float64], sizes: NDArray[Any]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
     """Cut boxes `[N, 4]` to their images `[N, 2]` (width, height) as `clip_box` does one.
 
     Returns:
-        The boxes, cut; which of them lost more than `ROUNDING`; and which have nothing left.
+        The boxes, cut; and which of them lie outside, have no area left in single precision, or lost more than
+        `ROUNDING`: of the three at most one.
     """
     edges = np.concatenate([sizes, sizes], axis=1).astype(np.float64)
-    outside = (boxes[:, :2] >= edges[:, :2]).any(axis=1) | (boxes[:, 2:] <= 0).any(axis=1)
+    outside = np.logical_or((boxes[:, :2] >= edges[:, :2]).any(axis=1), (boxes[:, 2:] <= 0).any(axis=1))
     over = np.maximum(-boxes[:, :2], boxes[:, 2:] - edges[:, 2:]).max(axis=1, initial=-np.inf)
     cut = np.clip(boxes, 0, edges)
     single = cut.astype(np.float32)
-    flat = (single[:, 2:] <= single[:, :2]).any(axis=1)
-    nothing: NDArray[np.bool_] = np.logical_or(outside, flat)
-    reached: NDArray[np.bool_] = np.logical_and(over > ROUNDING, ~nothing)
-    return cut, reached, nothing
+    flat = np.logical_and((single[:, 2:] <= single[:, :2]).any(axis=1), ~outside)
+    reached = np.logical_and(over > ROUNDING, ~(outside | flat))
+    return cut, outside, flat, reached

@@ -43,7 +43,7 @@ class _Columns(NamedTuple):
 
     image: Int64Array  # position among the kept images, NOWHERE or GONE
     label: Int64Array  # -1 where the class is unknown
-    box: Float64Array  # x, y, width, height; NaN where they are not four finite numbers
+    box: Float64Array  # x, y, width, height; NaN where they are not four numbers
     area: Float64Array  # NaN where none is given, WRONG_AREA where it is no area
     crowd: BoolArray
     id: Int64Array
@@ -64,14 +64,18 @@ class _Checked(NamedTuple):
 
 
 # Every fault of an annotation, in the order in which those of one record are named.
-_Finding = Literal["image", "class", "numbers", "empty", "reversed", "outside", "cut", "area"]
+_Finding = Literal[
+    "image", "class", "numbers", "infinite", "empty", "reversed", "outside", "flat", "cut", "area"
+]
 _FINDINGS: dict[_Finding, tuple[Literal["repaired", "dropped"], Kind]] = {
     "image": ("dropped", Kind.ORPHAN_ANNOTATION),
     "class": ("dropped", Kind.UNKNOWN_CLASS),
-    "numbers": ("dropped", Kind.INVALID_BOX),
+    "numbers": ("dropped", Kind.NOT_A_NUMBER),
+    "infinite": ("dropped", Kind.NOT_FINITE),
     "empty": ("dropped", Kind.EMPTY_BOX),
     "reversed": ("repaired", Kind.REVERSED_BOX),
     "outside": ("dropped", Kind.OUTSIDE_IMAGE),
+    "flat": ("dropped", Kind.EMPTY_BOX),
     "cut": ("repaired", Kind.OUTSIDE_IMAGE),
     "area": ("repaired", Kind.INVALID_AREA),
 }
@@ -140,19 +144,21 @@ class BoxReader:
                 axis=1,
             )
             sizes = self.sizes[np.where(here, given.image, 0)]
-            boxes, reached, nothing = clip_boxes(corners, sizes)
+            boxes, outside, flat, reached = clip_boxes(corners, sizes)
         sound = live & finite & ~empty
-        kept = sound & ~nothing
+        kept = sound & ~outside & ~flat
         wrong_area = ~np.isnan(given.area) & ~((given.area >= 0) & (given.area <= LARGEST_AREA))
         self._name(
             start,
             {
                 "image": given.image == NOWHERE,
                 "class": here & (given.label < 0),
-                "numbers": live & ~finite,
+                "numbers": live & np.isnan(given.box).any(axis=1),
+                "infinite": live & np.isinf(given.box).any(axis=1),
                 "empty": live & finite & empty,
                 "reversed": sound & ((width < 0) | (height < 0)),
-                "outside": sound & nothing,
+                "outside": sound & outside,
+                "flat": sound & flat,
                 "cut": kept & reached,
                 "area": kept & wrong_area,
             },
@@ -191,8 +197,6 @@ class BoxReader:
         entry = self.kept[image] if image >= 0 else None
         where = self._where(place, fields, entry)
         reason, kind = self._reason(finding, fields, entry), _FINDINGS[finding][1]
-        if finding == "outside" and "no area" in reason:
-            kind = Kind.EMPTY_BOX
         add = self.log.drop if _FINDINGS[finding][0] == "dropped" else self.log.repair
         add(self.document.source.name, where, reason, kind)
 
@@ -209,7 +213,7 @@ class BoxReader:
             return f"category_id needs the id of a category; got {brief(fields.get('category_id'))}"
         if finding == "area":
             return f"area needs a number from 0; got {brief(fields.get('area'))}; it became the box's"
-        if finding == "numbers":
+        if finding in ("numbers", "infinite"):
             return f"bbox needs four finite numbers [x, y, width, height]; got {brief(bbox)}"
         if finding == "empty":
             return f"bbox needs a width and height above 0; got {brief(bbox)}"
@@ -222,7 +226,7 @@ class BoxReader:
 
     def _once(self, found: _Checked) -> _Checked:
         """Drop boxes that stand twice."""
-        kept, firsts = drop_duplicates(found.owners, found.labels, found.boxes)
+        kept, firsts = drop_duplicates(found.owners, found.labels, found.boxes, found.crowd)
         if kept.all():
             return found
         doubles, worded = np.flatnonzero(~kept), self.log.room
@@ -265,8 +269,8 @@ def _as_record(record: AnnotationRecord | Fields) -> AnnotationRecord:
 
 def _numbers(value: Any) -> Box | None:
     numbers = [number(item) for item in value] if isinstance(value, list) and len(value) == 4 else []
-    finite = [item for item in numbers if item is not None and math.isfinite(item)]
-    return (finite[0], finite[1], finite[2], finite[3]) if len(finite) == 4 else None
+    found = [item for item in numbers if item is not None]
+    return (found[0], found[1], found[2], found[3]) if len(found) == 4 else None
 
 
 def _corners(bbox: Any) -> Box:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from retinanet.data.coco.document import Document, ImageRecord
 from retinanet.data.faults import FaultLog
-from retinanet.data.image_files import files_there, first_place
+from retinanet.data.finding import files_there, first_place
 from retinanet.data.kinds import Kind
 from retinanet.data.rules import Fence, brief, name_fault, refuse_escape, side
 from retinanet.errors import DataError, ImageError
@@ -106,7 +106,7 @@ def read_entries(document: Document, log: FaultLog, *, needs_file: bool) -> list
             fault = name_fault(file)
             if fault is not None:
                 entry.kept = False
-                log.drop(source.name, where, f"file_name {fault}", Kind.INVALID_FILE_NAME)
+                log.drop(source.name, where, f"file_name {fault}", Kind.BAD_FILE_NAME)
                 continue
             refuse_escape(file, f"{source}: {where}: file_name")
             entry.file = file.replace("\\", "/")  # as written on Windows

@@ -10,7 +10,7 @@ from retinanet.data.coco.document import Document
 from retinanet.data.coco.listing import find_files, image_ids, image_sizes, read_classes, read_entries
 from retinanet.data.dataset import Dataset
 from retinanet.data.faults import FaultLog
-from retinanet.data.image_files import image_places
+from retinanet.data.finding import image_places
 from retinanet.data.rules import ImageFiles
 from retinanet.errors import DataError
 
