@@ -961,7 +961,7 @@ def test_voc_refuses_entities_in_any_encoding(tmp_path: Path) -> None:
         read_voc(folder, split="train")
     hidden = b"<?xml version='1.0' encoding='cp037'?>" + bomb.encode("cp037")
     (folder / "Annotations/a.xml").write_bytes(hidden)
-    with pytest.raises(DataError, match="needs plain XML without DOCTYPE"):
+    with pytest.raises(DataError, match="needs sound XML; unknown encoding"):
         read_voc(folder, split="train")
 
 
