@@ -78,6 +78,7 @@ class Dataset:
         ignore: `[M]` int8 values of `retinanet.records.Ignore`.
         annotation_ids: `[M]` int64.
         faults: what the reader repaired or dropped.
+        format: what it was read as, "COCO", "YOLO" ...; empty where nothing was recognised.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Dataset:
     ignore: Int8Array
     annotation_ids: Int64Array
     faults: tuple[Fault, ...] = ()
+    format: str = ""
 
     def __post_init__(self) -> None:
         images, boxes = len(self.files), len(self.boxes)
@@ -240,6 +242,7 @@ class Dataset:
             ignore=self.ignore[rows],
             annotation_ids=self.annotation_ids[rows],
             faults=self.faults,
+            format=self.format,
         )
 
     def summary(self) -> str:

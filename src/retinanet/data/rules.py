@@ -111,6 +111,17 @@ class Fence:
         except (OSError, ValueError):
             return False
 
+    def holds_folder(self, path: Path) -> bool:
+        """Return whether a folder is there; raise `DataError` if it lies outside."""
+        if not os.path.isdir(path):
+            return False
+        if not self._covers(str(path)):
+            raise DataError(
+                f"{path}: is a symbolic link, or in a linked folder, that leaves the data folder "
+                f"{self.folder}; put the folder itself there"
+            )
+        return True
+
     def _covers(self, path: str) -> bool:
         return Path(os.path.realpath(path)).is_relative_to(self._real)
 

@@ -45,6 +45,7 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
 
     Classes are the names in the annotations of every split together, sorted, with ids 0..K-1, so that all
     splits agree. Image ids are the names in the split's list. `difficult` becomes `Ignore.DIFFICULT`.
+    A folder without lists is one set, of whatever name is asked for, with every annotation file.
     An object with two equal corners is a click, not a box, and is dropped. The image of `NAME` is
     `JPEGImages/NAME` with the extension that `<filename>` has, else a known one, else `<filename>` itself.
 
@@ -57,19 +58,20 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
     """
     root = Path(os.path.abspath(folder))
     lists = split_lists(root)
-    if split not in lists:
+    if lists and split not in lists:
         raise DataError(
             f"{folder}: needs the list {LISTS}/{split}.txt; there are: {', '.join(lists) or 'none'}."
             + did_you_mean(split, lists)
         )
     reader = _Reader(root)
-    stems = {name: reader.stems(path) for name, path in lists.items()}
+    stems = {name: reader.stems(path) for name, path in lists.items()} or {split: reader.every_stem()}
     pages = {stem: reader.page(stem) for listed in stems.values() for _, stem in listed}
     names = {item.name for page in pages.values() if page for item in page.objects if item.name}
     if not names:
         raise DataError(f"{folder}: needs an object with a name in Annotations/*.xml; there is none")
     classes = Classes(names=tuple(sorted(names)))
-    entries = reader.entries(f"{LISTS}/{split}.txt", stems[split], pages, images)
+    listing = f"{LISTS}/{split}.txt" if lists else "Annotations"
+    entries = reader.entries(listing, stems[split], pages, images)
     annotations = reader.annotations(entries, classes)
     return Dataset.build(
         name=root.name,
@@ -164,6 +166,13 @@ class _Reader:
             refuse_escape(stem, f"{path}: line {number}")
             found.append((number, stem))
         return found
+
+    def every_stem(self) -> list[tuple[int, str]]:
+        """Return (number, name) of every annotation file, sorted."""
+        names = sorted(name.removesuffix(".xml") for name in self.xml_files if name.endswith(".xml"))
+        if fault := next(filter(None, map(name_fault, names)), None):
+            raise DataError(f"{self.root / 'Annotations'}: {fault}")
+        return list(enumerate(names, 1))
 
     def page(self, stem: str) -> _Page | None:
         """Return what the annotation file says, None where there is none."""
