@@ -34,7 +34,7 @@ seconds, busy = time.perf_counter() - start, time.process_time() - busy
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 scale = 1 if sys.platform == "darwin" else 1024
 print(json.dumps({
-    "images": len(dataset), "boxes": len(dataset.boxes), "faults": sum(dataset.fault_counts.values()),
+    "images": len(dataset), "boxes": len(dataset.boxes), "faults": dataset.fault_total,
     "seconds": round(seconds, 2), "cpu_seconds": round(busy, 2), "peak_bytes": peak * scale,
     "before_bytes": import_peak * scale,
 }))

@@ -17,8 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from retinanet.data import Dataset, Fault, available_splits, open_dataset, read_coco, read_voc, write_coco
-from retinanet.data import voc as voc_module
+from retinanet.data import (
+    Dataset,
+    Fault,
+    available_splits,
+    open_dataset,
+    read_coco,
+    read_voc,
+    voc_pages,
+    write_coco,
+)
 from retinanet.data.dataset import Annotation
 from retinanet.data.rules import clip_box, read_bytes
 from retinanet.errors import DataError
@@ -1249,7 +1257,7 @@ def test_many_levels_of_xml_end_soon(tmp_path: Path, monkeypatch: pytest.MonkeyP
     start = time.perf_counter()
     assert len(read_voc(folder, split="train")) == 2
     assert time.perf_counter() - start < 5
-    monkeypatch.setattr(voc_module, "LARGEST_XML", 1000)
+    monkeypatch.setattr(voc_pages, "LARGEST_XML", 1000)
     with pytest.raises(DataError, match=r"a.xml: needs at most 1,000 bytes"):
         read_voc(folder, split="train")
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from retinanet.data.dataset import Dataset, Fault
 from retinanet.data.facts_cache import FactsCache
+from retinanet.data.image_files import is_image_name
 from retinanet.data.isolation import each
 from retinanet.data.kinds import Kind
 from retinanet.errors import ImageError
@@ -27,7 +28,6 @@ from retinanet.images import UInt8Array, examine
 NEAR = 4  # of 64 bits: the same picture saved again, scaled or slightly brightened
 FLAT_BITS = 8  # a difference hash with fewer bits of either kind belongs to a flat picture and tells nothing
 BLOCK = 1024, 8192  # images of b and of a that are compared at a time: 32 MiB
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,7 @@ def unlisted_images(splits: Sequence[Dataset]) -> list[Fault]:
                 others = sorted(
                     entry.name
                     for entry in entries
-                    if entry.name not in names
-                    and Path(entry.name).suffix.lower() in SUFFIXES
-                    and entry.is_file()
+                    if entry.name not in names and is_image_name(entry.name) and entry.is_file()
                 )
         except OSError:
             continue

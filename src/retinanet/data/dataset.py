@@ -81,6 +81,7 @@ class Dataset:
         annotation_ids: `[M]` int64.
         faults: what the reader repaired or dropped; of very many the first.
         fault_counts: how many there were of each (kind, action), those of `faults` when not given.
+        format: what it was read as, "COCO", "YOLO" ...; empty where nothing was recognised.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Dataset:
     annotation_ids: Int64Array
     faults: tuple[Fault, ...] = ()
     fault_counts: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    format: str = ""
 
     def __post_init__(self) -> None:
         images, boxes = len(self.files), len(self.boxes)
@@ -229,6 +231,11 @@ class Dataset:
             fault_counts=fault_counts or {},
         )
 
+    @property
+    def fault_total(self) -> int:
+        """How many faults there were, kept or only counted."""
+        return sum(self.fault_counts.values())
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -291,13 +298,14 @@ class Dataset:
             annotation_ids=self.annotation_ids[rows],
             faults=self.faults,
             fault_counts=self.fault_counts,
+            format=self.format,
         )
 
     def summary(self) -> str:
         """Return two lines for people: images, empty images, faults; boxes by class, ignored boxes."""
         empty = int((np.diff(self.offsets) == 0).sum())
         ignored = int((self.ignore != 0).sum())
-        total = sum(self.fault_counts.values())
+        total = self.fault_total
         dropped = sum(number for (_, action), number in self.fault_counts.items() if action == "dropped")
         counts = np.bincount(self.labels[self.ignore == 0], minlength=len(self.classes))
         shown = [f"{name} {count:,}" for name, count in zip(self.classes.names, counts.tolist(), strict=True)]

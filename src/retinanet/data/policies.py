@@ -1,47 +1,103 @@
-"""What every reader does with sound boxes that contradict each other."""
+"""What becomes of a box or number that is not as it should be: one judgement for every format.
+
+The kinds of fault named here are the same words in every report: "not finite", "equal corners", "reversed box",
+"empty box", "outside image", "duplicate box".
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import struct
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from retinanet.data.rules import Box, clip_box
 
-from retinanet.records import Float32Array, Int64Array
+LONGEST_NUMBER = 64  # characters; what is longer is no coordinate
 
 
-def drop_duplicates(
-    images: Int64Array, labels: Int64Array, boxes: Float32Array, ignore: NDArray[Any]
-) -> tuple[NDArray[np.bool_], Int64Array]:
-    """Find boxes that stand twice: equal in image, class, all four corners and in being ignored. The first one counts.
+class Verdict(NamedTuple):
+    """A box as it is to be used (None: not at all), and what was wrong with it (no `kind`: nothing)."""
 
-    Args:
-        images, labels: `[M]`.
-        boxes: `[M, 4]` float32, finite.
-        ignore: `[M]` values of `retinanet.records.Ignore`.
+    box: Box | None
+    kind: str = ""
+    reason: str = ""
+    fix: str = ""
 
-    Returns:
-        `[M]` which boxes to keep, and `[M]` the first box that each is equal to (itself where it is kept).
+
+def judge_box(corners: Box, width: int, height: int) -> Verdict:
+    """Judge a box in an image of that size, all in pixels.
+
+    Repaired, because it has one meaning: a box that reaches beyond its image is cut to it. Dropped, because it has
+    none: corners that are not finite, equal (a click) or reversed (the order of the columns may be another), a side
+    of 0, a box outside its image. Within `rules.ROUNDING` of the border a box is cut and nothing is said.
     """
-    count = len(boxes)
-    firsts = np.arange(count)
-    words = np.ascontiguousarray(boxes + np.float32(0), np.float32).view(np.uint32)  # + 0 makes -0.0 zero
-    keys = _hash([images, labels, ignore, *words.T])
-    order = np.argsort(keys, kind="stable")
-    twice = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-    seen: dict[tuple[float, ...], int] = {}
-    for row in sorted(
-        {*order[twice].tolist(), *order[twice + 1].tolist()}
-    ):  # equal keys are nearly always equal boxes
-        own = (int(images[row]), int(labels[row]), int(ignore[row]), *words[row].tolist())
-        firsts[row] = seen.setdefault(own, row)
-    return firsts == np.arange(count), firsts
+    x1, y1, x2, y2 = corners
+    shown = f"box {in_words(corners)} (x1, y1, x2, y2)"
+    if not all(math.isfinite(value) for value in corners):
+        return Verdict(None, "not finite", f"{shown} needs finite numbers", "remove the box or draw it again")
+    if (x1, y1) == (x2, y2):
+        return Verdict(
+            None,
+            "equal corners",
+            f"{shown} has equal corners: a click, not a box",
+            "remove it or draw the box",
+        )
+    if x2 < x1 or y2 < y1:
+        return Verdict(
+            None,
+            "reversed box",
+            f"{shown} is reversed; x2 > x1 and y2 > y1 are required",
+            "swap its corners; where most boxes are so, the numbers are in another order",
+        )
+    if x2 == x1 or y2 == y1:
+        return Verdict(
+            None,
+            "empty box",
+            f"{shown} has no area; x2 > x1 and y2 > y1 are required",
+            "remove it or draw the box",
+        )
+    box, reason = clip_box(corners, width, height)
+    if reason is None:
+        return Verdict(box)
+    outside = "outside image" if box is not None or "outside" in reason else "empty box"
+    return Verdict(
+        box, outside, f"{shown} {reason}", "correct the box, or the size of the image it was drawn on"
+    )
 
 
-def _hash(columns: list[NDArray[Any]]) -> NDArray[np.uint64]:
-    """Mix integer columns into one of 64 bits, after the multiply-xorshift rounds of SplitMix64."""
-    keys = np.zeros(len(columns[0]), np.uint64)
-    for column in columns:
-        keys = (keys ^ column.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
-        keys ^= keys >> np.uint64(29)
-    return keys
+def in_words(corners: Box) -> str:
+    """Return four numbers for a message.
+
+    >>> in_words((1.0, 2.5, 3.0, 40.0))
+    '[1, 2.5, 3, 40]'
+    """
+    return f"[{', '.join(f'{value:g}' for value in corners)}]"
+
+
+def decimal(text: str) -> float | None:
+    """Return the number that a field of a text file holds (it may be infinite or NaN), None where it is none."""
+    if len(text) > LONGEST_NUMBER or "_" in text:  # Python would read 1_000
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def whole(text: str) -> int | None:
+    """Return the whole number from 0 that a field holds, 7 for "7" and for "7.0", None where it is none."""
+    value = decimal(text)
+    return int(value) if value is not None and 0 <= value < 2**31 and value.is_integer() else None
+
+
+class Distinct:
+    """Tells whether an image has a box already: of the same class, equal in single precision."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def adds(self, image: int, box: Box, label: int, ignore: int) -> bool:
+        """Return whether the box is new, and remember it."""
+        count = len(self._seen)
+        self._seen.add(struct.pack("<qqbffff", image, label, ignore, *box))
+        return len(self._seen) > count

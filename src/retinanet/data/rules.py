@@ -117,14 +117,22 @@ class Fence:
         if not self._inside[folder]:
             raise DataError(_leaves(folder, self.folder))
 
+    def holds_folder(self, path: Path) -> bool:
+        """Return whether a folder is there; raise `DataError` if it lies outside."""
+        if not os.path.isdir(path):
+            return False
+        if not self._covers(str(path)):
+            raise DataError(_leaves(path, self.folder, "folder"))
+        return True
+
     def _covers(self, path: str) -> bool:
         return Path(os.path.realpath(path)).is_relative_to(self._real)
 
 
-def _leaves(path: Path | str, folder: Path) -> str:
+def _leaves(path: Path | str, folder: Path, what: str = "file") -> str:
     return (
         f"{path}: is a symbolic link, or in a linked folder, that leaves the data folder {folder}; "
-        "put the file itself there"
+        f"put the {what} itself there"
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -17,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.duplicates import drop_duplicates
 from retinanet.data.faults import FaultLog
 from retinanet.data.kinds import Kind
-from retinanet.data.policies import drop_duplicates
 from retinanet.data.rules import (
     LONGEST_SIDE,
     Box,
@@ -30,20 +29,17 @@ from retinanet.data.rules import (
     name_fault,
     read_bytes,
     refuse_escape,
-    side,
     smallest_size,
 )
+from retinanet.data.voc_pages import CORNERS, LONGEST_NUMBER, VocObject, VocPage, decimal, read_page
 from retinanet.errors import DataError, ImageError, did_you_mean
 from retinanet.images import read_size
 from retinanet.records import Classes, Ignore
 
 LISTS = "ImageSets/Main"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-LARGEST_XML = 8 * 2**20  # bytes; some 20,000 objects
 LARGEST_LIST = 64 * 2**20
 MOST_NAMES = 2_000_000  # lines of a list
-LONGEST_NUMBER = 64  # characters
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required") -> Dataset:
@@ -51,6 +47,7 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
 
     Classes are the names in the annotations of every split together, sorted, with ids 0..K-1, so that all
     splits agree. Image ids are the names in the split's list. `difficult` becomes `Ignore.DIFFICULT`.
+    A folder without lists is one set, of whatever name is asked for, with every annotation file.
     An object with two equal corners is a click, not a box, and is dropped; reversed corners are one rectangle all the
     same and are exchanged; an object that stands twice counts once. The image of `NAME` is
     `JPEGImages/NAME` with the extension that `<filename>` has, else a known one, else `<filename>` itself.
@@ -64,19 +61,20 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
     """
     root = Path(os.path.abspath(folder))
     lists = split_lists(root)
-    if split not in lists:
+    if lists and split not in lists:
         raise DataError(
             f"{folder}: needs the list {LISTS}/{split}.txt; there are: {', '.join(lists) or 'none'}."
             + did_you_mean(split, lists)
         )
     reader = _Reader(root)
-    stems = {name: reader.stems(path) for name, path in lists.items()}
+    stems = {name: reader.stems(path) for name, path in lists.items()} or {split: reader.every_stem()}
     pages = {stem: reader.page(stem) for listed in stems.values() for _, stem in listed}
     names = {item.name for page in pages.values() if page for item in page.objects if item.name}
     if not names:
         raise DataError(f"{folder}: needs an object with a name in Annotations/*.xml; there is none")
     classes = Classes(names=tuple(sorted(names)))
-    entries = reader.entries(f"{LISTS}/{split}.txt", stems[split], pages, images)
+    listing = f"{LISTS}/{split}.txt" if lists else "Annotations"
+    entries = reader.entries(listing, stems[split], pages, images)
     annotations = reader.annotations(entries, classes)
     return Dataset.build(
         name=root.name,
@@ -113,26 +111,12 @@ def _endings(name: str) -> list[str]:
     return ["_".join(parts[start:]) for start in range(1, len(parts))]
 
 
-class _Object(NamedTuple):
-    name: str
-    corners: tuple[str, ...] | None
-    difficult: bool
-
-
-class _Page(NamedTuple):
-    """What one annotation file says."""
-
-    filename: str
-    size: tuple[int, int] | None
-    objects: list[_Object]
-
-
 class _Entry(NamedTuple):
     """One image of the split."""
 
     stem: str
     file: str
-    page: _Page
+    page: VocPage
     size: tuple[int, int] | None
 
 
@@ -169,29 +153,22 @@ class _Reader:
             found.append((number, stem))
         return found
 
-    def page(self, stem: str) -> _Page | None:
+    def every_stem(self) -> list[tuple[int, str]]:
+        """Return (number, name) of every annotation file, sorted."""
+        names = sorted(name.removesuffix(".xml") for name in self.xml_files if name.endswith(".xml"))
+        if fault := next(filter(None, map(name_fault, names)), None):
+            raise DataError(f"{self.root / 'Annotations'}: {fault}")
+        return list(enumerate(names, 1))
+
+    def page(self, stem: str) -> VocPage | None:
         """Return what the annotation file says, None where there is none."""
         path = self.root / "Annotations" / f"{stem}.xml"
         if path.name not in self.xml_files or not self.fence.holds_file(path):
             return None
-        root = _parse(path)
-        width, height = (side(_float(root.findtext(f"size/{key}"))) for key in ("width", "height"))
-        objects = []
-        for item in root.findall("object"):
-            bounds = item.find("bndbox")
-            corners = [] if bounds is None else [bounds.findtext(key) for key in CORNERS]
-            objects.append(
-                _Object(
-                    name=(item.findtext("name") or "").strip(),
-                    corners=tuple(text.strip() for text in corners if text is not None) or None,
-                    difficult=(item.findtext("difficult") or "").strip() == "1",
-                )
-            )
-        size = (width, height) if width and height else None
-        return _Page((root.findtext("filename") or "").strip(), size, objects)
+        return read_page(path)
 
     def entries(
-        self, listing: str, stems: list[tuple[int, str]], pages: dict[str, _Page | None], images: ImageFiles
+        self, listing: str, stems: list[tuple[int, str]], pages: dict[str, VocPage | None], images: ImageFiles
     ) -> list[_Entry]:
         """Find the images of a list; drop those without annotation or image."""
         if images == "required" and not os.path.isdir(self.root / "JPEGImages"):
@@ -263,11 +240,11 @@ class _Reader:
             self.log.drop(file, f"object {number} ({name})", reason, Kind.DUPLICATE_BOX)
         return [item for item, is_kept in zip(found, kept.tolist(), strict=True) if is_kept]
 
-    def _box(self, entry: _Entry, number: int, item: _Object) -> Box | None:
+    def _box(self, entry: _Entry, number: int, item: VocObject) -> Box | None:
         file, record = f"Annotations/{entry.stem}.xml", f"object {number} ({item.name or 'no name'})"
         given = "no corners" if item.corners is None else f"[{', '.join(item.corners)}]"
         given = given if len(given) <= 4 * LONGEST_NUMBER else brief(given)
-        corners = [_float(text) for text in item.corners or ()]
+        corners = [decimal(text) for text in item.corners or ()]
         finite = [value for value in corners if value is not None and math.isfinite(value)]
         if not item.name:
             reason = "name needs the name of a class; it is missing"
@@ -308,34 +285,6 @@ class _Reader:
         return [entry.size or least[index] for index, entry in enumerate(entries)]
 
 
-class _HasDoctype(Exception):
-    """XML that begins to declare things."""
-
-
-class _PlainTree(ElementTree.TreeBuilder):
-    """Refuses a DOCTYPE before anything in it is read, in whatever encoding it is written."""
-
-    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise _HasDoctype
-
-
-def _parse(path: Path) -> ElementTree.Element:
-    content = read_bytes(path, limit=LARGEST_XML)
-    if b"\0" in content:  # UTF-16
-        raise DataError(f"{path}: needs XML in UTF-8; got zero bytes")
-    try:
-        root = ElementTree.fromstring(content, ElementTree.XMLParser(target=_PlainTree()))
-    except _HasDoctype:
-        raise DataError(
-            f"{path}: needs plain XML without DOCTYPE and ENTITY, which can expand without end"
-        ) from None
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: odd encodings
-        raise DataError(f"{path}: needs sound XML; {error}") from None
-    if root.tag != "annotation":
-        raise DataError(f"{path}: needs the XML of Pascal VOC, <annotation>; got <{brief(root.tag)}>")
-    return root
-
-
 def _names(folder: Path) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder))
@@ -347,12 +296,3 @@ def _rank(name: str) -> int:
     """Order of preference of a file's extension; `len(EXTENSIONS)` where it is not an image's."""
     suffix = PurePosixPath(name).suffix.lower()
     return EXTENSIONS.index(suffix) if suffix in EXTENSIONS else len(EXTENSIONS)
-
-
-def _float(text: str | None) -> float | None:
-    if text is None or len(text) > LONGEST_NUMBER:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from retinanet.data.coco.document import AnnotationRecord, Document, Fields
 from retinanet.data.coco.listing import LARGEST_ID, Entry, id_of, whole
+from retinanet.data.duplicates import drop_duplicates
 from retinanet.data.faults import FaultLog
 from retinanet.data.kinds import Kind
-from retinanet.data.policies import drop_duplicates
 from retinanet.data.rules import LONGEST_SIDE, Box, brief, clip_box, clip_boxes, number
 from retinanet.records import Classes, Float32Array, Ignore, Int8Array, Int64Array
 

@@ -20,29 +20,32 @@ def write_coco(
     files: Sequence[str],
     sizes: Sequence[tuple[int, int]],
     ground_truths: Sequence[GroundTruth],
+    image_ids: Sequence[int] | Sequence[str] | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a COCO JSON file, whole or not at all; `read_coco` gives back equal boxes, areas and classes.
 
-    Images and annotations are numbered from 1, categories keep `classes.ids`. Every ignored box is written
-    as `iscrowd: 1`, the only way that COCO has to say it.
+    Annotations and, without `image_ids`, images are numbered from 1, categories keep `classes.ids`. Every
+    ignored box is written as `iscrowd: 1`, the only way that COCO has to say it.
 
     Args:
         files: one path an image, relative to the JSON's folder or another place where `read_coco` looks.
         sizes: (width, height) in pixels.
+        image_ids: one an image, distinct.
         info: plain values about the data set, which COCO keeps under `info`; left out when None.
 
     Raises:
         DataError: lengths differ, a file name, size or label is impossible, or the disk refuses.
     """
-    if not len(files) == len(sizes) == len(ground_truths):
+    ids = range(1, len(files) + 1) if image_ids is None else image_ids
+    if not len(files) == len(sizes) == len(ground_truths) == len(ids):
         raise DataError(
             "write_coco needs one size and one ground truth a file; "
-            f"got {len(files)} files, {len(sizes)} sizes, {len(ground_truths)} ground truths"
+            f"got {len(files)} files, {len(sizes)} sizes, {len(ground_truths)} ground truths, {len(ids)} ids"
         )
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for file, (width, height), truth in zip(files, sizes, ground_truths, strict=True):
+    for own_id, file, (width, height), truth in zip(ids, files, sizes, ground_truths, strict=True):
         where = f"write_coco, files[{len(images)}]"
         if fault := name_fault(file):
             raise DataError(f"{where}: {fault}")
@@ -53,13 +56,13 @@ def write_coco(
             raise DataError(
                 f"{where}: needs class indices 0..{len(classes) - 1}; got {int(truth.classes.max())}"
             )
-        images.append({"id": len(images) + 1, "file_name": file, "width": int(width), "height": int(height)})
+        images.append({"id": own_id, "file_name": file, "width": int(width), "height": int(height)})
         rows = zip(truth.boxes.tolist(), truth.classes, truth.areas.tolist(), truth.ignore, strict=True)
         for (x1, y1, x2, y2), label, area, ignore in rows:
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": len(images),
+                    "image_id": own_id,
                     "category_id": classes.ids[label],
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": area,
