@@ -27,6 +27,16 @@ def new_folder(output: str | None, stem: str) -> Path:
     return path
 
 
+def cache_folder(name: str) -> Path:
+    """Return the folder for what can be made again: $RETINANET_CACHE/NAME, else ~/.cache/retinanet/NAME.
+
+    It is not made. $XDG_CACHE_HOME stands for ~/.cache where it is set.
+    """
+    given = os.environ.get("RETINANET_CACHE")
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinanet"
+    return Path(os.path.abspath(given or usual)) / name
+
+
 def require_new(path: Path) -> None:
     """Refuse a folder that holds something, or a file."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -38,6 +38,8 @@ class Evaluate:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """auto: bf16 where the device computes it natively."""
+    strict: Flag = False
+    """Refuse a data set of which anything has to be repaired or dropped."""
     json: Flag = False
     """Print metrics.json instead of the table."""
 
@@ -74,7 +76,7 @@ class Evaluate:
         from rich.progress import Progress
 
         from retinanet.checkpoint import load_model
-        from retinanet.data import open_dataset
+        from retinanet.data import open_dataset, read_as
         from retinanet.evaluation import write_results
         from retinanet.inference import Detector, check_classes, validate
 
@@ -85,7 +87,8 @@ class Evaluate:
             precision=self.precision,
             max_detections=self.max_detections,
         )
-        dataset = open_dataset(data, self.split)
+        dataset = open_dataset(data, self.split, strict=self.strict)
+        print(read_as(dataset), file=sys.stderr)
         check_classes(detector, dataset)
         folder = new_folder(self.output, "evaluate")
         console = Console(stderr=True)
@@ -114,10 +117,11 @@ class Evaluate:
         return 1 if found.failed else 0
 
     def _judge_file(self, results: str) -> int:
-        from retinanet.data import open_dataset
+        from retinanet.data import open_dataset, read_as
         from retinanet.evaluation import evaluate_detections, read_results
 
-        dataset = open_dataset(self.inputs[0], self.split, images="absent")
+        dataset = open_dataset(self.inputs[0], self.split, images="absent", strict=self.strict)
+        print(read_as(dataset), file=sys.stderr)
         sizes = [dataset.size(i) for i in range(len(dataset))]
         ids = dataset.image_ids.tolist()
         found = read_results(results, image_ids=ids, sizes=sizes, classes=dataset.classes)

@@ -60,7 +60,7 @@ class TrainingOptions:
     """Train on the `train` split of DATA, validate on its `val` split."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Data set: a Pascal VOC folder or a COCO folder."""
+    """Data set of any format that is read, with splits train and val: a folder, or YOLO's data.yaml."""
     output: Annotated[str | None, OPTIONAL_FOLDER] = None
     """Run directory, made new; runs/train-N by default."""
     recipe: Literal["auto", "paper", "paper-jitter", "modern", "small"] = "auto"
@@ -139,6 +139,8 @@ class TrainingOptions:
     """Refuse operations whose result depends on timing."""
     validate_every_steps: Annotated[int | None, OPTIONAL] = None
     """Steps between validations; the last step always has one."""
+    strict: Flag = False
+    """Refuse a data set of which anything has to be repaired or dropped."""
     dry_run: Flag = False
     """Print what would be done, and stop."""
 

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from rich.console import Console
 
-from retinanet.data import Dataset, available_splits, open_dataset
+from retinanet.data import Dataset, available_splits, open_dataset, read_as
 from retinanet.devices import deterministic_algorithms
 from retinanet.errors import ConfigError, DataError, RetinaNetError
 from retinanet.folders import require_new, write_json
@@ -87,13 +87,15 @@ def run_training(
     console = console or plain_console()
     if options.output:
         require_new(Path(options.output))
-    train_set, val_set = open_splits(options.data)
+    train_set, val_set = open_splits(options.data, strict=options.strict)
+    console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
     for dataset in (train_set, val_set):
         console.print(dataset.summary(), highlight=False, soft_wrap=True)
         for fault in dataset.faults[:FAULTS_SHOWN]:
             console.print(f"  {fault}", highlight=False, soft_wrap=True)
-        if len(dataset.faults) > FAULTS_SHOWN:
-            console.print(f"  and {len(dataset.faults) - FAULTS_SHOWN} more", highlight=False)
+        more = dataset.fault_total - FAULTS_SHOWN
+        if more > 0:
+            console.print(f"  and {more:,} more", highlight=False)
     plan = plan_run(options, train_set, change)
     network = build_network(plan)
     folder = None if options.dry_run else RunFolder.create(options.output, options)
@@ -141,13 +143,19 @@ def _report(plan: Plan, best: Validation, val_set: Dataset, folder: RunFolder) -
     )
 
 
-def open_splits(data: str) -> tuple[Dataset, Dataset]:
+def open_splits(data: str, *, strict: bool = False) -> tuple[Dataset, Dataset]:
     """Open `train` and `val` of a data set; both must be there, with the same classes and some objects."""
-    if not available_splits(data):
-        # A single file, or nothing that can be opened: the latter has a better message of its own.
-        open_dataset(data, "train")
-        raise DataError(f"training needs a folder with the splits train and val; {data} is one file")
-    train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
+    splits = available_splits(data)
+    train_set = open_dataset(
+        data, "train", strict=strict
+    )  # what cannot be opened has a better message of its own
+    if "val" not in splits:
+        has = f"has {', '.join(splits)}" if splits else "is one set without splits"
+        raise DataError(
+            f"training needs the splits train and val; {data} {has}. Make them, a fifth of the images for val: "
+            f"retinanet data convert {data} OUT --format coco --split-shares 0.8,0.2"
+        )
+    val_set = open_dataset(data, "val", strict=strict)
     if train_set.classes != val_set.classes:
         raise DataError(
             f"{data} needs the same classes in train and val; got {', '.join(train_set.classes.names)} "

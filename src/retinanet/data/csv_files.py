@@ -1,0 +1,260 @@
+"""CSV as keras-retinanet reads it: `path,x1,y1,x2,y2,class`, a line a box; `path,,,,,` is an image without objects.
+
+Corners are pixels and continuous, x2 and y2 not included. Where the first line names the columns they may stand in any
+order and among others (`filename,width,height,class,xmin,ymin,xmax,ymax`). A file `classes.csv` beside it, a line
+`class,id` each, orders the classes.
+Format: https://github.com/fizyr/keras-retinanet#csv-datasets
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from retinanet.data.collecting import Collector, Size, Where, clean_name, find_place, places
+from retinanet.data.dataset import Dataset
+from retinanet.data.policies import decimal, whole
+from retinanet.data.rules import ImageFiles, brief, name_fault, side
+from retinanet.errors import DataError
+from retinanet.records import Classes
+
+CLASS_FILES = ("classes.csv", "class_mapping.csv", "class_mappings.csv", "mapping.csv")
+LONGEST_LINE = 2**16  # characters
+COORDINATES = ("x1", "y1", "x2", "y2")
+COLUMNS = ("path", *COORDINATES, "class")
+# What each column is called where the first line names it, compared in small letters without "_", "-" and spaces.
+CALLED = {
+    "path": ("path", "filename", "filepath", "file", "image", "imagepath", "imagename", "imgpath", "imgname"),
+    "x1": ("x1", "xmin", "left"),
+    "y1": ("y1", "ymin", "top"),
+    "x2": ("x2", "xmax", "right"),
+    "y2": ("y2", "ymax", "bottom"),
+    "class": ("class", "classname", "label", "category", "name"),
+    "width": ("width", "imagewidth"),
+    "height": ("height", "imageheight"),
+}
+
+
+class Row(NamedTuple):
+    """A line of a table: its number, and its fields without the spaces around them."""
+
+    number: int
+    fields: list[str]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the lines of a CSV file that are not empty, one at a time: the file may be larger than memory.
+
+    Fields are separated by commas; where the first line has none, by semicolons or else tabs.
+
+    Raises:
+        DataError: not a file of text in UTF-8, a line of more than 65,536 characters, a quote without an end.
+    """
+    reader = None
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block or never end
+            raise DataError(f"{path}: needs a file; it is a folder or a device")
+        with path.open(encoding="utf-8-sig") as stream:
+            first = stream.readline(LONGEST_LINE)
+            separator = next((mark for mark in ",;\t" if mark in first), ",")
+            stream.seek(0)
+            reader = csv.reader(_lines(stream, path), delimiter=separator, strict=True)
+            for fields in reader:
+                if fields:
+                    yield Row(reader.line_num, [field.strip() for field in fields])
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: needs text in UTF-8; {error}") from None
+    except csv.Error as error:
+        number = reader.line_num if reader else 1
+        raise DataError(f"{path}: line {number}: needs sound CSV; {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _lines(stream: TextIO, path: Path) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), ""), 1):
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"{path}: line {number}: needs at most {LONGEST_LINE:,} characters")
+        yield line
+
+
+def columns_of(row: Row) -> dict[str, int] | None:
+    """Return where each column stands, for a first line that names them all; None for any other line."""
+    plain = ["".join(c for c in field.lower() if c not in "_- ") for field in row.fields]
+    found = {
+        column: next((plain.index(name) for name in names if name in plain), -1)
+        for column, names in CALLED.items()
+    }
+    if min(found[column] for column in COLUMNS) < 0:
+        return None
+    return {column: place for column, place in found.items() if place >= 0}
+
+
+def read_csv(
+    csv_path: Path | str,
+    *,
+    split: str,
+    image_root: Path | str | None = None,
+    images: ImageFiles = "required",
+    together: Sequence[Path] = (),
+) -> Dataset:
+    """Read one CSV file of boxes.
+
+    Classes are those of a class file beside it, with its ids; else the names in the file and in those of the other
+    splits, sorted, so that all splits agree. Images keep the order of the file; their ids are those of
+    `collecting.ids_of`, a box's id is the number of its line. Paths are relative to `image_root` or, when not given, to
+    the first of the CSV's folder, `images`, `{split}`, `images/{split}`, `{split}/images` and the same in the folder
+    above that holds the first image that is found at all. Sizes are those of the columns `width` and `height`, else of
+    the images.
+
+    Args:
+        images: "absent" looks at no image file; a missing size is then the smallest that holds the boxes.
+        together: the files of the other splits.
+
+    Raises:
+        DataError: no sound CSV, columns that are not known, no class, no image found, a path that leaves the folder.
+    """
+    source = Path(os.path.abspath(csv_path))
+    table = _Table(source)
+    classes = _listed_classes(source) or _named_classes([table, *(_Table(path) for path in together)])
+    root = source.parent if image_root is None else Path(os.path.abspath(image_root))
+    choices = places(root, split) if image_root is None else [(root, root)]
+    files = (clean_name(row.fields[table.columns["path"]], root, table.line(row)) for row in table.named())
+    place, fence = find_place(files, choices, source) if images == "required" else (root, root)
+    gathered = Collector(place, fence=fence, images=images)
+    labels = {name: label for label, name in enumerate(classes.names)}
+    for row in table.rows():
+        _take(row, table, labels, root, gathered)
+    return gathered.finish(name=source.name, split=split, classes=classes, source=source)
+
+
+def is_table_of_boxes(path: Path) -> bool:
+    """Return whether a file's first line is one of this format: six columns, or their names."""
+    try:
+        row = next(read_rows(path), None)
+    except DataError:
+        return False
+    if row is None:
+        return False
+    numbers = [decimal(field) is not None or not field for field in row.fields[1:5]]
+    return columns_of(row) is not None or (len(row.fields) == len(COLUMNS) and all(numbers))
+
+
+class _Table:
+    """A file whose columns are known."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        first = next(read_rows(path), None)
+        if first is None:
+            raise DataError(f"{path}: needs lines of {','.join(COLUMNS)}; the file is empty")
+        columns = columns_of(first)
+        self.has_header = columns is not None
+        self.columns = columns or {column: place for place, column in enumerate(COLUMNS)}
+        self.width = len(first.fields) if columns else len(COLUMNS)
+        if columns is None and not any(
+            decimal(field) is not None or not field for field in first.fields[1:5]
+        ):
+            raise DataError(
+                f"{path}: line {first.number}: needs {','.join(COLUMNS)}, as values or as names of columns; got "
+                f"{brief(','.join(first.fields))}"
+            )
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows of boxes; fields that are empty and too many at the end are cut off."""
+        for place, row in enumerate(read_rows(self.path)):
+            if place == 0 and self.has_header:
+                continue
+            while len(row.fields) > self.width and not row.fields[-1]:
+                row.fields.pop()
+            yield row
+
+    def named(self) -> Iterator[Row]:
+        """Yield the rows that can be used: of as many columns as required, with a possible file name."""
+        for row in self.rows():
+            if len(row.fields) == self.width and name_fault(row.fields[self.columns["path"]]) is None:
+                yield row
+
+    def line(self, row: Row) -> str:
+        return f"{self.path}: line {row.number}"
+
+
+def _take(row: Row, table: _Table, labels: dict[str, int], root: Path, gathered: Collector) -> None:
+    """Give a row's image and box to the data set, or name what is wrong with it."""
+    where = Where(table.path.name, f"line {row.number}")
+    if len(row.fields) != table.width:
+        given = f"needs {table.width} columns; got {len(row.fields)}: {brief(','.join(row.fields))}"
+        gathered.drop(where, "wrong columns", given, "a name with a comma needs quotes around it")
+        return
+    cells = {column: row.fields[place] for column, place in table.columns.items()}
+    if fault := name_fault(cells["path"]):
+        gathered.drop(where, "bad file name", fault, "give the image's file name")
+        return
+    position = gathered.image(clean_name(cells["path"], root, table.line(row)), where, _size(cells))
+    values = [cells[column] for column in (*COORDINATES, "class")]
+    if position is None or not any(values):  # a line without box and class is an image without objects
+        return
+    if not all(values):
+        fix = "fill in all of them, or none for an image without objects"
+        gathered.drop(
+            where, "incomplete row", f"needs {','.join(COLUMNS)}; got {brief(','.join(values))}", fix
+        )
+        return
+    numbers = [value for value in map(decimal, values[:4]) if value is not None]
+    if len(numbers) < 4:
+        gathered.drop(where, "not a number", f"needs four numbers; got {brief(values[:4])}", "correct them")
+        return
+    label = labels.get(cells["class"])
+    if label is None:
+        reason = f"needs a class of the class file; got {brief(cells['class'])}"
+        gathered.drop(where, "unknown class", reason, "add it there, or correct the name")
+        return
+    x1, y1, x2, y2 = numbers
+    gathered.box(position, (x1, y1, x2, y2), label, where, own_id=row.number)
+
+
+def _size(cells: dict[str, str]) -> Size | None:
+    width, height = (side(decimal(cells.get(name, ""))) for name in ("width", "height"))
+    return (width, height) if width and height else None
+
+
+def class_file(source: Path) -> Path | None:
+    """Return the class file beside a CSV file, or in the folder above."""
+    folders = (source.parent, source.parent.parent)
+    return next((place / name for place in folders for name in CLASS_FILES if (place / name).is_file()), None)
+
+
+def _listed_classes(source: Path) -> Classes | None:
+    path = class_file(source)
+    if path is None:
+        return None
+    ids: dict[int, str] = {}
+    for place, row in enumerate(read_rows(path)):
+        name, number = row.fields if len(row.fields) == 2 else ("", "")
+        category = whole(number)
+        if place == 0 and category is None and len(row.fields) == 2:  # class,id
+            continue
+        if category is None or not name or category in ids:
+            raise DataError(
+                f"{path}: line {row.number}: needs `class,id`, the id a whole number from 0 and its own; "
+                f"got {brief(','.join(row.fields))}"
+            )
+        ids[category] = name
+    return _ordered(ids, path)
+
+
+def _named_classes(tables: Sequence[_Table]) -> Classes:
+    names = {row.fields[table.columns["class"]] for table in tables for row in table.named()}
+    return _ordered(dict(enumerate(sorted(names - {""}))), tables[0].path)
+
+
+def _ordered(names: dict[int, str], path: Path) -> Classes:
+    ids = sorted(names)
+    try:
+        return Classes(tuple(names[number] for number in ids), tuple(ids))
+    except DataError as error:
+        raise DataError(f"{path}: classes: {error}") from None

@@ -1,0 +1,103 @@
+"""What becomes of a box or number that is not as it should be: one judgement for every format.
+
+The kinds of fault named here are the same words in every report: "not finite", "equal corners", "reversed box",
+"empty box", "outside image", "duplicate box".
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import NamedTuple
+
+from retinanet.data.rules import Box, clip_box
+
+LONGEST_NUMBER = 64  # characters; what is longer is no coordinate
+
+
+class Verdict(NamedTuple):
+    """A box as it is to be used (None: not at all), and what was wrong with it (no `kind`: nothing)."""
+
+    box: Box | None
+    kind: str = ""
+    reason: str = ""
+    fix: str = ""
+
+
+def judge_box(corners: Box, width: int, height: int) -> Verdict:
+    """Judge a box in an image of that size, all in pixels.
+
+    Repaired, because it has one meaning: a box that reaches beyond its image is cut to it. Dropped, because it has
+    none: corners that are not finite, equal (a click) or reversed (the order of the columns may be another), a side
+    of 0, a box outside its image. Within `rules.ROUNDING` of the border a box is cut and nothing is said.
+    """
+    x1, y1, x2, y2 = corners
+    shown = f"box {in_words(corners)} (x1, y1, x2, y2)"
+    if not all(math.isfinite(value) for value in corners):
+        return Verdict(None, "not finite", f"{shown} needs finite numbers", "remove the box or draw it again")
+    if (x1, y1) == (x2, y2):
+        return Verdict(
+            None,
+            "equal corners",
+            f"{shown} has equal corners: a click, not a box",
+            "remove it or draw the box",
+        )
+    if x2 < x1 or y2 < y1:
+        return Verdict(
+            None,
+            "reversed box",
+            f"{shown} is reversed; x2 > x1 and y2 > y1 are required",
+            "swap its corners; where most boxes are so, the numbers are in another order",
+        )
+    if x2 == x1 or y2 == y1:
+        return Verdict(
+            None,
+            "empty box",
+            f"{shown} has no area; x2 > x1 and y2 > y1 are required",
+            "remove it or draw the box",
+        )
+    box, reason = clip_box(corners, width, height)
+    if reason is None:
+        return Verdict(box)
+    outside = "outside image" if box is not None or "outside" in reason else "empty box"
+    return Verdict(
+        box, outside, f"{shown} {reason}", "correct the box, or the size of the image it was drawn on"
+    )
+
+
+def in_words(corners: Box) -> str:
+    """Return four numbers for a message.
+
+    >>> in_words((1.0, 2.5, 3.0, 40.0))
+    '[1, 2.5, 3, 40]'
+    """
+    return f"[{', '.join(f'{value:g}' for value in corners)}]"
+
+
+def decimal(text: str) -> float | None:
+    """Return the number that a field of a text file holds (it may be infinite or NaN), None where it is none."""
+    if len(text) > LONGEST_NUMBER or "_" in text:  # Python would read 1_000
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def whole(text: str) -> int | None:
+    """Return the whole number from 0 that a field holds, 7 for "7" and for "7.0", None where it is none."""
+    value = decimal(text)
+    return int(value) if value is not None and 0 <= value < 2**31 and value.is_integer() else None
+
+
+class Distinct:
+    """Tells whether an image has a box already: of the same class, equal in single precision."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def adds(self, image: int, box: Box, label: int, ignore: int) -> bool:
+        """Return whether the box is new, and remember it."""
+        count = len(self._seen)
+        self._seen.add(struct.pack("<qqbffff", image, label, ignore, *box))
+        return len(self._seen) > count
