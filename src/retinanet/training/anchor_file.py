@@ -65,9 +65,7 @@ def parse_anchors(text: str) -> AskedAnchors:
 
 
 def write_anchors(path: Path, anchors: AskedAnchors, comment: str) -> None:
-    """Write a file that `parse_anchors` reads; it must not exist yet. `comment` may have several lines."""
-    if path.exists():
-        raise ConfigError(f"--output needs a new file; {path} exists. Choose another name")
+    """Write a file that `parse_anchors` reads. `comment` may have several lines."""
     lines = [f"# {line}" for line in comment.splitlines()]
     if anchors.image_size is not None:
         lines.append(f"image_size: {anchors.image_size}")

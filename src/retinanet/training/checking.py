@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from retinanet.anchors import AnchorSpec, all_anchors_of_image
 from retinanet.batches import MatchState
@@ -139,6 +140,22 @@ class AnchorFindings:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Where a measure lies: quantiles of it over all splits."""
+
+    least: float
+    quarter: float
+    half: float
+    three_quarters: float
+    most: float
+
+    @classmethod
+    def of(cls, values: NDArray[Any]) -> Spread | None:
+        """Return the quantiles, None of nothing."""
+        return cls(*np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()) if len(values) else None
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything. `faults` are pairs of a split's name ("" for the whole set) and a fault; `refused` splits could not
     be read at all, with the reason.
@@ -150,6 +167,7 @@ class Findings:
     refused: Mapping[str, str]
     faults: tuple[tuple[str, Fault], ...]
     leaks: tuple[Leak, ...]
+    spreads: Mapping[str, Spread | None]
     anchors: AnchorFindings | None
 
     def to_json(self) -> dict[str, Any]:
@@ -196,8 +214,32 @@ def check(
         refused=dict(refused),
         faults=(*faults, *(("", fault) for fault in others)),
         leaks=tuple(leak for a, b in combinations(splits, 2) for leak in _leaks(a, b)),
+        spreads={name: Spread.of(values) for name, values in measures(splits).items()},
         anchors=anchors,
     )
+
+
+def measures(splits: Sequence[AuditedSplit]) -> dict[str, NDArray[Any]]:
+    """Return what there is to draw, over all splits: pixels of images and objects as annotated, height / width, and
+    objects an image.
+    """
+    sets = [split.dataset for split in splits]
+    widths, heights = (np.concatenate([getattr(one, side) for one in sets]) for side in ("widths", "heights"))
+    boxes = np.concatenate([one.boxes[one.ignore == Ignore.NO] for one in sets])
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return {
+        "image_side": np.minimum(widths, heights),
+        "image_ratio": heights / widths,
+        "object_side": np.sqrt(sides.prod(axis=1)),
+        "object_ratio": sides[:, 1] / sides[:, 0],
+        "objects_per_image": np.concatenate([_objects_per_image(one) for one in sets]),
+    }
+
+
+def _objects_per_image(dataset: Dataset) -> NDArray[np.int64]:
+    before = np.concatenate([[0], np.cumsum(dataset.ignore == Ignore.NO)])
+    per_image: NDArray[np.int64] = np.diff(before[dataset.offsets])
+    return per_image
 
 
 def of_training(splits: Sequence[AuditedSplit]) -> AuditedSplit:
@@ -233,8 +275,7 @@ def _counts(split: AuditedSplit) -> SplitCounts:
     dataset = split.dataset
     is_object = dataset.ignore == Ignore.NO
     counts = np.bincount(dataset.labels[is_object], minlength=len(dataset.classes)).tolist()
-    before = np.concatenate([[0], np.cumsum(is_object)])
-    per_image = np.diff(before[dataset.offsets])
+    per_image = _objects_per_image(dataset)
     fullest = int(per_image.argmax())
     return SplitCounts(
         split=split.name,

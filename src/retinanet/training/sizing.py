@@ -59,11 +59,18 @@ def choose_preprocessing(
 
 
 def _frame(recipe: Recipe, size: int) -> Preprocessing:
-    # The paper's 800 / 1333 keeps a 3:5 picture at its shortest side; the same share holds at every size.
-    longest = recipe.max_size or round(size * 1333 / 800)
+    longest = recipe.max_size or longest_of(size)
     if longest < size:
         raise ConfigError(f"--max-size needs at least the shortest side, {size}; got {longest}")
     return replace(recipe.model.preprocessing, image_size=size, max_size=longest)
+
+
+def longest_of(size: int) -> int:
+    """Return what the longest side may measure where nobody says, for a shortest side.
+
+    The paper's 800 / 1333 keeps a 3:5 picture at its shortest side; the same share holds at every size.
+    """
+    return round(size * 1333 / 800)
 
 
 def _image_size(
