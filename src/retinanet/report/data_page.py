@@ -19,10 +19,11 @@ FAULTS_SHOWN, PAIRS_SHOWN, CLASSES_SHOWN = 300, 50, 100
 LEVELS = {"stop": "cannot be used", "look": "worth a look", "good": "fine"}
 OF_CHECK = """
 .said { list-style: none; padding: 0; } .said li { border-left: .4rem solid #009E73; padding: .3rem 0 .3rem 1rem;
-margin: .75rem 0; } .said .look { border-color: #E69F00; } .said .stop { border-color: #D55E00; }
+margin: .75rem 0; overflow-wrap: anywhere; } .said .look { border-color: #E69F00; }
+.said .stop { border-color: #D55E00; }
 .said b { font-size: .8rem; text-transform: uppercase; letter-spacing: .05em; display: block; opacity: .75; }
-details { margin: .5rem 0; } summary { cursor: pointer; } .faults td { text-align: left; vertical-align: top; }
-.faults th { text-align: left; } td { overflow-wrap: anywhere; } figure { margin: 1.5rem 0; }
+details { margin: .5rem 0; } summary { cursor: pointer; } .listed td { text-align: left; vertical-align: top; }
+.listed th { text-align: left; } td { overflow-wrap: anywhere; } figure { margin: 1.5rem 0; }
 """
 
 
@@ -52,13 +53,14 @@ def write_data_page(
         _anchors(found["anchors"]) if found["anchors"] else "",
         _measures(found["spreads"], pictures),
     ]
-    title = f"Data check: {escape(str(found['data']))}"
+    data = str(found["data"])
+    title = f"Data check: {escape(Path(data).name or data)}"
     write_text(
         path,
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}{OF_CHECK}</style></head><body>
-<h1>{title}</h1>
+<h1>{title}</h1><p class="note">{escape(data)}</p>
 {chr(10).join(block for block in blocks if block)}
 </body></html>
 """,
@@ -131,7 +133,7 @@ def _faults(faults: Sequence[Mapping[str, Any]]) -> str:
         blocks.append(
             f"<details{' open' if len(kinds) < 5 else ''}><summary>{escape(kind)}: {count:,}</summary>"
             + (f"<p>What to do: {escape(fix)}.</p>" if fix else "")
-            + _table(["file", "where in it", "what is wrong", "what was done"], rows, "faults")
+            + _table(["file", "where in it", "what is wrong", "what was done"], rows, "listed")
             + _more(count - room, f"rows in report.json, kind {kind}")
             + "</details>"
         )
@@ -156,7 +158,7 @@ def _leaks(leaks: Sequence[Mapping[str, Any]]) -> str:
     return (
         "<h2>Images that stand in two splits</h2><p>Images are compared byte by byte, and by 64 marks of where they "
         "become brighter or darker. Look-alikes may be different pictures after all: open both.</p>"
-        + _table(["image", "its double", "how alike"], rows, "faults")
+        + _table(["image", "its double", "how alike"], rows, "listed")
         + _more(len(leaks) - PAIRS_SHOWN, "pairs in report.json")
     )
 
@@ -211,7 +213,7 @@ def _anchors(at: Mapping[str, Any]) -> str:
         )
         + "<h3>Other sizes, other anchors</h3><p>The share of objects with an anchor that fits. Fitted anchors are "
         "what <code>retinanet data anchors</code> finds for these very boxes.</p>"
-        + _table(["shortest side", "anchors", "sizes", "from 0.5", "from 0.4"], compared)
+        + _table(["shortest side", "anchors", "sizes", "from 0.5", "from 0.4"], compared, "listed")
         + f"<p>Image size that training from scratch takes if nobody says: {escape(suggested)}.</p>"
     )
 
@@ -273,4 +275,4 @@ def _lacking(coverage: Mapping[str, Any]) -> list[str]:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    return "-" if value is None else f"{100 * value:.1f}\u00a0%"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from retinanet.report.curves import BLUE, ORANGE
+from retinanet.report.curves import BLUE
 
 BINS = 24
 COLUMNS = 3
@@ -22,12 +22,11 @@ COLUMNS = 3
 
 @dataclass(frozen=True)
 class Histogram:
-    """One panel: values above 0, on an axis of logarithms; `marks` are values with a line of their own."""
+    """One panel: values above 0, on an axis of logarithms."""
 
     title: str
     label: str
     values: NDArray[Any]
-    marks: Sequence[float] = field(default_factory=tuple)
 
 
 def draw_histograms(panels: Sequence[Histogram]) -> bytes:
@@ -55,7 +54,5 @@ def _draw(axes: Axes, panel: Histogram) -> None:
     axes.set_xscale("log")
     axes.hist(values, bins=np.geomspace(least, most, BINS + 1).tolist(), color=BLUE)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    for mark in panel.marks:
-        axes.axvline(mark, color=ORANGE, linewidth=1.5)

@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Literal, TypeAlias
 
 from retinanet.data import Fault
+from retinanet.data.kinds import Kind
 from retinanet.training.checking import AnchorFindings, ClassFit, Findings
 
 Level: TypeAlias = Literal["stop", "look", "good"]
@@ -26,6 +27,34 @@ SHARES = (
     (1 / 2, "half"),
     (2 / 3, "two thirds"),
     (3 / 4, "three quarters"),
+)
+
+
+ABOUT_BOXES = frozenset(
+    {
+        Kind.INVALID_BOX,
+        Kind.REVERSED_BOX,
+        Kind.EMPTY_BOX,
+        Kind.EQUAL_CORNERS,
+        Kind.OUTSIDE_IMAGE,
+        Kind.DUPLICATE_BOX,
+        Kind.ORPHAN_ANNOTATION,
+        Kind.UNKNOWN_CLASS,
+        Kind.MISSING_CLASS,
+    }
+)
+ABOUT_IMAGES = frozenset(
+    {
+        Kind.MISSING_IMAGE,
+        Kind.REPEATED_IMAGE,
+        Kind.UNLISTED_IMAGE,
+        Kind.UNREADABLE_IMAGE,
+        Kind.TRUNCATED_IMAGE,
+        Kind.HUGE_IMAGE,
+        Kind.ANIMATED_IMAGE,
+        Kind.OTHER_SIZE,
+        Kind.ROTATED_LABELS,
+    }
 )
 
 
@@ -104,29 +133,41 @@ def _about_splits(found: Findings) -> Iterator[Sentence]:
 def _about_faults(found: Findings) -> Iterator[Sentence]:
     boxes = sum(split.objects + split.ignored for split in found.splits)
     images = sum(split.images for split in found.splits)
-    dropped = [pair for pair in found.faults if pair[1].action == "dropped"]
-    repaired = [pair for pair in found.faults if pair[1].action == "repaired"]
+    unreadable = sum(split.unreadable for split in found.splits)
     if not found.faults:
         yield Sentence(
             "good",
             f"Every box and every image was readable: {_of(boxes, 'box')} in {_of(images, 'image')}. "
             "Nothing was repaired or left out.",
         )
-    for pairs, what in (
-        (dropped, "left out, because nobody can say what was meant"),
-        (repaired, "repaired, because there is only one thing that can be meant"),
+        return
+    read = (
+        f"{unreadable:,} of {images:,} images cannot be read." if unreadable else "Every image was readable."
+    )
+    for action, done in (
+        ("dropped", "left out"),
+        ("repaired", "repaired, as only one thing can have been meant"),
     ):
+        pairs = [pair for pair in found.faults if pair[1].action == action]
         if not pairs:
             continue
-        kinds = Counter(fault.kind for _, fault in pairs).most_common()
-        listed = "; ".join(
-            _of_kind(kind, [p for p in pairs if p[1].kind == kind]) for kind, _ in kinds[:NAMED]
-        )
+        kinds = [kind for kind, _ in Counter(fault.kind for _, fault in pairs).most_common()]
+        listed = "; ".join(_of_kind(kind, [p for p in pairs if p[1].kind == kind]) for kind in kinds[:NAMED])
         more = f"; and {len(kinds) - NAMED} more kinds" if len(kinds) > NAMED else ""
+        fix = f" What to do: {pairs[0][1].fix}." if len(kinds) == 1 and pairs[0][1].fix else ""
         was = "was" if len(pairs) == 1 else "were"
         yield Sentence(
-            "look", f"{_of(len(pairs), 'entry')} {was} {what}: {listed}{more}. Everything else was readable."
+            "look", f"{read} {_of(len(pairs), _noun(kinds))} {was} {done}: {listed}{more}.{fix}".strip()
         )
+        read = ""
+
+
+def _noun(kinds: list[str]) -> str:
+    """Return what faults of these kinds are about, in one word."""
+    for noun, of_it in (("box", ABOUT_BOXES), ("image", ABOUT_IMAGES)):
+        if of_it.issuperset(kinds):
+            return noun
+    return "entry"
 
 
 def _of_kind(kind: str, pairs: list[tuple[str, Fault]]) -> str:
@@ -136,7 +177,8 @@ def _of_kind(kind: str, pairs: list[tuple[str, Fault]]) -> str:
 
 
 def _place(split: str, fault: Fault) -> str:
-    return f"{fault.file}, {fault.record}" + (f" in {split}" if split else "")
+    within = f", {fault.record}" if fault.kind not in ABOUT_IMAGES else ""
+    return f"{fault.file}{within}" + (f" in {split}" if split else "")
 
 
 def _about_leaks(found: Findings) -> Iterator[Sentence]:

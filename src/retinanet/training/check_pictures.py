@@ -17,7 +17,7 @@ from retinanet.training.checking import Frame
 
 FITS, MISSES, IGNORED = 0, 1, 2
 # Bluish green and vermillion of Okabe and Ito, which colour-blind people tell apart.
-COLOURS: tuple[Colour, ...] = ((0, 158, 115), (213, 60, 0), (150, 150, 150))
+COLOURS: tuple[Colour, ...] = ((0, 158, 115), (225, 55, 0), (150, 150, 150))
 # Images at equal distances, images with most objects that no anchor fits, and images in a row.
 EVEN, MISSED, COLUMNS = 6, 6, 3
 
@@ -42,7 +42,7 @@ def draw_objects(dataset: Dataset, frame: Frame) -> bytes | None:
         order = np.argsort(groups[own] != MISSES, kind="stable")
         tiles.append(draw_boxes(image, dataset.boxes[own][order], groups=groups[own][order], colours=COLOURS))
         objects_here = int((dataset.ignore[own] == Ignore.NO).sum())
-        captions.append(f"{Path(str(dataset.files[index])).name}: {missed[index]} of {objects_here} red")
+        captions.append(f"{missed[index]} of {objects_here} red: {Path(str(dataset.files[index])).name}")
     if not tiles:
         return None
     buffer = io.BytesIO()
