@@ -73,8 +73,9 @@ class Check:
         console.print(f"written to {folder}: open {folder / 'report.html'}", soft_wrap=True)
         code = exit_code(found)
         if self.strict and found.faults and code < 2:
+            number = len(found.faults)
             raise DataError(
-                f"--strict: {self.data} has {len(found.faults):,} faults, the first: {found.faults[0][1]}. "
+                f"--strict: {self.data} has {number:,} fault{'s' * (number > 1)}, the first: {found.faults[0][1]}. "
                 f"{folder / 'report.html'} names them all"
             )
         return code
