@@ -366,7 +366,9 @@ def test_a_value_may_begin_with_a_hyphen() -> None:
     assert (command.output, command.freeze) == ("-x", "--y")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo", "data shapes", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "predict", "demo", "data check", "data anchors", "data shapes", "doctor"]
+)
 def test_help_shows_no_default_that_says_nothing(capsys: pytest.CaptureFixture[str], command: str) -> None:
     _, out, _ = run(capsys, *command.split(), "--help")
     said = " ".join(out.replace("│", " ").split())
@@ -392,7 +394,10 @@ def test_help_of_train_names_every_option_and_its_default(
     assert "(default: 0.5)" in " ".join(out.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "demo", "data shapes", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "evaluate", "predict", "demo", "data check", "data anchors", "data shapes", "doctor"],
+)
 def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0

@@ -105,7 +105,8 @@ def _sample(spec: AnchorSpec, objects: NetworkObjects, labels: Int64Array) -> _S
     some = NetworkObjects(objects.boxes[rows], objects.padded[rows], objects.rows[rows])
     sides = np.ascontiguousarray((some.boxes[:, 2:] - some.boxes[:, :2]).T)
     away = np.stack([distances(spec, level, some).T for level in range(len(spec.sizes))])
-    return _Sample(sides, sides / 2 - away, np.concatenate(weights))
+    reach = (sides / 2 - away).astype(np.float32)
+    return _Sample(sides, reach, np.concatenate(weights))
 
 
 def _fit(
@@ -153,7 +154,9 @@ def _anchors(
     and growth from level to level.
     """
     steps, slants = values[1:scales], values[scales : scales + ratios]
-    growth = values[scales + ratios :] if levels == "free" else np.ones(len(usual.sizes) - 1)
+    growth: NDArray[np.float64] = np.ones(len(usual.sizes) - 1)
+    if levels == "free":
+        growth = values[scales + ratios :]
     return replace(
         usual,
         sizes=tuple((2 ** (values[0] + np.cumsum([0.0, *growth]))).tolist()),

@@ -103,8 +103,8 @@ def share(value: float) -> str:
 
 
 def _about_splits(found: Findings) -> Iterator[Sentence]:
-    for split, reason in found.refused.items():
-        yield Sentence("stop", f"The split {split} could not be read: {reason}")
+    for name, reason in found.refused.items():
+        yield Sentence("stop", f"The split {name} could not be read: {reason}")
     names = [split.split for split in found.splits]
     for split in found.splits:
         if split.unreadable == split.images:
