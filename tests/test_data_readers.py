@@ -334,8 +334,11 @@ FOUR = "needs four finite numbers [x, y, width, height]; got"
         ),
         (
             changed("annotations", 0, bbox=[4, 2, -3, 4]),
-            [f"{BOX} needs a width and height above 0; got [4, 2, -3, 4] (dropped)"],
-            2,
+            [
+                f"{BOX} [4, 2, -3, 4] is reversed, its width or height below 0; taken as [1, 2, 3, 4] "
+                "(repaired)"
+            ],
+            3,
         ),
         (changed("annotations", 0, bbox=[1, 2, 3]), [f"{BOX} {FOUR} [1, 2, 3] (dropped)"], 2),
         (changed("annotations", 0, bbox=[1, 2, 3, "4"]), [f"{BOX} {FOUR} [1, 2, 3, '4'] (dropped)"], 2),
@@ -468,16 +471,28 @@ def test_coco_refuses(tmp_path: Path, document: Any, message: str) -> None:
     assert str(path) in str(caught.value)
 
 
+RECORD = b'{"images": [{"id": %b}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}'
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{\n  "images": [1,\n  }', "needs JSON; line 3, column 3: Expecting value"),
-        (b"", "needs JSON; line 1, column 1"),
-        (b'{"images": NaN}', "needs JSON; NaN is not a number in JSON"),
-        (b'{"images": -Infinity}', "needs JSON; -Infinity is not a number in JSON"),
-        (b"[" * 100_000, "its brackets are nested too deeply"),
-        (b'{"images": ' + b"9" * 5000 + b"}", "needs JSON; Exceeds the limit"),
+        (b'{\n  "images": [1,\n  }', "needs JSON; line 3, column 3: invalid character"),
+        (b"", "needs JSON; line 1, column 1: the text ends too early"),
+        (b'{"images": [1, 2', "needs JSON; line 1, column 17: the text ends too early"),
+        ('{"ä": x}'.encode(), "needs JSON; line 1, column 7: invalid character"),
+        (b'{"images": NaN}', "needs JSON; line 1, column 12: NaN is not a number in JSON"),
+        (b'{"images": [-Infinity]}', "needs JSON; line 1, column 13: -Infinity is not a number in JSON"),
+        (b'{"a": ' + b"[" * 100_000, "its brackets are nested too deeply"),
+        (b'{"a": ' + b'{"a": ' * 100_000, "its brackets are nested too deeply"),
+        (b"[" * 100_000, "got a list, the form of detections"),
+        (b'{"images": ' + b"9" * 5000 + b"}", "with a list 'images'; got 999"),
+        (RECORD % (b"9" * 5000), r"needs JSON; images\[0\]: Exceeds the limit"),
+        (RECORD % b'"\xff"', r"needs JSON; images\[0\]: 'utf-8' codec"),
         (b'{"\xff": 1}', "needs JSON; 'utf-8' codec"),
+        (b"\xff\xfe{", "needs JSON; 'utf-16"),
+        (b"\0" * 5000, "needs JSON; line 1, column 1: invalid character"),
+        (b" " * 100 + b"x" * 5000, r"needs COCO JSON, an object; it begins with b'  "),
     ],
 )
 def test_coco_refuses_what_is_not_json(tmp_path: Path, content: bytes, message: str) -> None:
@@ -639,7 +654,8 @@ def float32_truths(draw: st.DrawFn) -> GroundTruth:
     def edges(high: int) -> list[float]:
         return sorted(draw(st.lists(st.floats(0, high, width=32), min_size=2, max_size=2, unique=True)))
 
-    pairs = [(edges(40), edges(30)) for _ in range(draw(st.integers(0, 4)))]
+    drawn = [(edges(40), edges(30)) for _ in range(draw(st.integers(0, 4)))]
+    pairs = [pair for place, pair in enumerate(drawn) if pair not in drawn[:place]]  # equal boxes count once
     boxes = np.array([[x[0], y[0], x[1], y[1]] for x, y in pairs], np.float32).reshape(-1, 4)
     count = len(boxes)
     return GroundTruth(
@@ -750,7 +766,9 @@ def test_voc_corners_are_inclusive_and_count_from_one(tmp_path: Path) -> None:
 
 def test_voc_difficult_is_kept_to_be_ignored(tmp_path: Path) -> None:
     easy, hard = (voc_object(extra=f"<difficult>{flag}</difficult>") for flag in (0, 1))
-    dataset = read_voc(voc_folder(tmp_path, {"a": voc_page(easy, hard, voc_object())}), split="train")
+    dataset = read_voc(
+        voc_folder(tmp_path, {"a": voc_page(easy, hard, voc_object(corners="1 1 9 9"))}), split="train"
+    )
     assert dataset.ground_truth(0).ignore.tolist() == [Ignore.NO, Ignore.DIFFICULT, Ignore.NO]
 
 
@@ -797,8 +815,9 @@ OBJECT = "Annotations/a.xml: object 2 (RBC):"
         ),
         (
             voc_object(corners="9 6 5 8"),
-            f"{OBJECT} corners [9, 6, 5, 8] are reversed; xmax >= xmin and ymax >= ymin are required (drop",
-            1,
+            f"{OBJECT} corners [9, 6, 5, 8] are reversed; xmax >= xmin and ymax >= ymin are required: "
+            "taken as [5, 6, 9, 8] (repaired)",
+            2,
         ),
         (
             voc_object(corners="0 1 5 8"),
@@ -939,6 +958,10 @@ def test_voc_refuses_entities_in_any_encoding(tmp_path: Path) -> None:
     bomb = "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation>&b;</annotation>"
     (folder / "Annotations/a.xml").write_bytes(bomb.encode("utf-16"))
     with pytest.raises(DataError, match="needs XML in UTF-8; got zero bytes"):
+        read_voc(folder, split="train")
+    hidden = b"<?xml version='1.0' encoding='cp037'?>" + bomb.encode("cp037")
+    (folder / "Annotations/a.xml").write_bytes(hidden)
+    with pytest.raises(DataError, match="needs sound XML; unknown encoding"):
         read_voc(folder, split="train")
 
 

@@ -17,7 +17,8 @@ class Kind(StrEnum):
         return member
 
     # Boxes
-    INVALID_BOX = "invalid box", "Write the box as four finite numbers, or remove the annotation"
+    NOT_A_NUMBER = "not a number", "Write the box as four numbers, or remove it"
+    NOT_FINITE = "not finite", "Draw the box again, or remove it"
     REVERSED_BOX = "reversed box", "Write the smaller corner first"
     EMPTY_BOX = "empty box", "Draw the box again, with a width and a height, or remove it"
     EQUAL_CORNERS = "equal corners", "A click, not a box: draw the object again, or remove it"
@@ -37,9 +38,9 @@ class Kind(StrEnum):
     DUPLICATE_ID = "duplicate id", "Number the annotations 1, 2, 3 ..."
     MIXED_IDS = "mixed ids", "Write all image ids as whole numbers, or all as text"
     # Files
-    INVALID_FILE_NAME = "invalid file name", "Write the path of the image file, relative to the data set"
+    BAD_FILE_NAME = "bad file name", "Write the path of the image file, relative to the data set"
     MISSING_IMAGE = "missing image", "Put the image file there, or remove it from the list"
-    REPEATED_IMAGE = "repeated image", "List every image once"
+    DUPLICATE_LISTING = "duplicate listing", "List every image once"
     UNLISTED_IMAGE = (
         "unlisted image",
         "Annotate the image or list it without boxes; remove it if it is not meant",
@@ -48,6 +49,13 @@ class Kind(StrEnum):
         "missing annotation",
         "Add the annotation file; for an image without objects, an empty one",
     )
+    # Tables and label files
+    WRONG_COLUMNS = "wrong columns", "Give every line the columns of the format"
+    INCOMPLETE_ROW = (
+        "incomplete row",
+        "Fill in all columns; a row with the path alone is an image without objects",
+    )
+    UNREADABLE_LABELS = "unreadable labels", "Write the labels again, as text in UTF-8"
     # Images
     MISSING_SIZE = "missing size", "Write the width and height of the image, in pixels"
     OTHER_SIZE = (

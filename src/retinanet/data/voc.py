@@ -14,7 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from retinanet.data.dataset import Annotation, Dataset, Fault
+import numpy as np
+
+from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.faults import FaultLog
+from retinanet.data.kinds import Kind
+from retinanet.data.policies import drop_duplicates
 from retinanet.data.rules import (
     LONGEST_SIDE,
     Box,
@@ -36,6 +41,7 @@ LISTS = "ImageSets/Main"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LARGEST_XML = 8 * 2**20  # bytes; some 20,000 objects
 LARGEST_LIST = 64 * 2**20
+MOST_NAMES = 2_000_000  # lines of a list
 LONGEST_NUMBER = 64  # characters
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -45,7 +51,8 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
 
     Classes are the names in the annotations of every split together, sorted, with ids 0..K-1, so that all
     splits agree. Image ids are the names in the split's list. `difficult` becomes `Ignore.DIFFICULT`.
-    An object with two equal corners is a click, not a box, and is dropped. The image of `NAME` is
+    An object with two equal corners is a click, not a box, and is dropped; reversed corners are one rectangle all the
+    same and are exchanged; an object that stands twice counts once. The image of `NAME` is
     `JPEGImages/NAME` with the extension that `<filename>` has, else a known one, else `<filename>` itself.
 
     Args:
@@ -80,7 +87,8 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
         image_ids=[entry.stem for entry in entries],
         sizes=reader.sizes(entries, annotations),
         annotations=annotations,
-        faults=reader.faults,
+        faults=reader.log.kept,
+        fault_counts=reader.log.counts,
     )
 
 
@@ -135,13 +143,7 @@ class _Reader:
         self.root = root
         self.fence = Fence(root)
         self.xml_files = _names(root / "Annotations")
-        self.faults: list[Fault] = []
-
-    def drop(self, file: str, record: str, reason: str) -> None:
-        self.faults.append(Fault(file, record, reason, "dropped"))
-
-    def repair(self, file: str, record: str, reason: str) -> None:
-        self.faults.append(Fault(file, record, reason, "repaired"))
+        self.log = FaultLog()
 
     def stems(self, path: Path) -> list[tuple[int, str]]:
         """Return (line number, name) of a list."""
@@ -151,6 +153,8 @@ class _Reader:
             lines = read_bytes(path, limit=LARGEST_LIST).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: needs text in UTF-8; {error}") from None
+        if len(lines) > MOST_NAMES:
+            raise DataError(f"{path}: needs at most {MOST_NAMES:,} lines; got {len(lines):,}")
         found = []
         for number, line in enumerate(lines, 1):
             stem = line.strip()
@@ -201,10 +205,12 @@ class _Reader:
         for number, stem in stems:
             record, page = f"line {number} ({stem})", pages[stem]
             if stem in found:
-                self.repair(listing, record, "the image is listed twice; it counts once")
+                reason = "the image is listed twice; it counts once"
+                self.log.repair(listing, record, reason, Kind.DUPLICATE_LISTING)
                 continue
             if page is None:
-                self.drop(listing, record, f"there is no annotation file Annotations/{stem}.xml")
+                reason = f"there is no annotation file Annotations/{stem}.xml"
+                self.log.drop(listing, record, reason, Kind.MISSING_ANNOTATION)
                 continue
             wanted = stem + PurePosixPath(page.filename).suffix
             if images == "absent":
@@ -214,24 +220,25 @@ class _Reader:
             choices += [by_stem.get(stem, ""), page.filename]
             file = next((f"JPEGImages/{name}" for name in choices if name in present), None)
             if file is None or not self.fence.holds_file(self.root / file):
-                self.drop(listing, record, f"there is no image JPEGImages/{stem} ({', '.join(EXTENSIONS)})")
+                reason = f"there is no image JPEGImages/{stem} ({', '.join(EXTENSIONS)})"
+                self.log.drop(listing, record, reason, Kind.MISSING_IMAGE)
                 continue
             try:
                 size = page.size or read_size(self.root / file)
             except ImageError as error:
                 reason = f"the size is missing and cannot be read: {error}"
-                self.drop(f"Annotations/{stem}.xml", "size", reason)
+                self.log.drop(f"Annotations/{stem}.xml", "size", reason, Kind.UNREADABLE_IMAGE)
                 continue
             found[stem] = _Entry(stem, file, page, size)
         if not found:
-            example = f" {self.faults[0]}" if self.faults else " The list is empty"
+            example = f" {self.log.kept[0]}" if self.log.kept else " The list is empty"
             raise DataError(f"{self.root / listing}: needs at least one usable image; got none.{example}")
         return list(found.values())
 
     def annotations(self, entries: list[_Entry], classes: Classes) -> list[Annotation]:
         """Return the sound boxes, numbered from 1 over all objects of the split, dropped ones too."""
         labels = {name: label for label, name in enumerate(classes.names)}
-        found, counted = [], 0
+        found, records, counted = [], [], 0
         for position, entry in enumerate(entries):
             for number, item in enumerate(entry.page.objects, 1):
                 counted += 1
@@ -241,7 +248,20 @@ class _Reader:
                 area = (box[2] - box[0]) * (box[3] - box[1])
                 ignore = Ignore.DIFFICULT if item.difficult else Ignore.NO
                 found.append(Annotation(position, box, labels[item.name], area, ignore, counted))
-        return found
+                records.append((f"Annotations/{entry.stem}.xml", number, item.name))
+        kept, firsts = drop_duplicates(
+            np.array([item.image for item in found], np.int64),
+            np.array([item.label for item in found], np.int64),
+            np.array([item.box for item in found], np.float32).reshape(-1, 4),
+            np.array([item.ignore for item in found], np.int8),
+        )
+        for place in np.flatnonzero(~kept).tolist():
+            file, number, name = records[place]
+            reason = (
+                f"is the box of object {records[firsts[place]][1]} again, of the same class; it counts once"
+            )
+            self.log.drop(file, f"object {number} ({name})", reason, Kind.DUPLICATE_BOX)
+        return [item for item, is_kept in zip(found, kept.tolist(), strict=True) if is_kept]
 
     def _box(self, entry: _Entry, number: int, item: _Object) -> Box | None:
         file, record = f"Annotations/{entry.stem}.xml", f"object {number} ({item.name or 'no name'})"
@@ -251,21 +271,29 @@ class _Reader:
         finite = [value for value in corners if value is not None and math.isfinite(value)]
         if not item.name:
             reason = "name needs the name of a class; it is missing"
-        elif len(finite) != 4:
+            self.log.drop(file, record, reason, Kind.MISSING_CLASS)
+            return None
+        if len(finite) != 4:
             reason = f"bndbox needs four finite numbers {', '.join(CORNERS)}; got {given}"
-        elif finite[:2] == finite[2:]:
+            are_numbers = len(corners) == 4 and None not in corners
+            self.log.drop(file, record, reason, Kind.NOT_FINITE if are_numbers else Kind.NOT_A_NUMBER)
+            return None
+        if finite[:2] == finite[2:]:
             reason = f"corners {given} are equal: a click, not a box"
-        elif finite[2] < finite[0] or finite[3] < finite[1]:
-            reason = f"corners {given} are reversed; xmax >= xmin and ymax >= ymin are required"
-        else:
-            xmin, ymin, xmax, ymax = finite
-            width, height = entry.size or (LONGEST_SIDE, LONGEST_SIDE)
-            box, cut = clip_box((xmin - 1, ymin - 1, xmax, ymax), width, height)
-            if cut is not None:
-                (self.drop if box is None else self.repair)(file, record, f"corners {given}: {cut}")
-            return box
-        self.drop(file, record, reason)
-        return None
+            self.log.drop(file, record, reason, Kind.EQUAL_CORNERS)
+            return None
+        (xmin, xmax), (ymin, ymax) = sorted(finite[::2]), sorted(finite[1::2])
+        if [xmin, ymin, xmax, ymax] != finite:
+            taken = ", ".join(f"{value:g}" for value in (xmin, ymin, xmax, ymax))
+            reason = f"corners {given} are reversed; xmax >= xmin and ymax >= ymin are required: taken as [{taken}]"
+            self.log.repair(file, record, reason, Kind.REVERSED_BOX)
+        width, height = entry.size or (LONGEST_SIDE, LONGEST_SIDE)
+        box, cut = clip_box((xmin - 1, ymin - 1, xmax, ymax), width, height)
+        if cut is not None:
+            kind = Kind.EMPTY_BOX if "no area" in cut else Kind.OUTSIDE_IMAGE
+            add = self.log.drop if box is None else self.log.repair
+            add(file, record, f"corners {given}: {cut}", kind)
+        return box
 
     def sizes(self, entries: list[_Entry], annotations: list[Annotation]) -> list[tuple[int, int]]:
         boxes: dict[int, list[Box]] = {i: [] for i, entry in enumerate(entries) if entry.size is None}
@@ -274,22 +302,33 @@ class _Reader:
                 boxes[annotation.image].append(annotation.box)
         least = {index: smallest_size(own) for index, own in boxes.items()}
         for index, (width, height) in least.items():
-            file, reason = (
-                f"Annotations/{entries[index].stem}.xml",
-                "width and height are missing; they became",
-            )
-            self.repair(file, "size", f"{reason} {width} x {height}, the least that holds the boxes")
+            became = f"{width} x {height}, the least that holds the boxes"
+            reason = f"width and height are missing; they became {became}"
+            self.log.repair(f"Annotations/{entries[index].stem}.xml", "size", reason, Kind.MISSING_SIZE)
         return [entry.size or least[index] for index, entry in enumerate(entries)]
+
+
+class _HasDoctype(Exception):
+    """XML that begins to declare things."""
+
+
+class _PlainTree(ElementTree.TreeBuilder):
+    """Refuses a DOCTYPE before anything in it is read, in whatever encoding it is written."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise _HasDoctype
 
 
 def _parse(path: Path) -> ElementTree.Element:
     content = read_bytes(path, limit=LARGEST_XML)
-    if b"\0" in content:  # UTF-16, which would hide the words looked for below
+    if b"\0" in content:  # UTF-16
         raise DataError(f"{path}: needs XML in UTF-8; got zero bytes")
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-        raise DataError(f"{path}: needs plain XML without DOCTYPE and ENTITY, which can expand without end")
     try:
-        root = ElementTree.fromstring(content)
+        root = ElementTree.fromstring(content, ElementTree.XMLParser(target=_PlainTree()))
+    except _HasDoctype:
+        raise DataError(
+            f"{path}: needs plain XML without DOCTYPE and ENTITY, which can expand without end"
+        ) from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: odd encodings
         raise DataError(f"{path}: needs sound XML; {error}") from None
     if root.tag != "annotation":

@@ -92,8 +92,9 @@ def run_training(
         console.print(dataset.summary(), highlight=False, soft_wrap=True)
         for fault in dataset.faults[:FAULTS_SHOWN]:
             console.print(f"  {fault}", highlight=False, soft_wrap=True)
-        if len(dataset.faults) > FAULTS_SHOWN:
-            console.print(f"  and {len(dataset.faults) - FAULTS_SHOWN} more", highlight=False)
+        more = sum(dataset.fault_counts.values()) - FAULTS_SHOWN
+        if more > 0:
+            console.print(f"  and {more:,} more", highlight=False)
     plan = plan_run(options, train_set, change)
     network = build_network(plan)
     folder = None if options.dry_run else RunFolder.create(options.output, options)

@@ -1,0 +1,278 @@
+"""The section `annotations`: columns of numbers, checked as columns; words only for what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, repeat
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retinanet.data.coco.document import AnnotationRecord, Document, Fields
+from retinanet.data.coco.listing import LARGEST_ID, Entry, id_of, whole
+from retinanet.data.faults import FaultLog
+from retinanet.data.kinds import Kind
+from retinanet.data.policies import drop_duplicates
+from retinanet.data.rules import LONGEST_SIDE, Box, brief, clip_box, clip_boxes, number
+from retinanet.records import Classes, Float32Array, Ignore, Int8Array, Int64Array
+
+LARGEST_AREA = float(np.finfo(np.float32).max)
+NOWHERE, GONE = -1, -2  # instead of an image's position: there is none; it was dropped and named itself
+NO_BOX = (math.nan,) * 4
+WRONG_AREA = -1.0
+
+Float64Array = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+
+class Boxes(NamedTuple):
+    """The sound boxes of a file: positions of their images, and the other columns of a `Dataset`."""
+
+    owners: Int64Array
+    labels: Int64Array
+    boxes: Float32Array
+    areas: Float32Array
+    ignore: Int8Array
+    ids: Int64Array
+
+
+class _Columns(NamedTuple):
+    """What some records say, `[n]` or `[n, 4]`."""
+
+    image: Int64Array  # position among the kept images, NOWHERE or GONE
+    label: Int64Array  # -1 where the class is unknown
+    box: Float64Array  # x, y, width, height; NaN where they are not four numbers
+    area: Float64Array  # NaN where none is given, WRONG_AREA where it is no area
+    crowd: BoolArray
+    id: Int64Array
+    numbered: BoolArray
+
+
+class _Checked(NamedTuple):
+    """The records of a chunk that passed: columns of those, with their places in the section."""
+
+    places: Int64Array
+    owners: Int64Array
+    labels: Int64Array
+    boxes: Float32Array
+    areas: Float32Array
+    crowd: BoolArray
+    ids: Int64Array
+    numbered: BoolArray
+
+
+# Every fault of an annotation, in the order in which those of one record are named.
+_Finding = Literal[
+    "image", "class", "numbers", "infinite", "empty", "reversed", "outside", "flat", "cut", "area"
+]
+_FINDINGS: dict[_Finding, tuple[Literal["repaired", "dropped"], Kind]] = {
+    "image": ("dropped", Kind.ORPHAN_ANNOTATION),
+    "class": ("dropped", Kind.UNKNOWN_CLASS),
+    "numbers": ("dropped", Kind.NOT_A_NUMBER),
+    "infinite": ("dropped", Kind.NOT_FINITE),
+    "empty": ("dropped", Kind.EMPTY_BOX),
+    "reversed": ("repaired", Kind.REVERSED_BOX),
+    "outside": ("dropped", Kind.OUTSIDE_IMAGE),
+    "flat": ("dropped", Kind.EMPTY_BOX),
+    "cut": ("repaired", Kind.OUTSIDE_IMAGE),
+    "area": ("repaired", Kind.INVALID_AREA),
+}
+
+
+class BoxReader:
+    """Reads the annotations of one file for images and classes that are known."""
+
+    def __init__(self, document: Document, entries: Sequence[Entry], classes: Classes, log: FaultLog) -> None:
+        self.document = document
+        self.log = log
+        self.kept = [entry for entry in entries if entry.kept]
+        self.sizes = np.array([entry.size or (LONGEST_SIDE, LONGEST_SIDE) for entry in self.kept], np.int64)
+        positions = iter(range(len(self.kept)))
+        self.images = _keys((entry.id, next(positions) if entry.kept else GONE) for entry in entries)
+        self.labels = _keys((category, label) for label, category in enumerate(classes.ids))
+
+    def read(self) -> Boxes:
+        """Return the sound boxes; the others are named in the log."""
+        parts = []
+        for start, records in self.document.chunks("annotations", AnnotationRecord):
+            columns = self._columns([_as_record(record) for record in records])
+            parts.append(self._check(start, columns))
+        if not parts:
+            parts = [self._check(0, self._columns([]))]
+        found = _Checked._make(np.concatenate(columns) for columns in zip(*parts, strict=True))
+        found = self._once(found)
+        ids = found.ids
+        if not found.numbered.all() or len(np.unique(ids)) != len(ids):
+            reason = "ids need distinct whole numbers; they became the places in the list"
+            self.log.repair(self.document.source.name, "annotations", reason, Kind.DUPLICATE_ID)
+            ids = found.places
+        ignore = np.where(found.crowd, np.int8(Ignore.CROWD), np.int8(Ignore.NO))
+        return Boxes(found.owners, found.labels, found.boxes, found.areas, ignore, ids)
+
+    def _columns(self, records: list[AnnotationRecord]) -> _Columns:
+        count = len(records)
+        ids = [record.id for record in records]
+        if set(map(type, ids)) != {int} or max(map(abs, ids), default=0) > LARGEST_ID:  # type: ignore[arg-type]
+            ids = [whole(value) for value in ids]
+        boxes = chain.from_iterable(record.bbox or NO_BOX for record in records)
+        areas = (math.nan if record.area is None else record.area for record in records)
+        images = map(self.images.get, (record.image_id for record in records), repeat(NOWHERE))
+        labels = map(self.labels.get, (record.category_id for record in records), repeat(-1))
+        return _Columns(
+            image=np.fromiter(images, np.int64, count),
+            label=np.fromiter(labels, np.int64, count),
+            box=np.fromiter(boxes, np.float64, 4 * count).reshape(-1, 4),
+            area=np.fromiter(areas, np.float64, count),
+            crowd=np.fromiter((record.iscrowd == 1 for record in records), bool, count),
+            id=np.array([0 if value is None else value for value in ids], np.int64),
+            numbered=np.array([value is not None for value in ids], bool),
+        )
+
+    def _check(self, start: int, given: _Columns) -> _Checked:
+        """Check the records from `start`; return those that can be used."""
+        here = given.image >= 0
+        live = here & (given.label >= 0)
+        finite = np.isfinite(given.box).all(axis=1)
+        x, y, width, height = np.where((live & finite)[:, None], given.box, (0.0, 0.0, 1.0, 1.0)).T
+        empty = (width == 0) | (height == 0)
+        with np.errstate(over="ignore"):  # far beyond any image; cut below
+            right, bottom = x + width, y + height
+            corners = np.stack(
+                [np.minimum(x, right), np.minimum(y, bottom), np.maximum(x, right), np.maximum(y, bottom)],
+                axis=1,
+            )
+            sizes = self.sizes[np.where(here, given.image, 0)]
+            boxes, outside, flat, reached = clip_boxes(corners, sizes)
+        sound = live & finite & ~empty
+        kept = sound & ~outside & ~flat
+        wrong_area = ~np.isnan(given.area) & ~((given.area >= 0) & (given.area <= LARGEST_AREA))
+        self._name(
+            start,
+            {
+                "image": given.image == NOWHERE,
+                "class": here & (given.label < 0),
+                "numbers": live & np.isnan(given.box).any(axis=1),
+                "infinite": live & np.isinf(given.box).any(axis=1),
+                "empty": live & finite & empty,
+                "reversed": sound & ((width < 0) | (height < 0)),
+                "outside": sound & outside,
+                "flat": sound & flat,
+                "cut": kept & reached,
+                "area": kept & wrong_area,
+            },
+            given,
+        )
+        own = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        areas = np.where(wrong_area | np.isnan(given.area), own, given.area)
+        return _Checked(
+            places=start + np.flatnonzero(kept),
+            owners=given.image[kept],
+            labels=given.label[kept],
+            boxes=boxes[kept].astype(np.float32),
+            areas=areas[kept].astype(np.float32),
+            crowd=given.crowd[kept],
+            ids=given.id[kept],
+            numbered=given.numbered[kept],
+        )
+
+    def _name(self, start: int, found: dict[_Finding, BoolArray], given: _Columns) -> None:
+        """Put what is wrong into the log, by record; word it only as long as the log keeps words."""
+        rows = np.concatenate([np.flatnonzero(mask) for mask in found.values()])
+        codes = np.repeat(np.arange(len(found)), [int(mask.sum()) for mask in found.values()])
+        order = np.lexsort((codes, rows))
+        names = list(found)
+        for step, place in enumerate(order.tolist()):
+            if not self.log.room:
+                for code, number in enumerate(np.bincount(codes[order[step:]]).tolist()):
+                    self.log.count(*_FINDINGS[names[code]], number)
+                return
+            row, finding = int(rows[place]), names[codes[place]]
+            self._word(start + row, int(given.image[row]), finding)
+
+    def _word(self, place: int, image: int, finding: _Finding) -> None:
+        record = self.document.plain("annotations", place)
+        fields = record if isinstance(record, dict) else {}
+        entry = self.kept[image] if image >= 0 else None
+        where = self._where(place, fields, entry)
+        reason, kind = self._reason(finding, fields, entry), _FINDINGS[finding][1]
+        add = self.log.drop if _FINDINGS[finding][0] == "dropped" else self.log.repair
+        add(self.document.source.name, where, reason, kind)
+
+    def _where(self, place: int, fields: Fields, entry: Entry | None) -> str:
+        own_id = id_of(fields.get("id"))
+        where = f"annotations[{place}]" if own_id is None else f"annotations[{place}] (id {own_id})"
+        return where if entry is None else f"{where} of {entry.file}"
+
+    def _reason(self, finding: _Finding, fields: Fields, entry: Entry | None) -> str:
+        bbox = fields.get("bbox")
+        if finding == "image":
+            return f"image_id needs the id of an image; got {brief(fields.get('image_id'))}"
+        if finding == "class":
+            return f"category_id needs the id of a category; got {brief(fields.get('category_id'))}"
+        if finding == "area":
+            return f"area needs a number from 0; got {brief(fields.get('area'))}; it became the box's"
+        if finding in ("numbers", "infinite"):
+            return f"bbox needs four finite numbers [x, y, width, height]; got {brief(bbox)}"
+        if finding == "empty":
+            return f"bbox needs a width and height above 0; got {brief(bbox)}"
+        x1, y1, x2, y2 = _corners(bbox)
+        if finding == "reversed":
+            taken = ", ".join(f"{value:g}" for value in (x1, y1, x2 - x1, y2 - y1))
+            return f"bbox {brief(bbox)} is reversed, its width or height below 0; taken as [{taken}]"
+        size = entry.size if entry is not None and entry.size is not None else (LONGEST_SIDE, LONGEST_SIDE)
+        return f"bbox {brief(bbox)} {clip_box((x1, y1, x2, y2), *size)[1]}"
+
+    def _once(self, found: _Checked) -> _Checked:
+        """Drop boxes that stand twice."""
+        kept, firsts = drop_duplicates(found.owners, found.labels, found.boxes, found.crowd)
+        if kept.all():
+            return found
+        doubles, worded = np.flatnonzero(~kept), self.log.room
+        for row in doubles[:worded].tolist():
+            place, first = int(found.places[row]), int(found.places[firsts[row]])
+            record = self.document.plain("annotations", place)
+            where = self._where(place, record, self.kept[int(found.owners[row])])
+            reason = f"is the box of annotations[{first}] again, of the same class; it counts once"
+            self.log.drop(self.document.source.name, where, reason, Kind.DUPLICATE_BOX)
+        self.log.count("dropped", Kind.DUPLICATE_BOX, max(0, len(doubles) - worded))
+        return _Checked._make(column[kept] for column in found)
+
+
+def _keys(items: Iterator[tuple[int | str, int]]) -> Mapping[Any, int]:
+    """Map ids to positions so that 7, 7.0 and "7" are one id."""
+    found: dict[int | str, int] = {}
+    for own_id, position in items:
+        text = str(own_id)
+        found[text] = position
+        digits = text.removeprefix("-")
+        if isinstance(own_id, int) or (digits.isdecimal() and len(digits) < 20 and str(int(text)) == text):
+            found[int(text)] = position
+    return found
+
+
+def _as_record(record: AnnotationRecord | Fields) -> AnnotationRecord:
+    """Return what plain fields say as far as it can be used."""
+    if isinstance(record, AnnotationRecord):
+        return record
+    area = number(record.get("area"))
+    return AnnotationRecord(
+        id=id_of(record.get("id")),
+        image_id=id_of(record.get("image_id")),
+        category_id=id_of(record.get("category_id")),
+        bbox=_numbers(record.get("bbox")),
+        area=WRONG_AREA if area is None and record.get("area") is not None else area,
+        iscrowd=record.get("iscrowd") == 1,
+    )
+
+
+def _numbers(value: Any) -> Box | None:
+    numbers = [number(item) for item in value] if isinstance(value, list) and len(value) == 4 else []
+    found = [item for item in numbers if item is not None]
+    return (found[0], found[1], found[2], found[3]) if len(found) == 4 else None
+
+
+def _corners(bbox: Any) -> Box:
+    x, y, width, height = _numbers(bbox) or NO_BOX
+    return min(x, x + width), min(y, y + height), max(x, x + width), max(y, y + height)

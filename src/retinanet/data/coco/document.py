@@ -1,0 +1,180 @@
+"""The bytes of a COCO file into records, fast where they are as they should be and in any case without a crash.
+
+A section stays a list of undecoded records, views into the file. Records are decoded some thousand at a time, typed and
+without the fields that nobody asks for (polygons are most of a file); what does not fit the types is decoded again,
+alone, into plain values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Raw, Struct
+
+from retinanet.data.rules import brief, read_bytes
+from retinanet.errors import DataError
+
+LARGEST_FILE = 8 * 2**30  # bytes; 5 million boxes with their polygons are some 2 GiB
+LARGEST_WIDE = 64 * 2**20  # in UTF-16 and UTF-32, which are copied once more
+START = 4096
+CHUNK = 16_384  # records decoded at a time
+SHOWN = 200  # characters of a value in a message
+
+SECTIONS = ("images", "annotations", "categories")
+_SURROGATES = re.compile(
+    rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
+_NOT_NUMBERS = re.compile(rb"[^-]?(NaN|-?Infinity)")
+
+Scalar: TypeAlias = int | float | str | None
+Fields: TypeAlias = dict[str, Any]
+
+
+class ImageRecord(Struct, gc=False):
+    """A record of `images` as it should be."""
+
+    id: Scalar = None
+    file_name: str | None = None
+    width: int | float | None = None
+    height: int | float | None = None
+
+
+class AnnotationRecord(Struct, gc=False):
+    """A record of `annotations` as it should be."""
+
+    id: Scalar = None
+    image_id: Scalar = None
+    category_id: Scalar = None
+    bbox: tuple[float, float, float, float] | None = None
+    area: float | None = None
+    iscrowd: int | float | str | bool | None = None
+
+
+RecordType = TypeVar("RecordType", ImageRecord, AnnotationRecord)
+
+
+class Document:
+    """The three lists of one file.
+
+    Raises:
+        DataError: the file is not JSON or not COCO ground truth, with line and column where they are known.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        content = _content(source)
+        found = self._top(content)
+        self._sections = {key: self._section(found, key) for key in SECTIONS}
+
+    def __getitem__(self, section: str) -> Sequence[Raw]:
+        return self._sections[section]
+
+    def chunks(
+        self, section: str, record_type: type[RecordType]
+    ) -> Iterator[tuple[int, list[RecordType | Fields]]]:
+        """Yield (index of the first, records); what is not of the type comes as plain fields, `{}` if none."""
+        records = self._sections[section]
+        many = msgspec.json.Decoder(list[record_type])  # type: ignore[valid-type]
+        one = msgspec.json.Decoder(record_type)
+        for start in range(0, len(records), CHUNK):
+            chunk = records[start : start + CHUNK]
+            try:
+                yield start, many.decode(b"[" + b",".join(chunk) + b"]")
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                yield start, [self._one(one, section, start + i) for i in range(len(chunk))]
+
+    def plain(self, section: str, index: int) -> Any:
+        """Return one record as plain values.
+
+        Raises:
+            DataError: its text is no UTF-8, or a number in it has thousands of digits.
+        """
+        try:
+            return json.loads(bytes(self._sections[section][index]))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.source}: needs JSON; {section}[{index}]: {error}") from None
+
+    def _one(
+        self, decoder: msgspec.json.Decoder[RecordType], section: str, index: int
+    ) -> RecordType | Fields:
+        try:
+            return decoder.decode(self._sections[section][index])
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            plain = self.plain(section, index)
+            return plain if isinstance(plain, dict) else {}
+
+    def _top(self, content: bytes) -> dict[str, Raw]:
+        try:
+            try:
+                return msgspec.json.decode(content, type=dict[str, Raw])
+            except msgspec.ValidationError:
+                raise
+            except msgspec.DecodeError:
+                mended = _SURROGATES.sub(lambda found: _whole_characters(found[0]), content)
+                if mended == content:
+                    raise
+                return msgspec.json.decode(mended, type=dict[str, Raw])
+        except RecursionError:
+            raise DataError(
+                f"{self.source}: needs COCO JSON; its brackets are nested too deeply for that"
+            ) from None
+        except msgspec.ValidationError:
+            if content.lstrip()[:1] == b"[":
+                raise DataError(
+                    f"{self.source}: needs COCO ground truth, an object with images, annotations and "
+                    "categories; got a list, the form of detections"
+                ) from None
+            return {}
+        except msgspec.DecodeError as error:
+            raise DataError(f"{self.source}: needs JSON; {_reason(content, str(error))}") from None
+        except ValueError as error:  # a key that is not UTF-8
+            raise DataError(f"{self.source}: needs JSON; {error}") from None
+
+    def _section(self, found: dict[str, Raw], key: str) -> list[Raw]:
+        if key in found:
+            try:
+                return msgspec.json.decode(found[key], type=list[Raw])
+            except msgspec.DecodeError:
+                came = bytes(found[key])[:SHOWN].decode(errors="replace")
+        else:
+            came = f"keys {', '.join(map(brief, found)) or 'none'}"
+        raise DataError(f"{self.source}: needs COCO JSON, an object with a list {key!r}; got {came[:SHOWN]}")
+
+
+def _content(source: Path) -> bytes:
+    """Return the bytes of the file in UTF-8; a large one that cannot be JSON is refused before it is read whole."""
+    start = read_bytes(source, limit=LARGEST_FILE, first=START)
+    encoding = json.detect_encoding(start[:4])
+    if encoding == "utf-8":
+        if len(start) == START and start.lstrip()[:1] not in (b"{", b"["):
+            raise DataError(f"{source}: needs COCO JSON, an object; it begins with {brief(start[:16])}")
+        return read_bytes(source, limit=LARGEST_FILE)
+    try:
+        return read_bytes(source, limit=LARGEST_WIDE).decode(encoding).encode()
+    except ValueError as error:
+        raise DataError(f"{source}: needs JSON; {error}") from None
+
+
+def _whole_characters(escape: bytes) -> bytes:
+    """Keep what stands for whole characters; half a pair, as a cut text leaves it, becomes U+FFFD."""
+    return rb"\ufffd" if len(escape) == 6 else escape
+
+
+def _reason(content: bytes, said: str) -> str:
+    """Return "line 3, column 7: what is wrong" of what msgspec said."""
+    text, _, place = said.removeprefix("JSON is malformed: ").partition(" (byte ")
+    end = int(place[:-1]) if place else len(content)
+    if literal := _NOT_NUMBERS.match(content, max(0, end - 1)):
+        return f"{_position(content, literal.start(1))}: {literal[1].decode()} is not a number in JSON"
+    return f"{_position(content, end)}: {text if place else 'the text ends too early'}"
+
+
+def _position(content: bytes, offset: int) -> str:
+    line = content.count(b"\n", 0, offset) + 1
+    column = len(content[content.rfind(b"\n", 0, offset) + 1 : offset].decode(errors="replace")) + 1
+    return f"line {line}, column {column}"
