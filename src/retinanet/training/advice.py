@@ -32,7 +32,8 @@ SHARES = (
 
 ABOUT_BOXES = frozenset(
     {
-        Kind.INVALID_BOX,
+        Kind.NOT_A_NUMBER,
+        Kind.NOT_FINITE,
         Kind.REVERSED_BOX,
         Kind.EMPTY_BOX,
         Kind.EQUAL_CORNERS,
@@ -46,7 +47,7 @@ ABOUT_BOXES = frozenset(
 ABOUT_IMAGES = frozenset(
     {
         Kind.MISSING_IMAGE,
-        Kind.REPEATED_IMAGE,
+        Kind.DUPLICATE_LISTING,
         Kind.UNLISTED_IMAGE,
         Kind.UNREADABLE_IMAGE,
         Kind.TRUNCATED_IMAGE,
