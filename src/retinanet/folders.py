@@ -12,14 +12,19 @@ from retinanet.errors import ConfigError
 RUNS = Path("runs")
 
 
-def new_folder(output: str | None, stem: str) -> Path:
+def new_folder(output: str | None, stem: str, *, outside: str | Path | None = None) -> Path:
     """Make the folder a command writes to: `output`, or the first free runs/STEM-N.
+
+    Args:
+        outside: a data folder that it may not lie in.
 
     Raises:
         ConfigError: the folder holds something already, or cannot be made.
     """
     path = Path(output) if output else _first_free(stem)
     require_new(path)
+    if outside is not None:
+        require_outside(path, outside)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -41,6 +46,22 @@ def require_new(path: Path) -> None:
     """Refuse a folder that holds something, or a file."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--output needs a new folder; {path} exists and is not empty. Choose another name")
+
+
+def require_new_file(path: Path) -> None:
+    """Refuse a file that exists, and one in a folder that does not."""
+    if path.exists():
+        raise ConfigError(f"--output needs a new file; {path} exists. Choose another name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output needs a file in an existing folder; there is no {path.parent}")
+
+
+def require_outside(path: Path, data: str | Path) -> None:
+    """Refuse a place inside a data folder: what was read is left as it was."""
+    if Path(data).is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(data)):
+        raise ConfigError(
+            f"--output needs a place outside the data folder {data}; got {path}. Choose another"
+        )
 
 
 def _first_free(stem: str) -> Path:

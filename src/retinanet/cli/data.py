@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from retinanet.cli.data_anchors import Anchors
+from retinanet.cli.data_check import Check
 from retinanet.cli.data_convert import Convert
 
 
@@ -63,16 +65,18 @@ class Shapes:
         }
 
 
-DATA_SETS: dict[str, type] = {"shapes": Shapes, "convert": Convert}
+DATA_SETS: dict[str, type] = {"check": Check, "anchors": Anchors, "convert": Convert, "shapes": Shapes}
 
 
 @dataclass(frozen=True)
 class Data:
-    """Make and convert data sets."""
+    """Check data sets, fit anchors to them, convert and make them."""
 
     command: (
-        Annotated[Shapes, tyro.conf.subcommand("shapes")]
+        Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[Anchors, tyro.conf.subcommand("anchors")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Shapes, tyro.conf.subcommand("shapes")]
     )
     """What to do."""
 

@@ -16,6 +16,7 @@ import yaml
 from retinanet.errors import ConfigError
 from retinanet.folders import write_text
 from retinanet.plain import from_plain
+from retinanet.training.anchor_file import AskedAnchors, parse_anchors
 
 DEFAULT_BACKBONE = "resnet50"
 LossName: TypeAlias = Literal["focal", "ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"]
@@ -78,8 +79,9 @@ class TrainingOptions:
     """Shortest side of the network input, pixels."""
     max_size: Annotated[int | None, OPTIONAL] = None
     """Longest side of the network input, pixels."""
-    anchors: Annotated[str | None, tyro.conf.arg(metavar="SIZES", help_behavior_hint=shown)] = None
-    """Base sizes of the anchors on P3 to P7, pixels: five numbers with commas."""
+    anchors: Annotated[str | None, tyro.conf.arg(metavar="SIZES|FILE", help_behavior_hint=shown)] = None
+    """Base sizes of the anchors on P3 to P7, pixels: five numbers with commas; or a file of
+    `retinanet data anchors`."""
     channels: Annotated[int | None, BY_RECIPE] = None
     """Width of pyramid and heads: 64, 96, 128 ..."""
     epochs: Annotated[float | None, OPTIONAL] = None
@@ -206,8 +208,7 @@ class TrainingOptions:
             )
         if self.box_beta is not None and self.box_loss not in (None, "smooth-l1"):
             raise ConfigError(f"--box-beta belongs to --box-loss smooth-l1; got --box-loss {self.box_loss}")
-        if self.anchors is not None:
-            self.anchor_sizes()
+        self.asked_anchors()
 
     def backbone_name(self) -> str:
         """Return `--backbone`, or its default where it is left out."""
@@ -226,19 +227,9 @@ class TrainingOptions:
             raise ConfigError(f"--time needs a number with s, m or h, such as 20m; got {self.time!r}")
         return seconds
 
-    def anchor_sizes(self) -> tuple[float, ...] | None:
-        """Return the five base sizes of `--anchors`."""
-        if self.anchors is None:
-            return None
-        try:
-            sizes = tuple(float(part) for part in self.anchors.split(","))
-        except ValueError:
-            sizes = ()
-        if len(sizes) != 5 or not all(0 < size < float("inf") for size in sizes):
-            raise ConfigError(
-                f"--anchors needs five positive sizes with commas, such as 32,64,128,256,512; got {self.anchors!r}"
-            )
-        return sizes
+    def asked_anchors(self) -> AskedAnchors | None:
+        """Return the anchors of `--anchors`."""
+        return None if self.anchors is None else parse_anchors(self.anchors)
 
 
 def require_of_loss(loss: LossName, options: TrainingOptions) -> None:
