@@ -70,7 +70,10 @@ DATA_SETS: dict[str, type] = {"shapes": Shapes, "convert": Convert}
 class Data:
     """Make and convert data sets."""
 
-    command: Annotated[Shapes, tyro.conf.subcommand("shapes")] | Annotated[Convert, tyro.conf.subcommand("convert")]
+    command: (
+        Annotated[Shapes, tyro.conf.subcommand("shapes")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+    )
     """What to do."""
 
     def run(self) -> int:

@@ -66,7 +66,9 @@ class Convert:
             )
         for loss in made.losses:
             print(f"lost: {loss}", file=sys.stderr)
-        counts = ", ".join(f"{name or 'one set without splits'} {len(part):,}" for name, part in splits.items())
+        counts = ", ".join(
+            f"{name or 'one set without splits'} {len(part):,}" for name, part in splits.items()
+        )
         print(
             f"{made.images:,} images ({counts}) in {made.path}; {made.linked:,} are hard links, "
             f"{made.images - made.linked:,} copies",
@@ -101,7 +103,7 @@ class Convert:
                 box_format=self.box_format,
                 strict=self.strict,
             )
-            for split in available_splits(self.data) or ("",)
+            for split in available_splits(self.data, image_root=self.image_root) or ("",)
         }
 
 

@@ -52,9 +52,7 @@ def _refuse_traps(text: str, path: Path) -> None:
             )
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
-            raise DataError(
-                f"{path}: needs lists and tables at most {DEEPEST} deep; line {line} is deeper"
-            )
+            raise DataError(f"{path}: needs lists and tables at most {DEEPEST} deep; line {line} is deeper")
 
 
 def _plain(node: yaml.Node, path: Path) -> Plain:

@@ -145,7 +145,9 @@ def _report(plan: Plan, best: Validation, val_set: Dataset, folder: RunFolder) -
 def open_splits(data: str, *, strict: bool = False) -> tuple[Dataset, Dataset]:
     """Open `train` and `val` of a data set; both must be there, with the same classes and some objects."""
     splits = available_splits(data)
-    train_set = open_dataset(data, "train", strict=strict)  # what cannot be opened has a better message of its own
+    train_set = open_dataset(
+        data, "train", strict=strict
+    )  # what cannot be opened has a better message of its own
     if "val" not in splits:
         has = f"has {', '.join(splits)}" if splits else "is one set without splits"
         raise DataError(
