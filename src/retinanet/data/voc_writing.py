@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 
-from retinanet.data.csv_writing import shortest
 from retinanet.data.dataset import Dataset
+from retinanet.data.policies import shortest
 from retinanet.data.voc import LISTS
 from retinanet.data.voc_pages import CORNERS
 from retinanet.folders import write_bytes, write_text
