@@ -104,7 +104,9 @@ def test_every_epoch_is_a_permutation_and_epochs_differ() -> None:
 
 def test_a_run_that_starts_in_the_middle_sees_what_it_would_have_seen() -> None:
     whole = list(Requests(Epochs(7, 5), batch_size=3, image_sizes=(64, 96), steps=10))
-    assert list(Requests(Epochs(7, 5), batch_size=3, image_sizes=(64, 96), steps=10, first_step=4)) == whole[4:]
+    assert (
+        list(Requests(Epochs(7, 5), batch_size=3, image_sizes=(64, 96), steps=10, first_step=4)) == whole[4:]
+    )
     assert list(Requests(Epochs(7, 6), batch_size=3, image_sizes=(64, 96), steps=10)) != whole
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from retinanet.cli.data_view import View
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
@@ -61,20 +63,15 @@ class Shapes:
         }
 
 
-DATA_SETS: dict[str, type] = {"shapes": Shapes}
-
-
-# tyro makes a subcommand only of a union; the suppressed half of `command` goes when there is a second one. (A comment
-# right above a field would become its help text.)
+DATA_SETS: dict[str, type] = {"shapes": Shapes, "view": View}
 
 
 @dataclass(frozen=True)
 class Data:
-    """Make data sets."""
+    """Make data sets and look at them."""
 
-    command: Annotated[Shapes, tyro.conf.subcommand("shapes")] | Annotated[None, tyro.conf.Suppress]
-    """What to make."""
+    command: Annotated[Shapes, tyro.conf.subcommand("shapes")] | Annotated[View, tyro.conf.subcommand("view")]
+    """What to do."""
 
     def run(self) -> int:
-        assert self.command is not None  # tyro requires a subcommand
         return self.command.run()

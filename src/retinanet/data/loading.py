@@ -149,9 +149,7 @@ def collate(examples: Sequence[Example], preprocessing: Preprocessing) -> Batch:
     """Resize images for the network, to the shortest side that they were requested for, and pad them and their ground
     truth to a batch."""
     size = examples[0].image_size
-    frame = dataclasses.replace(
-        preprocessing, image_size=size, max_size=max(size, preprocessing.max_size)
-    )
+    frame = dataclasses.replace(preprocessing, image_size=size, max_size=max(size, preprocessing.max_size))
     images, geometries = prepare_batch([example.image for example in examples], frame)
     truths = [
         moved(example.truth, geometry.to_network(example.truth.boxes))
@@ -207,7 +205,7 @@ def training_batches(
         repeat_rare: classes in a smaller share of the images are seen more often: see `sampling.repeat_factors`.
     """
     requests = Requests(
-        Epochs(len(dataset), seed, repeat_factors(dataset, repeat_rare)),
+        Epochs(len(dataset), seed, repeat_factors(dataset, repeat_rare) if repeat_rare else None),
         batch_size=batch_size,
         image_sizes=augmentation.image_sizes(preprocessing.image_size),
         steps=steps,

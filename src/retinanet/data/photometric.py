@@ -21,7 +21,9 @@ LUMA = np.array([0.299, 0.587, 0.114])
 YIQ = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
-def jitter(image: UInt8Array, brightness: float, contrast: float, saturation: float, hue: float) -> UInt8Array:
+def jitter(
+    image: UInt8Array, brightness: float, contrast: float, saturation: float, hue: float
+) -> UInt8Array:
     """Return the image with other colours.
 
     Args:
@@ -38,7 +40,12 @@ def jitter(image: UInt8Array, brightness: float, contrast: float, saturation: fl
 
 
 def adjusted(
-    image: UInt8Array, *, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
+    image: UInt8Array,
+    *,
+    brightness: float = 1.0,
+    contrast: float = 1.0,
+    saturation: float = 1.0,
+    hue: float = 0.0,
 ) -> UInt8Array:
     """Return the image after one affine map of its colours, rounded and clipped once.
 

@@ -48,6 +48,11 @@ def repeat_factors(dataset: Dataset, threshold: float) -> NDArray[np.float64]:
     return factors
 
 
+def epoch_length(dataset: Dataset, threshold: float) -> int:
+    """Return how many images an epoch shows with the `repeat_factors` of a threshold."""
+    return Epochs(len(dataset), 0, repeat_factors(dataset, threshold)).length if threshold else len(dataset)
+
+
 class Epochs:
     """The order of images in every epoch, each a function of (seed, epoch).
 

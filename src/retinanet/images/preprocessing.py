@@ -134,6 +134,12 @@ class Preprocessing:
         offset = [-self.mean[channel] / self.std[channel] for channel in order]
         return np.array(factor, np.float32), np.array(offset, np.float32)
 
+    def restore(self, pixels: Float32Array) -> UInt8Array:
+        """Return the picture `[H, W, 3]` uint8 RGB that a network's input `[3, H, W]` shows: x std + mean, rounded."""
+        planes = pixels if self.channel_order == "rgb" else pixels[::-1]
+        picture = np.moveaxis(planes, 0, 2) * np.array(self.std) + np.array(self.mean)
+        return picture.round().clip(0, 255).astype(np.uint8)
+
     def _normalise(self, pixels: NDArray[Any]) -> Float32Array:
         planes = np.empty((3, *pixels.shape[:2]), np.float32)
         channels = np.moveaxis(pixels if self.channel_order == "rgb" else pixels[:, :, ::-1], 2, 0)

@@ -34,6 +34,7 @@ class Recipe:
         loss_settings: what the class loss is told beyond its own `training.objectives.SETTINGS`.
         average_decay: of the exponential moving average of the weights that is validated and saved; None
             uses the weights themselves.
+        repeat_rare: see `retinanet.data.sampling.repeat_factors`; 0 shows every image once an epoch.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Recipe:
     normalizer: Normalizer = "image"
     low_quality: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
+    repeat_rare: float = 0.0
 
 
 def paper(classes: Classes, backbone: str, weights: str | None) -> Recipe:
