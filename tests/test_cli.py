@@ -244,9 +244,9 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         (["predict", tmp / "nomodel", data / "images" / "val"], "does not exist"),
         (
             ["data"],
-            "a command is required: check, anchors, convert, shapes; none was given. See `retinanet data --help`",
+            "a command is required: check, view, anchors, convert, shapes; none was given. See `retinanet data --help`",
         ),
-        (["data", "circles"], "a command is required: check, anchors, convert, shapes; got 'circles'"),
+        (["data", "circles"], "a command is required: check, view, anchors, convert, shapes; got 'circles'"),
         (
             ["data", "shapes"],
             "data shapes needs --output; none was given. See `retinanet data shapes --help`",

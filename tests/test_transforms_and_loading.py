@@ -13,7 +13,8 @@ from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from retinanet.batches import Batch
 from retinanet.data import Dataset, loading, open_dataset
-from retinanet.data.loading import Requests, generator, training_batches
+from retinanet.data.loading import Requests, training_batches
+from retinanet.data.sampling import Epochs, generator
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.data.transforms import Augmentation, cut, flip, zoom
 from retinanet.errors import ConfigError, DataError
@@ -94,7 +95,7 @@ def test_impossible_augmentation_is_refused(options: dict, field: str) -> None:
 
 
 def test_every_epoch_is_a_permutation_and_epochs_differ() -> None:
-    requests = Requests(7, batch_size=3, seed=5, image_sizes=(64,), steps=14)
+    requests = Requests(Epochs(7, 5), batch_size=3, image_sizes=(64,), steps=14)
     stream = [request for step in requests for request in step]
     epochs = [[r.index for r in stream if r.epoch == epoch] for epoch in range(6)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
@@ -102,15 +103,17 @@ def test_every_epoch_is_a_permutation_and_epochs_differ() -> None:
 
 
 def test_a_run_that_starts_in_the_middle_sees_what_it_would_have_seen() -> None:
-    whole = list(Requests(7, batch_size=3, seed=5, image_sizes=(64, 96), steps=10))
-    assert list(Requests(7, batch_size=3, seed=5, image_sizes=(64, 96), steps=10, first_step=4)) == whole[4:]
-    assert list(Requests(7, batch_size=3, seed=6, image_sizes=(64, 96), steps=10)) != whole
+    whole = list(Requests(Epochs(7, 5), batch_size=3, image_sizes=(64, 96), steps=10))
+    assert (
+        list(Requests(Epochs(7, 5), batch_size=3, image_sizes=(64, 96), steps=10, first_step=4)) == whole[4:]
+    )
+    assert list(Requests(Epochs(7, 6), batch_size=3, image_sizes=(64, 96), steps=10)) != whole
 
 
 def test_processes_share_each_step() -> None:
-    whole = list(Requests(7, batch_size=4, seed=5, image_sizes=(64,), steps=6))
+    whole = list(Requests(Epochs(7, 5), batch_size=4, image_sizes=(64,), steps=6))
     halves = [
-        list(Requests(7, batch_size=2, seed=5, image_sizes=(64,), steps=6, rank=rank, processes=2))
+        list(Requests(Epochs(7, 5), batch_size=2, image_sizes=(64,), steps=6, rank=rank, processes=2))
         for rank in (0, 1)
     ]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole

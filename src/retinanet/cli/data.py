@@ -11,6 +11,7 @@ import tyro
 from retinanet.cli.data_anchors import Anchors
 from retinanet.cli.data_check import Check
 from retinanet.cli.data_convert import Convert
+from retinanet.cli.data_view import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +66,22 @@ class Shapes:
         }
 
 
-DATA_SETS: dict[str, type] = {"check": Check, "anchors": Anchors, "convert": Convert, "shapes": Shapes}
+DATA_SETS: dict[str, type] = {
+    "check": Check,
+    "view": View,
+    "anchors": Anchors,
+    "convert": Convert,
+    "shapes": Shapes,
+}
 
 
 @dataclass(frozen=True)
 class Data:
-    """Check data sets, fit anchors to them, convert and make them."""
+    """Check data sets, look at them, fit anchors to them, convert and make them."""
 
     command: (
         Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[View, tyro.conf.subcommand("view")]
         | Annotated[Anchors, tyro.conf.subcommand("anchors")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Shapes, tyro.conf.subcommand("shapes")]

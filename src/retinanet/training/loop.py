@@ -46,6 +46,7 @@ def train_network(
         steps=plan.steps,
         workers=plan.workers,
         pin_memory=plan.device.type == "cuda",
+        repeat_rare=plan.recipe.repeat_rare,
     )
     judge = Judge(plan, train_on.shipped, val, folder)
     meter = Meter()
@@ -76,7 +77,12 @@ def train_network(
                     raise TrainingError(
                         f"the loss is {figures['loss']} at step {step} (images now: {files}); lower --lr, now {lr:g}"
                     )
-                record = {"step": step, "epoch": step * plan.batch_size / len(train), **figures, "lr": lr}
+                record = {
+                    "step": step,
+                    "epoch": step * plan.batch_size / plan.train_images,
+                    **figures,
+                    "lr": lr,
+                }
                 folder.log(record)
                 progress.step(step, record)
             if judging:

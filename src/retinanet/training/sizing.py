@@ -12,6 +12,7 @@ import torch
 from retinanet.anchors import AnchorSpec
 from retinanet.data import Dataset
 from retinanet.data.coverage import best_overlaps, coverage_by_class, objects_in_network
+from retinanet.data.sampling import epoch_length
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
 from retinanet.records import Ignore
@@ -274,9 +275,10 @@ def choose_steps(
     if options.steps is not None:
         return options.steps, "asked for"
     if options.epochs is not None:
-        return _steps(options.epochs * len(train), recipe), f"{options.epochs:g} epochs asked for"
+        images = options.epochs * epoch_length(train, recipe.repeat_rare)
+        return _steps(images, recipe), f"{options.epochs:g} epochs asked for"
     why = f"recipe {recipe.name}"
-    images = max(recipe.images_seen, recipe.epochs * len(train))
+    images = max(recipe.images_seen, recipe.epochs * epoch_length(train, recipe.repeat_rare))
     if recipe.pixels_seen:
         pixels = padded_pixels(train, preprocessing, recipe.batch_size)
         if recipe.pixels_seen / pixels > images:
