@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +26,7 @@ from retinanet.data import (
     write_coco,
 )
 from retinanet.data.dataset import Annotation
-from retinanet.data.rules import clip_box, read_bytes
+from retinanet.data.rules import clip_box
 from retinanet.errors import DataError
 from retinanet.records import Classes, GroundTruth, Ignore
 

@@ -47,11 +47,13 @@ from retinanet.training.configuration import (
     read_config,
     write_config,
 )
+from retinanet.training.folder import RunFolder
 from retinanet.training.muon import Muon
 from retinanet.training.objectives import settings_of
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
 from retinanet.training.planning import Plan, choose_rate, plan_run
 from retinanet.training.run import run_training
+from retinanet.training.signals import StopRequest
 from retinanet.training.sizing import (
     anchor_choices,
     choose_batch,
@@ -98,6 +100,7 @@ def test_the_run_folder_is_complete(run: object) -> None:
         "metrics.json",
         "best",
         "last",
+        "checkpoints",
         "curves.png",
         "pictures.png",
         "report.html",
@@ -314,9 +317,9 @@ def test_batches_are_pinned_for_cuda_alone(data: Path, monkeypatch: pytest.Monke
 
     for module in (loop, timing):
         monkeypatch.setattr(module, "training_batches", batches)
-    monkeypatch.setattr(TrainingStep, "of", lambda *_: None)
+    monkeypatch.setattr(TrainingStep, "of", lambda *_: SimpleNamespace(shipped=None))
     with pytest.raises(InterruptedError):
-        loop.train_network(plan, None, train, val, None, None)  # type: ignore[arg-type]
+        loop.train_network(plan, None, train, val, RunFolder(data), None, StopRequest())  # type: ignore[arg-type]
     with pytest.raises(InterruptedError):
         timing._step_seconds(plan, None, train, 1.0)  # type: ignore[arg-type]
     assert asked == [kind == "cuda"] * 2

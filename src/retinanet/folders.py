@@ -91,3 +91,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write indented JSON; see `write_text`."""
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object that `write_json` wrote."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} needs a JSON object; got {type(values).__name__}")
+    return values

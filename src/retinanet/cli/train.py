@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
 from retinanet.errors import ConfigError
 from retinanet.training.configuration import TrainingOptions, read_config
+from retinanet.training.folder import RunFolder
 
 LENGTHS = ("--epochs", "--steps", "--time")
 
@@ -19,15 +21,35 @@ class Train(TrainingOptions):
     """
 
     def run(self) -> int:
+        # Before torch is imported: a run that is killed from now on can be started again by its folder.
+        folder = None
+        if not (self.dry_run or self.resume):
+            folder = RunFolder.create(self.output, self)
         from retinanet.training.run import run_training
 
-        run_training(self)
+        run_training(self, folder=folder)
         return 0
 
 
 def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
-    """Take `--config FILE` out of the arguments; return the rest, and the file's options as defaults for it."""
+    """Take `--config FILE` out of the arguments; return the rest, and the file's options as defaults for it.
+
+    With `--resume RUN` these are the run's own, and nothing but --workers may be given beside it.
+    """
     rest = list(arguments)
+    named = [argument.partition("=")[0] for argument in arguments]
+    if "--resume" in named:
+        others = [name for name in named if name.startswith("--") and name not in ("--resume", "--workers")]
+        if others:
+            raise ConfigError(
+                f"--resume goes on with the run's own settings and takes --workers alone; got {others[0]}"
+            )
+        place = named.index("--resume")
+        _, equals, run = arguments[place].partition("=")
+        run = run if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
+        if run and not run.startswith("--"):  # else it is told below that a value is missing
+            config = RunFolder.existing(Path(run)).path / "config.yaml"
+            return rest, Train(**{"data": tyro.MISSING, **read_config(config), "workers": None})
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != "--config":

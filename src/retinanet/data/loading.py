@@ -7,6 +7,7 @@ batch size B takes positions s B to (s + 1) B of it. Where a run stands is there
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -183,6 +184,12 @@ class _Collate:
         return wrong[0] if wrong else collate(sound, self.preprocessing)
 
 
+def _leave_signals_to_the_run(_: int) -> None:
+    """Let a worker outlive the Ctrl-C or `kill` that its whole group gets: the run ends it when it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def training_batches(
     dataset: Dataset,
     preprocessing: Preprocessing,
@@ -220,6 +227,7 @@ def training_batches(
         collate_fn=_Collate(preprocessing),
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_run,
     )
     for batch in loader:
         if isinstance(batch, RetinaNetError):

@@ -186,6 +186,14 @@ class _RunOptions:
     """Refuse operations whose result depends on timing."""
     validate_every_steps: Annotated[int | None, OPTIONAL] = None
     """Steps between validations; the last step always has one."""
+    save_every_steps: Annotated[int | None, OPTIONAL] = None
+    """Steps between training states, of which the last two stay; every validation, signal and the end save one, too."""
+    save_every_minutes: float = 10.0
+    """Minutes between training states."""
+    resume: Annotated[str | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="(default: a new run)")] = (
+        None
+    )
+    """Run to go on with, as if it had never stopped; needs nothing else, and takes --workers alone."""
     strict: Flag = False
     """Refuse a data set of which anything has to be repaired or dropped."""
     dry_run: Flag = False
@@ -203,6 +211,7 @@ class _RunOptions:
             ("batch_size", 1),
             ("max_detections", 1),
             ("validate_every_steps", 1),
+            ("save_every_steps", 1),
             ("workers", 0),
             ("seed", 0),
             ("gamma", 0),
@@ -215,7 +224,7 @@ class _RunOptions:
             if value is not None and not least <= value < 2**63:
                 limit = " and below 2^63" if value > least else ""
                 raise ConfigError(f"{option(name)} needs {least} or more{limit}; got {value}")
-        for name in ("epochs", "lr"):
+        for name in ("epochs", "lr", "save_every_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{option(name)} needs a number above 0; got {value}")

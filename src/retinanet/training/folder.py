@@ -7,11 +7,13 @@ import os
 import platform
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from retinanet.errors import ConfigError
 from retinanet.folders import new_folder, write_json, write_text
 from retinanet.training.configuration import TrainingOptions, write_config
 from retinanet.version import __version__
@@ -33,7 +35,8 @@ class RunFolder:
         """
         path = new_folder(output, "train")
         write_config(path / "config.yaml", options)
-        write_text(path / "command.txt", shlex.join(sys.argv) + "\n")
+        folder = cls(path)
+        folder.note_command()
         environment = {
             "retinanet": __version__,
             "python": platform.python_version(),
@@ -42,7 +45,34 @@ class RunFolder:
             **{name: version(name) for name in VERSIONS},
         }
         write_json(path / "environment.json", environment)
+        return folder
+
+    def note_command(self) -> None:
+        """Add a line to `command.txt`: how the run was started, and each time that it was resumed."""
+        with (self.path / "command.txt").open("a", encoding="utf-8") as file:
+            file.write(shlex.join(sys.argv) + "\n")
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """Return the folder of a run to go on with.
+
+        Raises:
+            ConfigError: there is no run.
+        """
+        if not (path / "config.yaml").is_file():
+            what = "has no config.yaml" if path.is_dir() else "does not exist"
+            raise ConfigError(f"--resume needs the folder of a run; {path} {what}")
         return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states, `training.state`."""
+        return self.path / "checkpoints"
+
+    @property
+    def plan(self) -> Path:
+        """What was decided, written before the first step."""
+        return self.path / "plan.json"
 
     @property
     def best(self) -> Path:
@@ -58,8 +88,21 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl`."""
+        """Return the lines of `metrics.jsonl`; one that a kill cut short is none."""
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        records = []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+    def forget_after(self, step: int) -> None:
+        """Take the lines of later steps out of `metrics.jsonl`: they are going to be done again."""
+        kept = [record for record in self.history() if record["step"] <= step]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+    def validations(self) -> list[dict[str, Any]]:
+        """Return the lines of validations."""
+        return [record for record in self.history() if "ap" in record]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Callable
@@ -118,6 +119,31 @@ class Plan:
         validations = max(1, min(VALIDATIONS, int(affordable)))
         return dataclasses.replace(self, validate_every=math.ceil(self.steps / validations))
 
+    def judges(self, step: int) -> bool:
+        """Return whether the weights of a step are validated."""
+        return step > 0 and (step % self.validate_every == 0 or step == self.steps)
+
+    def as_begun(self, stored: dict[str, Any]) -> Plan:
+        """Return the plan with the length that `plan.json` holds; refuse to go on with another plan than it holds.
+
+        Raises:
+            ConfigError: this version, or this machine, decides something else otherwise.
+        """
+        try:
+            plan = self.lasting(stored["steps"], "as the run began")
+            plan = dataclasses.replace(plan, validate_every=stored["validate_every"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"plan.json of the run is damaged: {error!r}") from None
+        now = json.loads(json.dumps(plan.to_json()))
+        for name in now.keys() - {"reasons", "workers"}:
+            if now[name] != stored.get(name):
+                raise ConfigError(
+                    f"--resume needs the plan that the run began with; {name.replace('_', ' ')} was "
+                    f"{json.dumps(stored.get(name))[:200]} and would be {json.dumps(now[name])[:200]} now, with this "
+                    "version and on this machine. Use those it began with, or start anew with --weights"
+                )
+        return plan
+
     def to_json(self) -> dict[str, Any]:
         """Return what was decided, for `plan.json`."""
         return {
@@ -127,6 +153,8 @@ class Plan:
             "warmup_steps": self.warmup_steps,
             "validate_every": self.validate_every,
             "workers": self.workers,
+            "precision": self.options.precision,
+            "device": self.device.type,
             "weights": self.options.weights,
             "weights_file": str(self.weights_file) if self.weights_file else None,
             "augmentation": dataclasses.asdict(self.augmentation),

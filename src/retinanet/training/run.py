@@ -5,28 +5,31 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from rich.console import Console
 
 from retinanet.data import Dataset, available_splits, open_dataset, read_as
 from retinanet.devices import deterministic_algorithms
-from retinanet.errors import ConfigError, DataError, RetinaNetError
-from retinanet.folders import require_new, write_json
+from retinanet.errors import ConfigError, DataError, RetinaNetError, Stopped
+from retinanet.folders import read_json, require_new, write_json
 from retinanet.inference import Detector, Validation, load
+from retinanet.model import RetinaNet
 from retinanet.report.curves import draw_curves
 from retinanet.report.page import write_page
-from retinanet.training.configuration import TrainingOptions
+from retinanet.training.configuration import TrainingOptions, read_config
 from retinanet.training.folder import RunFolder
 from retinanet.training.loop import train_network
 from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.progress import plain_console
 from retinanet.training.recipes import Recipe
+from retinanet.training.signals import StopRequest, noted_signals
 from retinanet.training.starting import build_network
+from retinanet.training.state import State, newest_state
 from retinanet.training.timing import fit_to_time
 
 P = ParamSpec("P")
@@ -81,34 +84,119 @@ def run_training(
     options: TrainingOptions,
     console: Console | None = None,
     change: Callable[[Recipe], Recipe] | None = None,
+    folder: RunFolder | None = None,
 ) -> Run | None:
-    """Plan, train and validate; return None after a dry run. `change`: see `plan_run`."""
-    began = time.monotonic()
+    """Plan, train and validate, or with `options.resume` go on with a run; return None after a dry run.
+
+    Args:
+        change: see `plan_run`.
+        folder: of this run, where it is made already.
+    """
     console = console or plain_console()
-    if options.output:
+    if options.resume is not None:
+        return resume_training(Path(options.resume), console, change, workers=options.workers)
+    if options.output and folder is None:
         require_new(Path(options.output))
+    try:
+        with noted_signals() as stop:
+            if folder is None and not options.dry_run:
+                folder = RunFolder.create(options.output, options)
+            where = "" if folder is None else f"; start it again with: retinanet train --resume {folder.path}"
+            with stop.at_once(f"stopped by a signal before the first step{where}"):
+                prepared = _prepare(options, console, change, folder)
+                if prepared is None or folder is None:
+                    return None
+            return _train(prepared, folder, console, stop)
+    except RetinaNetError as error:
+        # Nothing is in the folder of a run that never began that the same command would not write again.
+        if folder is not None and not folder.plan.exists() and not isinstance(error, Stopped):
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def resume_training(
+    path: Path,
+    console: Console | None = None,
+    change: Callable[[Recipe], Recipe] | None = None,
+    *,
+    workers: int | None = None,
+) -> Run:
+    """Go on with a run from its newest sound state, to the same weights as if it had never stopped.
+
+    One without a state starts at its first step. A run that is finished is validated and reported again.
+
+    Args:
+        change: the one that the run was started with.
+        workers: for this time; what is trained does not depend on it.
+
+    Raises:
+        ConfigError: there is no run, or its data, this version or this machine would make it another.
+    """
+    console = console or plain_console()
+    folder = RunFolder.existing(path)
+    options = TrainingOptions(**{"data": "", **read_config(path / "config.yaml")})
+    options = replace(options, workers=options.workers if workers is None else workers)
+    with noted_signals() as stop:
+        with stop.at_once(f"stopped by a signal; go on with: retinanet train --resume {path}"):
+            state, damaged = newest_state(folder.checkpoints)
+            for message in damaged:
+                console.print(f"{message}; the state before it is used")
+            began = folder.plan.is_file()
+            if state is not None and not began:
+                raise ConfigError(f"--resume needs the run's plan.json; {path} has none")
+            folder.note_command()
+            prepared = _prepare(options, console, change, folder, read_json(folder.plan) if began else None)
+            assert prepared is not None  # a dry run leaves no folder
+            step = 0 if state is None else state.step
+            folder.forget_after(step)
+            plan = prepared.plan
+            epoch, epochs = (int(done * plan.batch_size / plan.train_images) for done in (step, plan.steps))
+            console.print(f"resuming at epoch {epoch}/{epochs}, step {step}", highlight=False)
+        return _train(prepared, folder, console, stop, state)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run before its first step."""
+
+    plan: Plan
+    network: RetinaNet
+    train_set: Dataset
+    val_set: Dataset
+
+
+def _prepare(
+    options: TrainingOptions,
+    console: Console,
+    change: Callable[[Recipe], Recipe] | None,
+    folder: RunFolder | None,
+    stored: dict[str, Any] | None = None,
+) -> _Prepared | None:
+    """Read the data, plan and build the network; say all of it. None after a dry run.
+
+    Args:
+        stored: the plan of the run that goes on.
+    """
+    began = time.monotonic()
     train_set, val_set = open_splits(options.data, strict=options.strict)
     console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
     for dataset in (train_set, val_set):
-        console.print(dataset.summary(), highlight=False, soft_wrap=True)
-        for fault in dataset.faults[:FAULTS_SHOWN]:
-            console.print(f"  {fault}", highlight=False, soft_wrap=True)
-        more = dataset.fault_total - FAULTS_SHOWN
-        if more > 0:
-            console.print(f"  and {more:,} more", highlight=False)
+        _tell(dataset, console)
     plan = plan_run(options, train_set, change)
+    data = {"train": train_set.digest(), "val": val_set.digest()}
     network = build_network(plan)
-    folder = None if options.dry_run else RunFolder.create(options.output, options)
     seconds = options.seconds()
-    if seconds is None:
+    if stored is not None:
+        if stored.get("data") != data:
+            raise DataError(
+                f"--resume needs the data that the run began with; {options.data} has changed since. Put it back, or "
+                "start a new run with --weights"
+            )
+        plan = plan.as_begun(stored)
+    elif seconds is None:
         plan = plan.validating(len(val_set))
     else:
-        try:
-            plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
-        except RetinaNetError:
-            if folder is not None:  # nothing is in it that the same command would not write again
-                shutil.rmtree(folder.path)
-            raise
+        plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
     plan.show(console)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
@@ -117,15 +205,35 @@ def run_training(
     if folder is None:
         console.print("dry run: nothing was written", highlight=False)
         return None
-    write_json(folder.path / "plan.json", plan.to_json())
+    if stored is None:
+        write_json(folder.plan, {**plan.to_json(), "data": data})
     console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
+    return _Prepared(plan, network, train_set, val_set)
+
+
+def _tell(dataset: Dataset, console: Console) -> None:
+    """Print what a data set holds and what was wrong with it."""
+    console.print(dataset.summary(), highlight=False, soft_wrap=True)
+    for fault in dataset.faults[:FAULTS_SHOWN]:
+        console.print(f"  {fault}", highlight=False, soft_wrap=True)
+    more = dataset.fault_total - FAULTS_SHOWN
+    if more > 0:
+        console.print(f"  and {more:,} more", highlight=False)
+
+
+def _train(
+    prepared: _Prepared, folder: RunFolder, console: Console, stop: StopRequest, state: State | None = None
+) -> Run:
+    plan, val_set = prepared.plan, prepared.val_set
     # Steps seed torch's generator; the caller's is given back as it was.
-    with deterministic_algorithms(options.deterministic), torch.random.fork_rng(devices=[]):
-        best = train_network(plan, network, train_set, val_set, folder, console)
+    with deterministic_algorithms(plan.options.deterministic), torch.random.fork_rng(devices=[]):
+        best = train_network(
+            plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state
+        )
     _report(plan, best, val_set, folder)
     console.print(best.metrics.table(), highlight=False, soft_wrap=True)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
-    return Run(folder.path, load(folder.best, device=options.device), best)
+    return Run(folder.path, load(folder.best, device=plan.options.device), best)
 
 
 def _report(plan: Plan, best: Validation, val_set: Dataset, folder: RunFolder) -> None:

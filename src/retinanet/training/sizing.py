@@ -198,7 +198,9 @@ def with_anchors(usual: AnchorSpec, asked: AskedAnchors) -> AnchorSpec:
     size.
     """
     sizes = asked.sizes[: len(usual.sizes)]
-    return replace(usual, sizes=sizes, scales=asked.scales or usual.scales, ratios=asked.ratios or usual.ratios)
+    return replace(
+        usual, sizes=sizes, scales=asked.scales or usual.scales, ratios=asked.ratios or usual.ratios
+    )
 
 
 def choose_anchors(
