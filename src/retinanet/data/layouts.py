@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from retinanet.data.coco import read_coco
 from retinanet.data.csv_files import is_table_of_boxes, read_csv
 from retinanet.data.dataset import Dataset, Fault
@@ -106,7 +108,13 @@ def _moved(dataset: Dataset, root: Path) -> Dataset:
         )
     counts = Counter(dataset.fault_counts)
     counts["missing image", "dropped"] += len(dataset) - len(kept)
-    return replace(dataset.subset(kept), root=root, files=files, faults=tuple(faults), fault_counts=counts)
+    return replace(
+        dataset.subset(kept),
+        root=root,
+        files=np.array(files, np.str_),
+        faults=tuple(faults),
+        fault_counts=counts,
+    )
 
 
 def _coco(path: Path) -> Opened | None:
