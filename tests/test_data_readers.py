@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ from PIL import Image
 from retinanet.data import Dataset, Fault, available_splits, open_dataset, read_coco, read_voc, write_coco
 from retinanet.data import voc as voc_module
 from retinanet.data.dataset import Annotation
-from retinanet.data.rules import clip_box, read_bytes
+from retinanet.data.rules import clip_box
 from retinanet.errors import DataError
 from retinanet.records import Classes, GroundTruth, Ignore
 
