@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +26,7 @@ from retinanet.data import (
     write_coco,
 )
 from retinanet.data.dataset import Annotation
-from retinanet.data.rules import clip_box, read_bytes
+from retinanet.data.rules import clip_box
 from retinanet.errors import DataError
 from retinanet.records import Classes, GroundTruth, Ignore
 
@@ -1025,130 +1023,6 @@ def test_voc_names_may_hold_spaces_and_flags(tmp_path: Path) -> None:
     pages = {name: voc_page(voc_object()) for name in ("my photo", "shot 1", "b")}
     dataset = read_voc(voc_folder(tmp_path, pages, train="my photo\nshot 1\nb  -1"), split="train")
     assert dataset.image_ids.tolist() == ["my photo", "shot 1", "b"]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Opening
-
-
-@pytest.mark.parametrize(
-    ("files", "splits", "asked", "opened"),
-    [
-        (["instances_train.json", "instances_val.json"], ("train", "val"), "val", "instances_val.json"),
-        (
-            ["annotations/instances_val2017.json", "annotations/instances_train2017.json"],
-            ("train", "val"),
-            "train",
-            "annotations/instances_train2017.json",
-        ),
-        # the full name is understood as well
-        (["annotations/instances_val2017.json"], ("val",), "val2017", "annotations/instances_val2017.json"),
-        # two years: neither is "train"
-        (
-            ["instances_train2014.json", "instances_train2017.json"],
-            ("train2014", "train2017"),
-            "train2014",
-            "instances_train2014.json",
-        ),
-        (
-            ["train/_annotations.coco.json", "valid/_annotations.coco.json"],
-            ("train", "val"),
-            "val",
-            "valid/_annotations.coco.json",
-        ),
-        (["valid/_annotations.coco.json"], ("val",), "valid", "valid/_annotations.coco.json"),
-        (
-            ["instances_minival.json", "instances_test.json"],
-            ("test", "minival"),
-            "minival",
-            "instances_minival.json",
-        ),
-    ],
-)
-def test_coco_layouts(
-    tmp_path: Path, files: list[str], splits: tuple[str, ...], asked: str, opened: str
-) -> None:
-    for index, name in enumerate(files):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        document = coco_document()
-        document["images"][0]["id"] = 7 if name == opened else 1000 + index
-        path.write_text(json.dumps(document))
-    assert available_splits(tmp_path) == splits
-    dataset = open_dataset(tmp_path, asked, images="absent")
-    assert dataset.image_ids[0] == 7
-    assert (dataset.name, dataset.split) == (tmp_path.name, asked)
-
-
-def test_a_single_json_answers_to_every_split(tmp_path: Path) -> None:
-    path = coco_folder(tmp_path)
-    assert available_splits(path) == ()
-    assert open_dataset(str(path), "anything").split == "anything"
-
-
-LOOKED_FOR = (
-    r"no data set is recognised. Looked for: Annotations with ImageSets/Main/\{split\}.txt \(Pascal VOC\), "
-    r"annotations/instances_\{split\}.json, instances_\{split\}.json, "
-    r"\{split\}/_annotations.coco.json \(COCO\). Found: "
-)
-READS = "COCO JSON and Pascal VOC are read"
-
-
-@pytest.mark.parametrize(
-    ("files", "data", "message"),
-    [
-        ([], "nothing", "nothing: does not exist; a folder or a COCO JSON file is required."),
-        (["blood/x"], "blod", "blod: does not exist; .* Did you mean 'blood'"),
-        ([], ".", f"is an empty folder; a data set is required. {READS}"),
-        (["x.jpg", "sub/y.jpg"], ".", f"{LOOKED_FOR}sub/, x.jpg. {READS}"),
-        ([f"{i}.jpg" for i in range(10)], ".", r"7.jpg and 2 more. "),
-        (["data.yaml", "x/y"], ".", rf"Found: data.yaml, x/. data.yaml \(YOLO\) is not read yet. {READS}"),
-        (["labels.csv"], ".", r"labels.csv \(CSV\) is not read yet. "),
-        (
-            ["Annotations/a.xml"],
-            ".",
-            r"ImageSets/Main/\*.txt, the lists of splits of Pascal VOC, are missing. ",
-        ),
-        (["inner/instances_val.json"], ".", r"Did you mean .*/inner\? COCO"),
-        (["truth.json"], ".", r"One JSON file can be named itself: .*/truth.json. "),
-        (["data.yaml"], "data.yaml", rf"data.yaml: data.yaml \(YOLO\) is not read yet; {READS}"),
-        (["boxes.csv"], "boxes.csv", rf"boxes.csv \(CSV\) is not read yet; {READS}"),
-        (["x.parquet"], "x.parquet", f"x.parquet: is not a data set that can be read; {READS}"),
-        (["instances_val.json"], ".", "has no split 'train'; there are: val."),
-        (["instances_trian.json"], ".", "has no split 'train'; there are: trian. Did you mean 'trian'"),
-        ([], "a\0b", "cannot be read: embedded null byte|does not exist"),
-    ],
-)
-def test_open_dataset_says_what_it_needs(tmp_path: Path, files: list[str], data: str, message: str) -> None:
-    for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    start = time.perf_counter()
-    with pytest.raises(DataError, match=message):
-        open_dataset(tmp_path / data, "train")
-    assert time.perf_counter() - start < 1
-
-
-def test_pipes_and_devices_are_refused_before_they_can_block(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "x.json")
-    with pytest.raises(DataError, match=r"x.json: is neither a folder nor a file; a folder or a COCO JSON"):
-        open_dataset(tmp_path / "x.json", "train")
-    with pytest.raises(DataError, match=r"x.json: needs a file; it is a folder or a device"):
-        read_coco(tmp_path / "x.json", split="train")
-    with pytest.raises(DataError, match=r"y.json: cannot be read: No such file"):
-        read_coco(tmp_path / "y.json", split="train")
-    (tmp_path / "z").write_bytes(b"1234")
-    with pytest.raises(DataError, match=r"needs at most 3 bytes; got 4"):
-        read_bytes(tmp_path / "z", limit=3)
-    path = coco_folder(tmp_path / "data")
-    (tmp_path / "data/b.png").unlink()
-    os.mkfifo(tmp_path / "data/b.png")
-    assert "there is no image file" in faults(read_coco(path, split="train"))[0]
-
-
-def test_reading_needs_no_torch() -> None:
-    code = "import sys, retinanet.data; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class Convert:
                 box_format=self.box_format,
                 strict=self.strict,
             )
-            for split in available_splits(self.data) or ("",)
+            for split in available_splits(self.data, image_root=self.image_root) or ("",)
         }
 
 

@@ -123,12 +123,11 @@ def read_csv(
     classes = _listed_classes(source) or _named_classes([table, *(_Table(path) for path in together)])
     root = source.parent if image_root is None else Path(os.path.abspath(image_root))
     choices = places(root, split) if image_root is None else [(root, root)]
-    files = (clean_name(row.fields[table.columns["path"]], root, table.line(row)) for row in table.named())
+    named = ((row.fields[table.columns["path"]], row.number) for row in table.named())
+    files = (clean_name(name, root, f"{source}: line {number}") for name, number in named)
     place, fence = find_place(files, choices, source) if images == "required" else (root, root)
     gathered = Collector(place, fence=fence, images=images)
-    labels = {name: label for label, name in enumerate(classes.names)}
-    for row in table.rows():
-        _take(row, table, labels, root, gathered)
+    _Taker(table, classes, root, gathered).take_rows()
     return gathered.finish(name=source.name, split=split, classes=classes, source=source)
 
 
@@ -140,8 +139,15 @@ def is_table_of_boxes(path: Path) -> bool:
         return False
     if row is None:
         return False
+    _cut(row, len(COLUMNS))
     numbers = [decimal(field) is not None or not field for field in row.fields[1:5]]
     return columns_of(row) is not None or (len(row.fields) == len(COLUMNS) and all(numbers))
+
+
+def _cut(row: Row, width: int) -> None:
+    """Take empty fields off the end of a row that has too many."""
+    while len(row.fields) > width and not row.fields[-1]:
+        row.fields.pop()
 
 
 class _Table:
@@ -169,8 +175,7 @@ class _Table:
         for place, row in enumerate(read_rows(self.path)):
             if place == 0 and self.has_header:
                 continue
-            while len(row.fields) > self.width and not row.fields[-1]:
-                row.fields.pop()
+            _cut(row, self.width)
             yield row
 
     def named(self) -> Iterator[Row]:
@@ -179,47 +184,61 @@ class _Table:
             if len(row.fields) == self.width and name_fault(row.fields[self.columns["path"]]) is None:
                 yield row
 
-    def line(self, row: Row) -> str:
-        return f"{self.path}: line {row.number}"
 
+class _Taker:
+    """Gives a table's images and boxes to the data set, or names what is wrong with them."""
 
-def _take(row: Row, table: _Table, labels: dict[str, int], root: Path, gathered: Collector) -> None:
-    """Give a row's image and box to the data set, or name what is wrong with it."""
-    where = Where(table.path.name, f"line {row.number}")
-    if len(row.fields) != table.width:
-        given = f"needs {table.width} columns; got {len(row.fields)}: {brief(','.join(row.fields))}"
-        gathered.drop(where, "wrong columns", given, "a name with a comma needs quotes around it")
-        return
-    cells = {column: row.fields[place] for column, place in table.columns.items()}
-    if fault := name_fault(cells["path"]):
-        gathered.drop(where, "bad file name", fault, "give the image's file name")
-        return
-    position = gathered.image(clean_name(cells["path"], root, table.line(row)), where, _size(cells))
-    values = [cells[column] for column in (*COORDINATES, "class")]
-    if position is None or not any(values):  # a line without box and class is an image without objects
-        return
-    if not all(values):
-        fix = "fill in all of them, or none for an image without objects"
-        gathered.drop(
-            where, "incomplete row", f"needs {','.join(COLUMNS)}; got {brief(','.join(values))}", fix
-        )
-        return
-    numbers = [value for value in map(decimal, values[:4]) if value is not None]
-    if len(numbers) < 4:
-        gathered.drop(where, "not a number", f"needs four numbers; got {brief(values[:4])}", "correct them")
-        return
-    label = labels.get(cells["class"])
-    if label is None:
-        reason = f"needs a class of the class file; got {brief(cells['class'])}"
-        gathered.drop(where, "unknown class", reason, "add it there, or correct the name")
-        return
-    x1, y1, x2, y2 = numbers
-    gathered.box(position, (x1, y1, x2, y2), label, where, own_id=row.number)
+    def __init__(self, table: _Table, classes: Classes, root: Path, gathered: Collector) -> None:
+        self.table = table
+        self.root = root
+        self.gathered = gathered
+        self.labels = {name: label for label, name in enumerate(classes.names)}
+        self.files: dict[str, str] = {}  # as given, and cleaned: most rows name the image of the row before
+        self.path = table.columns["path"]
+        self.values = [table.columns[column] for column in (*COORDINATES, "class")]
+        self.sides = [table.columns[column] for column in ("width", "height") if column in table.columns]
 
+    def take_rows(self) -> None:
+        for row in self.table.rows():
+            self._row(row.fields, row.number)
 
-def _size(cells: dict[str, str]) -> Size | None:
-    width, height = (side(decimal(cells.get(name, ""))) for name in ("width", "height"))
-    return (width, height) if width and height else None
+    def _row(self, fields: list[str], number: int) -> None:
+        where = Where(self.table.path.name, f"line {number}")
+        if len(fields) != self.table.width:
+            reason = f"needs {self.table.width} columns; got {len(fields)}: {brief(','.join(fields))}"
+            self.gathered.drop(where, "wrong columns", reason, "a name with a comma needs quotes around it")
+            return
+        given = fields[self.path]
+        if given not in self.files:
+            if fault := name_fault(given):
+                self.gathered.drop(where, "bad file name", fault, "give the image's file name")
+                return
+            self.files[given] = clean_name(given, self.root, f"{self.table.path}: line {number}")
+        image = self.gathered.image(self.files[given], where, self._size(fields))
+        values = [fields[place] for place in self.values]
+        if image is not None and any(values):  # a line without box and class is an image without objects
+            self._box(image, values, where, number)
+
+    def _box(self, image: int, values: list[str], where: Where, number: int) -> None:
+        label = self.labels.get(values[4])
+        corners = [corner for text in values[:4] if (corner := decimal(text)) is not None]
+        if not all(values):
+            reason = f"needs {','.join(COLUMNS)}; got {brief(','.join(values))}"
+            fix = "fill in all of them, or none for an image without objects"
+            self.gathered.drop(where, "incomplete row", reason, fix)
+        elif len(corners) < 4:
+            reason = f"needs four numbers; got {brief(values[:4])}"
+            self.gathered.drop(where, "not a number", reason, "correct them")
+        elif label is None:
+            reason = f"needs a class of the class file; got {brief(values[4])}"
+            self.gathered.drop(where, "unknown class", reason, "add it there, or correct the name")
+        else:
+            x1, y1, x2, y2 = corners
+            self.gathered.box(image, (x1, y1, x2, y2), label, where, own_id=number)
+
+    def _size(self, fields: list[str]) -> Size | None:
+        sides = [length for place in self.sides if (length := side(decimal(fields[place])))]
+        return (sides[0], sides[1]) if len(sides) == 2 else None
 
 
 def class_file(source: Path) -> Path | None:

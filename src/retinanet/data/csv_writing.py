@@ -7,9 +7,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from retinanet.data.dataset import Dataset
+from retinanet.data.policies import shortest
 from retinanet.folders import write_text
 from retinanet.records import Classes, Ignore
 
@@ -40,12 +39,3 @@ def write_classes(path: Path, classes: Classes) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(zip(classes.names, classes.ids, strict=True))
     write_text(path, text.getvalue())
-
-
-def shortest(value: np.float32) -> str:
-    """Return the shortest decimal number that is this one in single precision, whole ones without a point.
-
-    >>> shortest(np.float32(0.1)), shortest(np.float32(12))
-    ('0.1', '12')
-    """
-    return str(value).removesuffix(".0")

@@ -63,14 +63,17 @@ class Opened:
 
 
 class Layout(NamedTuple):
-    """A format, what is looked for, and the function that recognises it in a folder or file."""
+    """A format, what is looked for, and the function that recognises it in a folder or file.
+
+    It is given the folder of the images as well, where that is another: YOLO's splits are folders in it.
+    """
 
     format: str
     looked_for: str
-    recognise: Callable[[Path], Opened | None]
+    recognise: Callable[[Path, Path | None], Opened | None]
 
 
-def _voc(path: Path) -> Opened | None:
+def _voc(path: Path, image_root: Path | None) -> Opened | None:
     if not os.path.isdir(path / "Annotations"):
         return None
     lists = split_lists(path)
@@ -117,7 +120,7 @@ def _moved(dataset: Dataset, root: Path) -> Dataset:
     )
 
 
-def _coco(path: Path) -> Opened | None:
+def _coco(path: Path, image_root: Path | None) -> Opened | None:
     if not path.is_dir():
         return _whole_coco(path) if path.suffix.lower() == ".json" else None
     for files in (
@@ -154,7 +157,7 @@ def _instances(folder: Path) -> dict[str, Path]:
     return {path.stem.removeprefix("instances_"): path for path in sorted(folder.glob("instances_*.json"))}
 
 
-def _yolo(path: Path) -> Opened | None:
+def _yolo(path: Path, image_root: Path | None) -> Opened | None:
     if path.is_dir():
         source = next((path / name for name in NAMES if (path / name).is_file()), None)
         others = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
@@ -171,13 +174,13 @@ def _yolo(path: Path) -> Opened | None:
     def read(name: str, split: str, reading: Reading) -> Dataset:
         return replace(read_yolo(known, split=name, image_root=reading.image_root), split=split)
 
-    names = [name for name in load_yolo(known).splits if name]
+    names = [name for name in load_yolo(known, image_root).splits if name]
     if not names:
         return Opened("YOLO", (), (), lambda split, reading: read(split, split, reading))
     return _by_file("YOLO", {name: name for name in names}, read)
 
 
-def _hugging_face(path: Path) -> Opened | None:
+def _hugging_face(path: Path, image_root: Path | None) -> Opened | None:
     names = list(hugging_face_splits(path))
     if not names:
         return None
@@ -197,7 +200,7 @@ def _hugging_face(path: Path) -> Opened | None:
     return _by_file("Hugging Face", {name: name for name in names if name}, read)
 
 
-def _open_images(path: Path) -> Opened | None:
+def _open_images(path: Path, image_root: Path | None) -> Opened | None:
     def read(file: Path, split: str, reading: Reading, tables: Mapping[str, Path]) -> Dataset:
         others = [other for other in tables.values() if other != file]
         return read_open_images(file, split=split, image_root=reading.image_root, together=others)
@@ -205,7 +208,7 @@ def _open_images(path: Path) -> Opened | None:
     return _tables("Open Images", path, is_open_images, read)
 
 
-def _csv(path: Path) -> Opened | None:
+def _csv(path: Path, image_root: Path | None) -> Opened | None:
     def read(file: Path, split: str, reading: Reading, tables: Mapping[str, Path]) -> Dataset:
         others = [other for other in tables.values() if other != file]
         return read_csv(
@@ -234,7 +237,8 @@ def _tables(
         return Opened(form, (), (), lambda split, reading: read(table, split, reading, {}))
     parts = [file for file in found if file not in whole]
     uses = Counter(_split_in(file) for file in parts)
-    tables = {_split_in(file) if uses[_split_in(file)] == 1 else file.stem: file for file in parts}
+    names = (_split_in(file) if uses[_split_in(file)] == 1 else "" for file in parts)
+    tables = {name or file.stem: file for name, file in zip(names, parts, strict=True)}
     if not tables:
         return None
     return _by_file(form, tables, lambda file, split, reading: read(file, split, reading, tables))
@@ -258,9 +262,11 @@ LAYOUTS = (
 )
 
 
-def recognised(path: Path) -> Opened | None:
+def recognised(path: Path, image_root: Path | None = None) -> Opened | None:
     """Return the first layout that a folder or file has."""
-    return next((found for layout in LAYOUTS if (found := layout.recognise(path)) is not None), None)
+    return next(
+        (found for layout in LAYOUTS if (found := layout.recognise(path, image_root)) is not None), None
+    )
 
 
 def _by_file(form: str, files: Mapping[str, T], read: Callable[[T, str, Reading], Dataset]) -> Opened:

@@ -45,16 +45,13 @@ def open_dataset(
     Raises:
         DataError: nothing is there, the format is not recognised, the split is absent, or its reader refuses.
     """
-    path = _existing(data)
-    opened = _opened(path)
+    path, root = _existing(data), _folder(image_root)
+    opened = _opened(path, root)
     if opened.splits and split not in opened.names:
         raise DataError(
             f"{data}: has no split {split!r}; there are: {', '.join(opened.splits)}."
             + did_you_mean(split, opened.names)
         )
-    root = None if image_root is None else Path(image_root)
-    if root is not None and not os.path.isdir(root):
-        raise DataError(f"image_root needs a folder of images; there is none at {root}")
     dataset = opened.read(split, Reading(images, root, box_format))
     name = os.path.basename(os.path.abspath(path)) if path.is_dir() else dataset.name
     dataset = replace(dataset, name=name or str(path), format=opened.format)
@@ -68,16 +65,19 @@ def open_dataset(
     return dataset
 
 
-def available_splits(data: str | Path) -> tuple[str, ...]:
+def available_splits(data: str | Path, *, image_root: str | Path | None = None) -> tuple[str, ...]:
     """Return the splits that together count every image once, train, val and test first.
 
     Empty for a data set without splits. VOC's `trainval` is not among them where `train` or `val` is; it can be
     opened by name.
 
+    Args:
+        image_root: as in `open_dataset`.
+
     Raises:
         DataError: nothing is there or the format is not recognised.
     """
-    return _opened(_existing(data)).splits
+    return _opened(_existing(data), _folder(image_root)).splits
 
 
 def read_as(*splits: Dataset) -> str:
@@ -109,6 +109,12 @@ def _existing(data: str | Path) -> Path:
     return path
 
 
+def _folder(image_root: str | Path | None) -> Path | None:
+    if image_root is not None and not os.path.isdir(image_root):
+        raise DataError(f"image_root needs a folder of images; there is none at {image_root}")
+    return None if image_root is None else Path(os.path.abspath(image_root))
+
+
 def _siblings(path: Path) -> list[str]:
     try:
         return os.listdir(path.parent)
@@ -116,9 +122,9 @@ def _siblings(path: Path) -> list[str]:
         return []
 
 
-def _opened(path: Path) -> Opened:
+def _opened(path: Path, image_root: Path | None) -> Opened:
     try:
-        found = recognised(path)
+        found = recognised(path, image_root)
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     if found is not None:

@@ -10,6 +10,8 @@ import math
 import struct
 from typing import NamedTuple
 
+import numpy as np
+
 from retinanet.data.rules import Box, clip_box
 
 LONGEST_NUMBER = 64  # characters; what is longer is no coordinate
@@ -32,37 +34,31 @@ def judge_box(corners: Box, width: int, height: int) -> Verdict:
     of 0, a box outside its image. Within `rules.ROUNDING` of the border a box is cut and nothing is said.
     """
     x1, y1, x2, y2 = corners
-    shown = f"box {in_words(corners)} (x1, y1, x2, y2)"
+    if x1 < x2 and y1 < y2 and math.isfinite(x1 + y1 + x2 + y2):
+        box, reason = clip_box(corners, width, height)
+        if reason is None:
+            return Verdict(box)
+        kind = "outside image" if box is not None or "outside" in reason else "empty box"
+        fix = "correct the box, or the size of the image it was drawn on"
+    else:
+        box = None
+        kind, reason, fix = _fault(corners)
+    return Verdict(box, kind, f"box {in_words(corners)} (x1, y1, x2, y2) {reason}", fix)
+
+
+def _fault(corners: Box) -> tuple[str, str, str]:
+    """Return kind, reason and fix of four numbers that are no box."""
+    x1, y1, x2, y2 = corners
     if not all(math.isfinite(value) for value in corners):
-        return Verdict(None, "not finite", f"{shown} needs finite numbers", "remove the box or draw it again")
+        return "not finite", "needs finite numbers", "remove the box or draw it again"
     if (x1, y1) == (x2, y2):
-        return Verdict(
-            None,
-            "equal corners",
-            f"{shown} has equal corners: a click, not a box",
-            "remove it or draw the box",
-        )
+        return "equal corners", "has equal corners: a click, not a box", "remove it or draw the box"
     if x2 < x1 or y2 < y1:
-        return Verdict(
-            None,
-            "reversed box",
-            f"{shown} is reversed; x2 > x1 and y2 > y1 are required",
-            "swap its corners; where most boxes are so, the numbers are in another order",
-        )
+        fix = "swap its corners; where most boxes are so, the numbers are in another order"
+        return "reversed box", "is reversed; x2 > x1 and y2 > y1 are required", fix
     if x2 == x1 or y2 == y1:
-        return Verdict(
-            None,
-            "empty box",
-            f"{shown} has no area; x2 > x1 and y2 > y1 are required",
-            "remove it or draw the box",
-        )
-    box, reason = clip_box(corners, width, height)
-    if reason is None:
-        return Verdict(box)
-    outside = "outside image" if box is not None or "outside" in reason else "empty box"
-    return Verdict(
-        box, outside, f"{shown} {reason}", "correct the box, or the size of the image it was drawn on"
-    )
+        return "empty box", "has no area; x2 > x1 and y2 > y1 are required", "remove it or draw the box"
+    return "not finite", "needs smaller numbers", "remove the box or draw it again"
 
 
 def in_words(corners: Box) -> str:
@@ -76,10 +72,8 @@ def in_words(corners: Box) -> str:
 
 def decimal(text: str) -> float | None:
     """Return the number that a field of a text file holds (it may be infinite or NaN), None where it is none."""
-    if len(text) > LONGEST_NUMBER or "_" in text:  # Python would read 1_000
-        return None
     try:
-        return float(text)
+        return None if len(text) > LONGEST_NUMBER or "_" in text else float(text)  # Python would read 1_000
     except ValueError:
         return None
 
@@ -88,6 +82,15 @@ def whole(text: str) -> int | None:
     """Return the whole number from 0 that a field holds, 7 for "7" and for "7.0", None where it is none."""
     value = decimal(text)
     return int(value) if value is not None and 0 <= value < 2**31 and value.is_integer() else None
+
+
+def shortest(value: np.float32) -> str:
+    """Return the shortest decimal number that is this one in single precision, whole ones without a point.
+
+    >>> shortest(np.float32(0.1)), shortest(np.float32(12))
+    ('0.1', '12')
+    """
+    return str(value).removesuffix(".0")
 
 
 class Distinct:

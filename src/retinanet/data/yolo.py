@@ -153,7 +153,7 @@ def folder_splits(folder: Path) -> dict[str, tuple[str, ...]]:
     inner = {name: (f"images/{name}", f"labels/{name}") for name in SPLITS}
     outer = {name: (f"{name}/images", f"{name}/labels") for name in SPLITS}
     for choices in (inner, outer, {"": ("images", "labels")}):
-        found = {
+        found: dict[str, tuple[str, ...]] = {
             name: (images,)
             for name, (images, labels) in choices.items()
             if os.path.isdir(folder / images) and _holds_labels(folder / labels)
@@ -294,7 +294,7 @@ class _Reader:
             self._orphans(entry)
 
     def finish(self, split: str) -> Dataset:
-        if self.seen and not self.with_labels:
+        if self.gathered.files and not self.with_labels:
             raise DataError(
                 f"{self.found.source}: none of the images of split {split!r} has a label file; looked for "
                 f"{self.found.root / label_file(next(iter(self.seen)))}, for one. An image without objects may have "
