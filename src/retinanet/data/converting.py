@@ -18,7 +18,7 @@ from retinanet.data.csv_writing import write_classes, write_csv
 from retinanet.data.dataset import Dataset
 from retinanet.data.image_files import is_image_name, suffix_of
 from retinanet.data.rules import name_fault
-from retinanet.data.voc_writing import write_voc_list, write_voc_pages
+from retinanet.data.voc_writing import holds_corners, write_voc_list, write_voc_pages
 from retinanet.data.yolo import OTHER_KEYS
 from retinanet.data.yolo_writing import write_yolo_labels, write_yolo_table
 from retinanet.errors import ConfigError, DataError
@@ -266,6 +266,10 @@ def losses(splits: Mapping[str, Dataset], form: Format) -> list[str]:
             found.append(f"{other:,} areas other than their box's (those of masks) became the box's")
     plain = tuple(range(len(classes)))
     if form == "voc":
+        if thin := sum(int((~holds_corners(part.boxes)).sum()) for part in parts):
+            found.append(
+                f"{thin:,} boxes of a pixel or thinner are left out; the corners of voc are whole pixels"
+            )
         empty = set(classes.names) - {
             classes.names[label] for part in parts for label in np.unique(part.labels)
         }

@@ -337,7 +337,8 @@ def _objects(given: Any) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     if isinstance(given, list):
         records = [item for item in given if isinstance(item, dict)]
         given = {name: [record.get(name) for record in records] for name in (records[0] if records else {})}
-    table = {name: column for name, column in given.items() if isinstance(column, list)} if given else {}
+    fields = given if isinstance(given, dict) else {}
+    table = {name: column for name, column in fields.items() if isinstance(column, list)}
     boxes = next((table[name] for name in BOXES if name in table), [])
     labels = next((table[name] for name in LABELS if name in table), [])
     extra = {name: table[name] for name in ("area", "iscrowd", "is_crowd") if name in table}
@@ -383,7 +384,7 @@ class _Reader:
     def read(self, path: Path, evidence: Evidence) -> None:
         """Take the images of a file; hold its boxes against their sizes where the file has no sizes."""
         name = os.path.relpath(path, self.source) if self.source.is_dir() else path.name
-        for row in _rows(path, with_images=True):
+        for row in _rows(path, with_images=self.images == "required"):
             where = Where(name, f"row {row.number}")
             if self.images == "absent":
                 file: str | None = f"row-{row.number}"

@@ -237,7 +237,8 @@ def _tables(
         return Opened(form, (), (), lambda split, reading: read(table, split, reading, {}))
     parts = [file for file in found if file not in whole]
     uses = Counter(_split_in(file) for file in parts)
-    tables = {_split_in(file) if uses[_split_in(file)] == 1 else file.stem: file for file in parts}
+    names = (_split_in(file) if uses[_split_in(file)] == 1 else "" for file in parts)
+    tables = {name or file.stem: file for name, file in zip(names, parts, strict=True)}
     if not tables:
         return None
     return _by_file(form, tables, lambda file, split, reading: read(file, split, reading, tables))

@@ -69,12 +69,12 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
     reader = _Reader(root)
     stems = {name: reader.stems(path) for name, path in lists.items()} or {split: reader.every_stem()}
     pages = {stem: reader.page(stem) for listed in stems.values() for _, stem in listed}
+    listing = f"{LISTS}/{split}.txt" if lists else "Annotations"
+    entries = reader.entries(listing, stems[split], pages, images)
     names = {item.name for page in pages.values() if page for item in page.objects if item.name}
     if not names:
         raise DataError(f"{folder}: needs an object with a name in Annotations/*.xml; there is none")
     classes = Classes(names=tuple(sorted(names)))
-    listing = f"{LISTS}/{split}.txt" if lists else "Annotations"
-    entries = reader.entries(listing, stems[split], pages, images)
     annotations = reader.annotations(entries, classes)
     return Dataset.build(
         name=root.name,

@@ -7,12 +7,25 @@ from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+from numpy.typing import NDArray
+
 from retinanet.data.dataset import Dataset
 from retinanet.data.policies import shortest
 from retinanet.data.voc import LISTS
 from retinanet.data.voc_pages import CORNERS
 from retinanet.folders import write_bytes, write_text
-from retinanet.records import Ignore
+from retinanet.records import Float32Array, Ignore
+
+
+def holds_corners(boxes: Float32Array) -> NDArray[np.bool_]:
+    """Return `[M]` which boxes can be written: one thinner than a pixel would come back reversed, one of exactly a
+    pixel as a click, because both corners are inside the box.
+    """
+    corners = boxes.astype(np.float64)
+    width, height = corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1]
+    kept: NDArray[np.bool_] = (width >= 1) & (height >= 1) & ((width > 1) | (height > 1))
+    return kept
 
 
 def write_voc_pages(folder: Path, dataset: Dataset, names: Sequence[str]) -> None:
@@ -33,6 +46,7 @@ def write_voc_pages(folder: Path, dataset: Dataset, names: Sequence[str]) -> Non
         size = ElementTree.SubElement(page, "size")
         for key, value in (("width", width), ("height", height), ("depth", 3)):
             ElementTree.SubElement(size, key).text = str(value)
+        truth = truth.select(holds_corners(truth.boxes))
         for box, label, ignore in zip(truth.boxes, truth.classes, truth.ignore, strict=True):
             item = ElementTree.SubElement(page, "object")
             ElementTree.SubElement(item, "name").text = dataset.classes.names[label]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -113,19 +114,18 @@ class BoxReader:
 
     def _columns(self, records: list[AnnotationRecord]) -> _Columns:
         count = len(records)
-        ids = [record.id for record in records]
-        if set(map(type, ids)) != {int} or max(map(abs, ids), default=0) > LARGEST_ID:  # type: ignore[arg-type]
+        ids, images, labels, boxes, areas, crowds = (
+            list(map(attrgetter(name), records)) for name in AnnotationRecord.__struct_fields__
+        )
+        if set(map(type, ids)) != {int} or max(ids) > LARGEST_ID or min(ids) < -LARGEST_ID:
             ids = [whole(value) for value in ids]
-        boxes = chain.from_iterable(record.bbox or NO_BOX for record in records)
-        areas = (math.nan if record.area is None else record.area for record in records)
-        images = map(self.images.get, (record.image_id for record in records), repeat(NOWHERE))
-        labels = map(self.labels.get, (record.category_id for record in records), repeat(-1))
+        flat = chain.from_iterable(NO_BOX if box is None else box for box in boxes)
         return _Columns(
-            image=np.fromiter(images, np.int64, count),
-            label=np.fromiter(labels, np.int64, count),
-            box=np.fromiter(boxes, np.float64, 4 * count).reshape(-1, 4),
-            area=np.fromiter(areas, np.float64, count),
-            crowd=np.fromiter((record.iscrowd == 1 for record in records), bool, count),
+            image=np.fromiter(map(self.images.get, images, repeat(NOWHERE)), np.int64, count),
+            label=np.fromiter(map(self.labels.get, labels, repeat(-1)), np.int64, count),
+            box=np.fromiter(flat, np.float64, 4 * count).reshape(-1, 4),
+            area=np.array(areas, np.float64),  # None becomes NaN
+            crowd=np.fromiter((value == 1 for value in crowds), bool, count),
             id=np.array([0 if value is None else value for value in ids], np.int64),
             numbered=np.array([value is not None for value in ids], bool),
         )

@@ -45,7 +45,7 @@ class ImageRecord(Struct, gc=False):
 
 
 class AnnotationRecord(Struct, gc=False):
-    """A record of `annotations` as it should be."""
+    """A record of `annotations` as it should be; the order of the fields is that of `boxes._Columns`."""
 
     id: Scalar = None
     image_id: Scalar = None
@@ -77,16 +77,16 @@ class Document:
     def chunks(
         self, section: str, record_type: type[RecordType]
     ) -> Iterator[tuple[int, list[RecordType | Fields]]]:
-        """Yield (index of the first, records); what is not of the type comes as plain fields, `{}` if none."""
+        """Yield (index of the first, records); what is not of the type comes as plain fields."""
         records = self._sections[section]
         many = msgspec.json.Decoder(list[record_type])  # type: ignore[valid-type]
-        one = msgspec.json.Decoder(record_type)
+        one, nothing = msgspec.json.Decoder(record_type), record_type()
         for start in range(0, len(records), CHUNK):
             chunk = records[start : start + CHUNK]
             try:
                 yield start, many.decode(b"[" + b",".join(chunk) + b"]")
             except (msgspec.DecodeError, UnicodeDecodeError):
-                yield start, [self._one(one, section, start + i) for i in range(len(chunk))]
+                yield start, [self._one(one, section, start + i, nothing) for i in range(len(chunk))]
 
     def plain(self, section: str, index: int) -> Any:
         """Return one record as plain values.
@@ -100,13 +100,16 @@ class Document:
             raise DataError(f"{self.source}: needs JSON; {section}[{index}]: {error}") from None
 
     def _one(
-        self, decoder: msgspec.json.Decoder[RecordType], section: str, index: int
+        self, decoder: msgspec.json.Decoder[RecordType], section: str, index: int, nothing: RecordType
     ) -> RecordType | Fields:
+        record = self._sections[section][index]
+        if memoryview(record)[:1] != b"{":  # no object: nothing to try, and a file may hold millions of these
+            return nothing
         try:
-            return decoder.decode(self._sections[section][index])
+            return decoder.decode(record)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            plain = self.plain(section, index)
-            return plain if isinstance(plain, dict) else {}
+            fields: Fields = self.plain(section, index)
+            return fields
 
     def _top(self, content: bytes) -> dict[str, Raw]:
         try:

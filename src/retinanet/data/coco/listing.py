@@ -89,6 +89,9 @@ def read_entries(document: Document, log: FaultLog, *, needs_file: bool) -> list
         for index, record in enumerate(records, start):
             given, file, width, height = _fields(record)
             image_id = id_of(given)
+            if image_id is None and not log.room:
+                log.count("dropped", Kind.MISSING_ID, 1)
+                continue
             if image_id is None:
                 reason = f"id needs a whole number or text; got {brief(given)}"
                 log.drop(source.name, f"images[{index}]", reason, Kind.MISSING_ID)
