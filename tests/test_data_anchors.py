@@ -248,7 +248,7 @@ def test_training_takes_the_file_and_names_what_it_misses(tmp_path: Path) -> Non
     frame = Preprocessing(image_size=256, max_size=426)
     spec = choose_anchors(options, dataset, choices, frame, reasons)
     assert spec == replace(usual, sizes=(30, 60, 120, 240, 480), scales=(1.0, 1.5), ratios=(0.8, 1.0, 1.25))
-    assert reasons[0][0] == "anchors"
+    assert reasons[0][:2] == ("anchors", "30, 60, 120, 240, 480; scales 1, 1.5; ratios 0.8, 1, 1.25")
     assert reasons[0][2].startswith("asked for and fitted at shortest side 512, not 256; ")
     name, missed, advice = reasons[1]
     assert (name, missed) == ("anchors miss", "100% of dots")

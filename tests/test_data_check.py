@@ -20,10 +20,12 @@ from retinanet.data.auditing import ImageFacts
 from retinanet.data.kinds import Kind
 from retinanet.records import Classes, GroundTruth
 from retinanet.report.histograms import Histogram, draw_histograms
-from retinanet.training import advice, checking
-from retinanet.training.advice import exit_code, sentences, share
-from retinanet.training.checking import AuditedSplit, Findings, check, frame_of
+from retinanet.training import checking
+from retinanet.training.advice import exit_code, sentences
+from retinanet.training.checking import AuditedSplit, check, frame_of
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.findings import Findings
+from retinanet.training.sentences import share
 
 REAL_DATA = os.environ.get("RETINANET_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL_DATA, reason="RETINANET_TEST_DATA is not set")
@@ -264,7 +266,7 @@ def test_no_box_at_all_is_unusable(capsys: pytest.CaptureFixture[str], tmp_path:
 
 def test_splits_of_other_classes_are_unusable(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     write_split(data, "val", [truth((1, 1))], names=("cat", "cow"))
-    assert "cat, dog in train, cat, cow in val" in unusable(capsys, data)
+    assert "cat (id 0), dog (id 1) in train, cat (id 0), cow (id 1) in val" in unusable(capsys, data)
 
 
 def test_one_file_of_one_image_will_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -430,4 +432,4 @@ def test_nuclei_stand_369_in_an_image() -> None:
     assert "Up to 369 objects stand in an image while 100 detections are kept" in said
     assert "At 512 pixels" in said
     assert "a quarter of the objects of class nucleus have no anchor that fits" in said
-    assert advice.exit_code(found) == 0
+    assert exit_code(found) == 0

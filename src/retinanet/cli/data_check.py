@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from retinanet.data import Dataset
-    from retinanet.training.advice import Sentence
-    from retinanet.training.checking import AuditedSplit, Findings, Frame
+    from retinanet.training.checking import AuditedSplit, Frame
+    from retinanet.training.findings import AnchorFindings, Findings
+    from retinanet.training.sentences import Sentence
 
+CLASSES_SHOWN = 12
 MARKS = {"stop": "!!", "look": " !", "good": "ok"}
 
 
@@ -61,6 +63,8 @@ class Check:
         folder = new_folder(self.output, "check", outside=self.data)
         console = plain_console()
         splits = [self._audited(dataset, console) for dataset in datasets]
+        if console.is_terminal:
+            console.print("comparing anchors ...")
         found, frame = self._found(options, splits, refused)
         said = sentences(found)
         values = {**found.to_json(), "sentences": [{"level": one.level, "text": one.text} for one in said]}
@@ -195,17 +199,28 @@ def show(found: Findings, said: Sequence[Sentence]) -> None:
             heading, justify="left" if heading in ("split", "classes") else "right", overflow="fold"
         )
     for split in found.splits:
-        classes = ", ".join(f"{name} {count:,}" for name, count in list(split.per_class.items())[:12])
+        counts = [f"{name} {count:,}" for name, count in split.per_class.items()]
+        if len(counts) > CLASSES_SHOWN:
+            counts[CLASSES_SHOWN:] = [f"and {len(counts) - CLASSES_SHOWN} more"]
+        classes = ", ".join(counts)
         table.add_row(split.split, f"{split.images:,}", f"{split.empty:,}", f"{split.objects:,}", classes)
     console.print()
     console.print(table)
-    if found.anchors is None:
+    _show_anchors(found.anchors, console)
+
+
+def _show_anchors(found: AnchorFindings | None, console: Console) -> None:
+    from rich.table import Table
+
+    if found is None:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("shortest side", "anchors", "from", "IoU 0.5 reached", "0.4 reached"):
         table.add_column(heading, justify="left" if heading == "anchors" else "right")
-    for row in found.anchors.compared:
+    for row in found.compared:
         covered = [f"{value:.1%}" for value in (row.coverage.at_50, row.coverage.at_40) if value is not None]
         table.add_row(f"{row.image_size}", row.anchors.name, f"{row.anchors.sizes[0]:g}", *covered)
     console.print()
     console.print(table)
+    sizes = " and ".join(f"{size} on a {device.upper()}" for device, (size, _) in found.suggested.items())
+    console.print(f"\nshortest side that training from scratch takes: {sizes}".replace("CUDA", "GPU"))

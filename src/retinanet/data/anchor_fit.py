@@ -168,8 +168,8 @@ def _anchors(
 def _values(spec: AnchorSpec, levels: Levels) -> NDArray[np.float64]:
     """Return the optimiser's values of anchors, as far as it can say them."""
     sizes, scales = np.log2(spec.sizes), np.log2(sorted(spec.scales))
-    growth = np.diff(sizes) if levels == "free" else []
-    return np.array([sizes[0] + scales[0], *np.diff(scales), *np.log2(spec.ratios), *growth])
+    values = [sizes[0] + scales[0], *np.diff(scales), *np.log2(spec.ratios)]
+    return np.array([*values, *np.diff(sizes)] if levels == "free" else values)
 
 
 def _rounded(spec: AnchorSpec) -> AnchorSpec:

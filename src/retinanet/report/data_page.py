@@ -181,7 +181,7 @@ def _anchors(at: Mapping[str, Any]) -> str:
         "perfect. From 0.5 on an anchor learns to find the object, below 0.4 it learns that nothing is there. Images "
         "are resized first, so it is the size in the network that counts.</p>"
         f"<p>Here: shortest side {at['image_size']} pixels, longest at most {at['max_size']} ({escape(at['why'])}); "
-        f"anchors {escape(at['anchors']['name'])}, {escape(_sizes(at['anchors']))}. Of {positives['anchors']:,.0f} "
+        f"anchors: {escape(at['anchors']['name'])}, {escape(_sizes(at['anchors']))}. Of {positives['anchors']:,.0f} "
         f"anchors an image, {positives['mean']:,.0f} on average learn to find an object (at least "
         f"{positives['least']:,}).</p>"
         + _table(

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal, TypeAlias
 
 from retinanet.data import Fault
 from retinanet.data.kinds import Kind
-from retinanet.training.checking import AnchorFindings, ClassFit, Findings
-
-Level: TypeAlias = Literal["stop", "look", "good"]
+from retinanet.training.anchor_advice import about_anchors
+from retinanet.training.findings import Findings
+from retinanet.training.sentences import Level, Sentence
 
 NAMED = 3
 # COCO's number of detections an image, which most detectors keep to.
 USUAL_DETECTIONS = 100
-# Share of a class's objects with a fitting anchor from which nothing is said, and from which a class is only mentioned.
-WELL_COVERED = 0.9
 # How many times more boxes than another a class has before a word is said, and how few boxes are few.
 IMBALANCE, FEW = 10, 50
-SHARES = (
-    (1 / 4, "a quarter"),
-    (1 / 3, "a third"),
-    (1 / 2, "half"),
-    (2 / 3, "two thirds"),
-    (3 / 4, "three quarters"),
-)
-
-
+# What faults of one sort are counted as; those of several sorts, and of any other, are entries.
 ABOUT_BOXES = frozenset(
     {
         Kind.NOT_A_NUMBER,
@@ -59,14 +47,6 @@ ABOUT_IMAGES = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Sentence:
-    """One finding: "stop" where training or its figures would be wrong, "look" where a person should, else "good"."""
-
-    level: Level
-    text: str
-
-
 def sentences(found: Findings) -> list[Sentence]:
     """Return what was found, in the order in which it matters."""
     every = [
@@ -75,7 +55,7 @@ def sentences(found: Findings) -> list[Sentence]:
         *_about_leaks(found),
         *_about_classes(found),
         *_about_crowds(found),
-        *(_about_anchors(found, found.anchors) if found.anchors else ()),
+        *(about_anchors(found.data, found.anchors) if found.anchors else ()),
         *_about_empty_images(found),
     ]
     order: tuple[Level, ...] = ("stop", "look", "good")
@@ -87,20 +67,6 @@ def exit_code(found: Findings) -> int:
     if any(sentence.level == "stop" for sentence in _about_splits(found)):
         return 2
     return 1 if found.faults else 0
-
-
-def share(value: float) -> str:
-    """Return a share as people say it.
-
-    >>> share(0.26), share(0.183), share(0.004)
-    ('a quarter', '18 %', 'less than 1 %')
-    """
-    for exact, words in SHARES:
-        if abs(value - exact) < 0.015:
-            return words
-    if 0 < value < 0.01 or 0.99 < value < 1:
-        return "less than 1 %" if value < 0.5 else "nearly all"
-    return f"{value * 100:.0f} %"
 
 
 def _about_splits(found: Findings) -> Iterator[Sentence]:
@@ -117,11 +83,13 @@ def _about_splits(found: Findings) -> Iterator[Sentence]:
                 "from, or to judge by. Check that the labels were exported with the images.",
             )
     for a, b in combinations(found.splits, 2):
-        if {a.split, b.split} == {"train", "val"} and tuple(a.per_class) != tuple(b.per_class):
+        classes = [list(zip(split.class_ids, split.per_class, strict=True)) for split in (a, b)]
+        if {a.split, b.split} == {"train", "val"} and classes[0] != classes[1]:
+            of_a, of_b = (_listed([f"{name} (id {number})" for number, name in of]) for of in classes)
             yield Sentence(
                 "stop",
-                f"The splits have different classes: {', '.join(a.per_class)} in {a.split}, "
-                f"{', '.join(b.per_class)} in {b.split}. Training needs the same ones in both, in the same order.",
+                f"The splits have different classes: {of_a} in {a.split}, {of_b} in {b.split}. Training needs the same "
+                "ones in both, with the same ids.",
             )
     if not {"train", "val"} <= {*names, *found.refused}:
         yield Sentence(
@@ -246,75 +214,6 @@ def _about_empty_images(found: Findings) -> Iterator[Sentence]:
             f"{_of(empty, 'image')} of {images:,} hold no object. They teach what is not one; if nobody has "
             "labelled them yet, take them out.",
         )
-
-
-def _about_anchors(found: Findings, at: AnchorFindings) -> Iterator[Sentence]:
-    poor = {
-        name: fit
-        for name, fit in at.per_class.items()
-        if fit.coverage.at_50 is not None and fit.coverage.at_50 < WELL_COVERED
-    }
-    explained = (
-        "An anchor is a box of fixed size and shape that the network starts from and moves; it fits an object when "
-        "the two share half of what they cover together (IoU 0.5)."
-    )
-    where = f"At {at.image_size} pixels (the image's shortest side as the network sees it)"
-    if not poor:
-        reached = at.overall.at_50 or 0.0
-        yield Sentence(
-            "good",
-            f"{where}, {share(reached)} of the objects have an anchor that fits, and no class falls behind. "
-            f"{explained}",
-        )
-        return
-    worst = sorted(poor, key=lambda name: poor[name].coverage.at_50 or 0.0)
-    parts = [_of_class(name, poor[name], at) for name in worst[:NAMED]]
-    more = f" The same holds for {len(worst) - NAMED} more classes." if len(worst) > NAMED else ""
-    yield Sentence("look", f"{where}, {'; '.join(parts)}.{more} {explained} {_what_to_do(found, at)}")
-
-
-def _of_class(name: str, fit: ClassFit, at: AnchorFindings) -> str:
-    lacking = (
-        f"{share(1 - (fit.coverage.at_50 or 0.0))} of the objects of class {name} have no anchor that fits"
-    )
-    smallest = min(at.anchors.sizes) * min(at.anchors.scales)
-    largest = max(at.anchors.sizes) * max(at.anchors.scales)
-    causes = {
-        f"{share(fit.too_small)} are smaller than the smallest anchor, {smallest:.0f} pixels": fit.too_small,
-        f"{share(fit.too_large)} are larger than the largest anchor, {largest:.0f} pixels": fit.too_large,
-        f"{share(fit.too_long)} are longer or flatter than any anchor": fit.too_long,
-    }
-    cause, most = max(causes.items(), key=lambda item: item[1])
-    return f"{lacking} ({cause})" if most >= 0.05 else lacking
-
-
-def _what_to_do(found: Findings, at: AnchorFindings) -> str:
-    fitted = {
-        row.image_size: row.coverage.at_50 or 0.0 for row in at.compared if row.anchors.name == "fitted"
-    }
-    kept = {
-        row.image_size: row.coverage.at_50 or 0.0
-        for row in at.compared
-        if row.anchors.name == at.anchors.name
-    }
-    here = at.overall.at_50 or 0.0
-    ways = []
-    if fitted[at.image_size] > here + 0.01:
-        ways.append(
-            f"anchors fitted to your boxes reach {share(fitted[at.image_size])} of all objects instead of "
-            f"{share(here)} (retinanet data anchors {found.data} --image-size {at.image_size} --output anchors.yaml, "
-            "then train with --anchors anchors.yaml)"
-        )
-    larger = [side for side in kept if side > at.image_size and kept[side] > here + 0.01]
-    if larger:
-        ways.append(
-            f"larger images reach {share(kept[larger[0]])} (--image-size {larger[0]}), and take longer"
-        )
-    return (
-        f"What helps: {'; '.join(ways)}."
-        if ways
-        else "Neither other anchors nor larger images change that much."
-    )
 
 
 def _listed(names: list[str]) -> str:

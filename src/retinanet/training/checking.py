@@ -1,4 +1,4 @@
-"""What `retinanet data check` finds, as plain values: counts, faults, leakage, and whether anchors fit."""
+"""Compose what `retinanet data check` finds: counts, faults, leakage, and whether anchors fit."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ from retinanet.images import Geometry, Preprocessing
 from retinanet.matching import match_anchors
 from retinanet.records import Ignore
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.findings import (
+    AnchorFindings,
+    ClassFit,
+    CoverageAt,
+    Findings,
+    Leak,
+    Positives,
+    Shapes,
+    SplitCounts,
+    Spread,
+)
 from retinanet.training.recipes import Recipe, small
 from retinanet.training.sizing import anchor_choices, choose_anchors, choose_batch, choose_preprocessing
 
@@ -49,132 +60,6 @@ class AuditedSplit:
     @property
     def name(self) -> str:
         return self.dataset.split
-
-
-@dataclass(frozen=True)
-class SplitCounts:
-    """How much there is. `objects` are boxes that count, `ignored` those that do not (crowds, difficult ones)."""
-
-    split: str
-    images: int
-    unreadable: int
-    empty: int
-    objects: int
-    ignored: int
-    per_class: Mapping[str, int]
-    fullest: int
-    fullest_file: str
-
-
-@dataclass(frozen=True)
-class Leak:
-    """An image of one split that is equal to one of another, or looks like it (`bits` of 64 differ)."""
-
-    split_a: str
-    file_a: str
-    split_b: str
-    file_b: str
-    equal: bool
-    bits: int
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Anchors as numbers, and which they are."""
-
-    name: str
-    sizes: tuple[float, ...]
-    scales: tuple[float, ...]
-    ratios: tuple[float, ...]
-
-    @classmethod
-    def of(cls, name: str, spec: AnchorSpec) -> Shapes:
-        return cls(name, spec.sizes, spec.scales, spec.ratios)
-
-
-@dataclass(frozen=True)
-class CoverageAt:
-    """The coverage of some anchors at a shortest side of the network input."""
-
-    image_size: int
-    anchors: Shapes
-    coverage: Coverage
-
-
-@dataclass(frozen=True)
-class ClassFit:
-    """How the anchors suit a class; shares of its objects that are smaller than the smallest anchor, larger than the
-    largest, and longer or flatter than any by a factor of 1.5.
-    """
-
-    coverage: Coverage
-    too_small: float
-    too_large: float
-    too_long: float
-
-
-@dataclass(frozen=True)
-class Positives:
-    """Anchors an image that learn to find an object, on average and at least, of how many in all."""
-
-    mean: float
-    least: int
-    anchors: float
-
-
-@dataclass(frozen=True)
-class AnchorFindings:
-    """Whether the network has boxes to start from, at the size that was asked for or that training would take."""
-
-    split: str
-    image_size: int
-    max_size: int
-    why: str
-    anchors: Shapes
-    overall: Coverage
-    per_class: Mapping[str, ClassFit]
-    per_size: Mapping[str, Coverage]
-    compared: tuple[CoverageAt, ...]
-    positives: Positives
-    suggested: Mapping[str, tuple[int, str]]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Where a measure lies: quantiles of it over all splits."""
-
-    least: float
-    quarter: float
-    half: float
-    three_quarters: float
-    most: float
-
-    @classmethod
-    def of(cls, values: NDArray[Any]) -> Spread | None:
-        """Return the quantiles, None of nothing."""
-        return cls(*np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()) if len(values) else None
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Everything. `faults` are pairs of a split's name ("" for the whole set) and a fault; `refused` splits could not
-    be read at all, with the reason.
-    """
-
-    data: str
-    classes: tuple[str, ...]
-    splits: tuple[SplitCounts, ...]
-    refused: Mapping[str, str]
-    faults: tuple[tuple[str, Fault], ...]
-    leaks: tuple[Leak, ...]
-    spreads: Mapping[str, Spread | None]
-    anchors: AnchorFindings | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        plain = dataclasses.asdict(self)
-        plain["faults"] = [{"split": split, **dataclasses.asdict(fault)} for split, fault in self.faults]
-        return plain
 
 
 @dataclass(frozen=True)
@@ -258,7 +143,7 @@ def frame_of(options: TrainingOptions, train: Dataset, device: str) -> Frame:
     why = reasons[-1][2]
     anchors = choose_anchors(options, train, choices, preprocessing, reasons)
     usual = recipe.model.anchors
-    name = "asked for" if options.anchors else "usual" if anchors == usual else "what training takes"
+    name = "asked for" if options.anchors else "usual" if anchors == usual else "training's choice"
     return Frame(preprocessing, anchors, usual, name, why)
 
 
@@ -285,6 +170,7 @@ def _counts(split: AuditedSplit) -> SplitCounts:
         objects=int(is_object.sum()),
         ignored=int((~is_object).sum()),
         per_class=dict(zip(dataset.classes.names, counts, strict=True)),
+        class_ids=dataset.classes.ids,
         fullest=int(per_image[fullest]),
         fullest_file=str(dataset.files[fullest]),
     )

@@ -225,9 +225,10 @@ def choose_anchors(
         asked = options.asked_anchors()
         if asked and asked.image_size not in (None, preprocessing.image_size):
             why += f" and fitted at shortest side {asked.image_size}, not {preprocessing.image_size}"
-        reasons.append(
-            ("anchors", options.anchors or sizes, f"{why}; {shares[0]:.0%} of objects reach IoU 0.5")
-        )
+        for name in ("scales", "ratios"):
+            if asked and getattr(asked, name):
+                sizes += f"; {name} " + ", ".join(f"{value:g}" for value in getattr(asked, name))
+        reasons.append(("anchors", sizes, f"{why}; {shares[0]:.0%} of objects reach IoU 0.5"))
     if missed := _missed(choices[best], train, preprocessing):
         reasons.append(
             (
