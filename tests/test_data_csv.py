@@ -57,6 +57,13 @@ def test_files_of_splits_are_read(
     assert boxes_by_image(open_dataset(tmp_path / "train.csv", "any")) == expected(SPLITS["train"])
 
 
+def test_a_table_may_have_empty_columns_at_its_end(tmp_path: Path) -> None:
+    picture(tmp_path / "images/a.png")
+    write(tmp_path / "train.csv", f"path,x1,y1,x2,y2,class,,\n{CAT},,\n{CAT.replace('cat', 'dog')}\n")
+    dataset = open_dataset(tmp_path, "train")
+    assert (len(dataset.boxes), dataset.faults) == (2, ())
+
+
 def test_columns_are_found_by_name_among_others(tmp_path: Path) -> None:
     picture(tmp_path / "train/a.png")
     rows = "filename,width,height,class,xmin,ymin,xmax,ymax,note\na.png,20,30,cat,4,6,14,26,x\n"

@@ -166,6 +166,17 @@ def test_sound_boxes_never_prove_the_other_form(boxes: Any, form: str) -> None:
     assert evidence.proven() in (form, None)
 
 
+def test_a_rare_fault_proves_nothing() -> None:
+    evidence = Evidence()
+    for _ in range(199):
+        evidence.take((0, 0, 5, 5), (40, 30))
+    evidence.take((9, 9, 5, 5), (40, 30))  # one reversed box in 200, of xyxy or xywh
+    assert evidence.proven() is None
+    evidence.take((9, 9, 5, 5), (40, 30))
+    evidence.take((9, 9, 5, 5), (40, 30))
+    assert evidence.proven() == "xywh"
+
+
 def test_shares_are_not_pixels(tmp_path: Path) -> None:
     path = one_file(tmp_path, row(tmp_path, [[0.1, 0.1, 0.5, 1.0]]))
     with pytest.raises(DataError, match=r"needs boxes in pixels; all 1 lie between 0 and 1, as shares"):

@@ -151,7 +151,7 @@ def test_lines_that_are_dropped(tmp_path: Path, line: str, kind: str, reason: st
     assert reason in dataset.faults[0].reason
     assert dataset.faults[0].fix
     with pytest.raises(
-        DataError, match=r"strict reading refuses the 1 faults of split 'train': labels/train/a.txt"
+        DataError, match=r"strict reading refuses 1 fault of split 'train': labels/train/a.txt"
     ):
         open_dataset(tmp_path, "train", strict=True)
 

@@ -158,6 +158,7 @@ class _Table:
         first = next(read_rows(path), None)
         if first is None:
             raise DataError(f"{path}: needs lines of {','.join(COLUMNS)}; the file is empty")
+        _cut(first, len(COLUMNS))
         columns = columns_of(first)
         self.has_header = columns is not None
         self.columns = columns or {column: place for place, column in enumerate(COLUMNS)}

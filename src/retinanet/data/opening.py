@@ -60,7 +60,7 @@ def open_dataset(
         first = "; ".join(map(str, dataset.faults[:FAULTS_SHOWN]))
         more = f"; and {count - FAULTS_SHOWN:,} more" if count > FAULTS_SHOWN else ""
         raise DataError(
-            f"{data}: strict reading refuses the {count:,} faults of split {split!r}: {first}{more}"
+            f"{data}: strict reading refuses {_count(count, 'fault')} of split {split!r}: {first}{more}"
         )
     return dataset
 
