@@ -36,8 +36,8 @@ def open_dataset(
     Args:
         data: a folder in one of the layouts of `layouts`, or the file that describes the data set: COCO JSON, YOLO's
             `data.yaml`, a CSV or parquet file.
-        images: "absent" reads annotations only and looks at no image file. YOLO and Open Images, whose boxes are
-            shares of their images, need the files all the same.
+        images: "absent" needs no image file. YOLO and Open Images, whose boxes are shares of their images, need
+            them all the same; CSV takes the sizes that it lacks from those that are there.
         image_root: the folder that the images are in, where it is another than the format says; see each reader.
         box_format: how the boxes of a Hugging Face data set are to be read; "auto" takes what they prove.
         strict: refuse a data set of which anything had to be repaired or dropped.
