@@ -319,6 +319,14 @@ def test_a_form_of_boxes_can_be_told(tmp_path: Path, capsys: pytest.CaptureFixtu
             ["in", "out", "--format", "voc", "--seed", "-1", "--split-shares", "0.8,0.2"],
             "--seed needs 0 or more",
         ),
+        (
+            ["in", "out", "--format", "voc", "--seed", "3"],
+            "--seed belongs to --split-shares, which is not given",
+        ),
+        (
+            ["in", "out", "--format", "voc", "--box-format", "xywh"],
+            "box_format is for Hugging Face data sets; CSV says",
+        ),
         (["in", "out", "--format", "voc", "--image-root", "none"], "image_root needs a folder of images"),
     ],
 )

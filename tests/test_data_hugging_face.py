@@ -95,6 +95,7 @@ def test_splits_on_disk_are_read(tmp_path: Path, cache: Path, make: Any) -> None
         (["default/train/0000.parquet", "default/test/0000.parquet"], ("train", "test")),
         (["extra-00000-of-00001.parquet"], ("extra",)),
         (["boxes.parquet"], ()),
+        (["train.parquet", "boxes.parquet"], ("train", "boxes")),
     ],
 )
 def test_splits_are_told_from_names(tmp_path: Path, files: list[str], splits: tuple[str, ...]) -> None:

@@ -154,6 +154,9 @@ def hugging_face_splits(source: Path) -> dict[str, tuple[Path, ...]]:
         [*source.glob("*.parquet"), *source.glob("*/*.parquet"), *source.glob("*/*/*.parquet")]
     ):
         found.setdefault(_split_of(path, source), []).append(path)
+    if len(found) > 1:  # what stands beside named splits is a split of its own name
+        for path in found.pop("", []):
+            found.setdefault(path.stem, []).append(path)
     return {name: tuple(paths) for name, paths in found.items()}
 
 

@@ -38,7 +38,8 @@ def open_dataset(
             `data.yaml`, a CSV or parquet file.
         images: "absent" needs no image file. YOLO and Open Images, whose boxes are shares of their images, need
             them all the same; CSV takes the sizes that it lacks from those that are there.
-        image_root: the folder that the images are in, where it is another than the format says; see each reader.
+        image_root: the folder that the images are in, where it is another than the format says; see each reader. It
+            stands for VOC's `JPEGImages` and for the `path` of a `data.yaml`.
         box_format: how the boxes of a Hugging Face data set are to be read; "auto" takes what they prove.
         strict: refuse a data set of which anything had to be repaired or dropped.
 
@@ -51,6 +52,10 @@ def open_dataset(
         raise DataError(
             f"{data}: has no split {split!r}; there are: {', '.join(opened.splits)}."
             + did_you_mean(split, opened.names)
+        )
+    if box_format != "auto" and opened.format != "Hugging Face":
+        raise DataError(
+            f"{data}: box_format is for Hugging Face data sets; {opened.format} says itself what boxes are"
         )
     dataset = opened.read(split, Reading(images, root, box_format))
     name = os.path.basename(os.path.abspath(path)) if path.is_dir() else dataset.name
