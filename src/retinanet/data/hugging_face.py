@@ -1,7 +1,7 @@
 """Hugging Face data sets on disk, with a column `objects` of boxes and classes: parquet files, or `save_to_disk`.
 
 Boxes may be xyxy or xywh: nothing in the files says which. It has to be told, or to be proven by the boxes: where one
-reading turns some of them around or out of their image and the other none.
+reading turns at least one in a hundred around or out of its image and the other none.
 Format: https://huggingface.co/docs/datasets/object_detection, https://huggingface.co/docs/datasets/loading#parquet
 """
 
@@ -30,6 +30,8 @@ BoxFormat: TypeAlias = Literal["auto", "xyxy", "xywh"]
 
 BOXES = ("bbox", "bboxes", "boxes", "box")
 LABELS = ("category", "categories", "label", "labels", "category_id", "class", "class_id")
+# Of all boxes; fewer may be wrong themselves, while the wrong reading contradicts about half of them.
+PROVING_SHARE = 0.01
 SLACK = 1.0  # pixels that a box may reach beyond its image and prove nothing
 LARGEST_IMAGE = 2**28  # bytes of one file
 LARGEST_GROUP = 2**32  # bytes of one row group, as its header says
@@ -73,8 +75,9 @@ class Evidence:
         self.against_xywh += c < 0 or d < 0 or a + c > width + SLACK or b + d > height + SLACK
 
     def proven(self) -> Literal["xyxy", "xywh"] | None:
-        """Return the one reading that no box contradicts."""
-        if bool(self.against_xyxy) == bool(self.against_xywh):
+        """Return the one reading that no box contradicts, where a share of them contradict the other."""
+        against = max(self.against_xyxy, self.against_xywh)
+        if min(self.against_xyxy, self.against_xywh) or against == 0 or against < PROVING_SHARE * self.boxes:
             return None
         return "xywh" if self.against_xyxy else "xyxy"
 
@@ -121,9 +124,8 @@ def read_hugging_face(
             sized = images == "absent" or name != key
             for row in _rows(path, with_images=False):
                 values.update(label for label in row.labels if type(label) in (int, str))
-                if (
-                    sized or row.size
-                ):  # without a size, those of the split asked for are held against its images
+                # Without a size here, boxes of the split asked for are held against its images below.
+                if sized or row.size:
                     _take_evidence(evidence, row, row.size)
     classes, index = _classes(names, values, source)
     root = folder if image_root is None else Path(os.path.abspath(image_root))
@@ -152,6 +154,9 @@ def hugging_face_splits(source: Path) -> dict[str, tuple[Path, ...]]:
         [*source.glob("*.parquet"), *source.glob("*/*.parquet"), *source.glob("*/*/*.parquet")]
     ):
         found.setdefault(_split_of(path, source), []).append(path)
+    if len(found) > 1:  # what stands beside named splits is a split of its own name
+        for path in found.pop("", []):
+            found.setdefault(path.stem, []).append(path)
     return {name: tuple(paths) for name, paths in found.items()}
 
 

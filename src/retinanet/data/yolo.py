@@ -94,6 +94,8 @@ def load_yolo(source: Path, image_root: Path | str | None = None) -> YoloSet:
         DataError: as `read_yolo`.
     """
     if source.is_dir():
+        if image_root is not None:
+            raise DataError(f"{source}: image_root stands for the `path` of a data.yaml; there is none")
         return _load_folder(source)
     source = Path(os.path.abspath(source))
     document = read_yaml(source)
