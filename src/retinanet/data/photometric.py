@@ -54,12 +54,12 @@ def adjusted(
     and leaves grey(x) as it is.
 
     Args:
-        hue: share of the colour circle, in [-0.5, 0.5].
+        hue: share of the colour circle, in [-0.5, 0.5]; above 0 from red towards yellow.
     """
     picture = Image.fromarray(np.ascontiguousarray(image))
     angle = 2 * math.pi * hue
     turn = np.eye(3)
-    turn[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    turn[1:, 1:] = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
     colours = np.linalg.inv(YIQ) @ turn @ YIQ
     colours = saturation * colours + (1 - saturation) * LUMA  # each row of greys(x) is the luma
     matrix = brightness * contrast * colours
