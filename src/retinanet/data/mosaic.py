@@ -67,7 +67,7 @@ def mosaic(pictures: Sequence[tuple[UInt8Array, GroundTruth]]) -> tuple[UInt8Arr
 
 def _size(image: UInt8Array) -> float:
     height, width = image.shape[:2]
-    return max(min(height, width), max(height, width) / LONGEST)
+    return float(max(min(height, width), max(height, width) / LONGEST))
 
 
 def _resized(image: UInt8Array, truth: GroundTruth, scale: float) -> tuple[UInt8Array, GroundTruth]:

@@ -10,8 +10,8 @@ from PIL import Image, ImageStat
 
 from retinanet.images import UInt8Array
 
-# The ranges of torchvision's RandomPhotometricDistort, which are those of SSD (Liu et al., 2016; section 2.2 and its
-# code): factors, and of the hue a share of the colour circle.
+# The ranges of torchvision's RandomPhotometricDistort, after those of SSD (Liu et al., 2016): factors, and of the hue a
+# share of the colour circle.
 BRIGHTNESS = (0.875, 1.125)
 CONTRAST = SATURATION = (0.5, 1.5)
 HUE = (-0.05, 0.05)
