@@ -423,6 +423,16 @@ def test_resizing_and_normalising_commute():
     np.testing.assert_allclose(resized_first, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("channel_order", ["rgb", "bgr"])
+def test_a_networks_input_can_be_looked_at(channel_order):
+    image = picture(40, 30)
+    preprocessing = Preprocessing(image_size=45, max_size=80, channel_order=channel_order)
+    resized = np.asarray(Image.fromarray(image).resize((60, 45), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(preprocessing.restore(preprocessing.prepare(image)[0]), resized)
+    padding = preprocessing.restore(np.zeros((3, 1, 1), np.float32))
+    assert padding.tolist() == [[[124, 116, 104]]]  # the mean colour
+
+
 @pytest.mark.parametrize("resize", ["antialias", "linear"])
 def test_an_image_of_the_right_size_is_not_resampled(resize):
     image = picture(64, 48)

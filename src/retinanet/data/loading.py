@@ -29,8 +29,7 @@ from retinanet.records import GroundTruth, Ignore
 
 @dataclass(frozen=True)
 class Request:
-    """One place in the stream: which image, in which epoch, for which shortest side, and how often it was there before
-    in that epoch."""
+    """One place in the stream: which image, in which epoch, for which shortest side, and which of its copies there."""
 
     index: int
     epoch: int

@@ -15,7 +15,7 @@ from retinanet.records import GroundTruth
 # How much of the canvas is seen: all of it, its objects half as large as usual, to a quarter of it, where they have
 # their usual size and there is a little of each picture, or only of one.
 ZOOM = (1.0, 2.0)
-# How long a picture may be beside the shortest side of the first: the network's usual limit, 1333 beside 800.
+# How much longer than its shortest side a picture may be before its longest decides its size, as usual for networks.
 LONGEST = 1333 / 800
 
 
@@ -38,11 +38,11 @@ def mosaic_window(
 def mosaic(pictures: Sequence[tuple[UInt8Array, GroundTruth]]) -> tuple[UInt8Array, GroundTruth]:
     """Return four pictures around one point, with all of their boxes.
 
-    The second to fourth are first resized to the shortest side of the first, as they would be for the network. What
+    They keep the sizes beside each other that they would have for the network, that of the first being as it is. What
     none covers has the mean colour of the first.
     """
-    side = min(pictures[0][0].shape[:2])
-    pictures = [pictures[0], *(_resized(image, truth, side) for image, truth in pictures[1:])]
+    unit = _size(pictures[0][0])
+    pictures = [_resized(image, truth, unit / _size(image)) for image, truth in pictures]
     heights, widths = np.array([image.shape[:2] for image, _ in pictures]).T
     middle_x, middle_y = int(widths[[0, 2]].max()), int(heights[[0, 1]].max())
     right, below = middle_x + int(widths[[1, 3]].max()), middle_y + int(heights[[2, 3]].max())
@@ -65,11 +65,15 @@ def mosaic(pictures: Sequence[tuple[UInt8Array, GroundTruth]]) -> tuple[UInt8Arr
     )
 
 
-def _resized(image: UInt8Array, truth: GroundTruth, side: int) -> tuple[UInt8Array, GroundTruth]:
+def _size(image: UInt8Array) -> float:
     height, width = image.shape[:2]
-    scale = min(side / min(height, width), LONGEST * side / max(height, width))
+    return float(max(min(height, width), max(height, width) / LONGEST))
+
+
+def _resized(image: UInt8Array, truth: GroundTruth, scale: float) -> tuple[UInt8Array, GroundTruth]:
     if scale == 1:
         return image, truth
+    height, width = image.shape[:2]
     size = max(1, round(width * scale)), max(1, round(height * scale))
     across, down = size[0] / width, size[1] / height
     pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))

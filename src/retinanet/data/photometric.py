@@ -10,8 +10,8 @@ from PIL import Image, ImageStat
 
 from retinanet.images import UInt8Array
 
-# The ranges of torchvision's RandomPhotometricDistort, which are those of SSD (Liu et al., 2016; section 2.2 and its
-# code): factors, and of the hue a share of the colour circle.
+# The ranges of torchvision's RandomPhotometricDistort, after those of SSD (Liu et al., 2016): factors, and of the hue a
+# share of the colour circle.
 BRIGHTNESS = (0.875, 1.125)
 CONTRAST = SATURATION = (0.5, 1.5)
 HUE = (-0.05, 0.05)
@@ -54,12 +54,12 @@ def adjusted(
     and leaves grey(x) as it is.
 
     Args:
-        hue: share of the colour circle, in [-0.5, 0.5].
+        hue: share of the colour circle, in [-0.5, 0.5]; above 0 from red towards yellow.
     """
     picture = Image.fromarray(np.ascontiguousarray(image))
     angle = 2 * math.pi * hue
     turn = np.eye(3)
-    turn[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    turn[1:, 1:] = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
     colours = np.linalg.inv(YIQ) @ turn @ YIQ
     colours = saturation * colours + (1 - saturation) * LUMA  # each row of greys(x) is the luma
     matrix = brightness * contrast * colours

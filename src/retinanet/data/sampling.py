@@ -79,7 +79,7 @@ class Epochs:
             self._parts = parts
 
     def order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the images of an epoch `[length]`, and for each the number of times that it was there before."""
+        """Return the images of an epoch `[length]` in order, and which of its image's copies, from 0, each is."""
         random = generator(ORDER, self.seed, epoch)
         images: NDArray[np.int64] = random.permutation(self.count)
         if self._parts is None:
