@@ -135,8 +135,7 @@ def test_hostile_json(tmp_path: Path, make: Callable[[Path], Any], said: str, me
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory of a process as Linux does")
-@pytest.mark.parametrize("entry", [b"1", b"{}", b"[]", b'""'])
-@pytest.mark.parametrize("section", ["images", "annotations"])
+@pytest.mark.parametrize(("section", "entry"), [("images", b"1"), ("annotations", b"{}")])
 def test_ten_million_entries_take_bounded_memory(tmp_path: Path, section: str, entry: bytes) -> None:
     many = b"[" + (entry + b",") * 10_000_000 + entry + b"]"
     parts = {

@@ -19,9 +19,11 @@ from retinanet.data import (
     Dataset,
     Fault,
     available_splits,
+    finding,
     open_dataset,
     read_coco,
     read_voc,
+    rules,
     voc_pages,
     write_coco,
 )
@@ -583,6 +585,46 @@ def test_coco_finds_the_images_in_the_usual_places(
     monkeypatch.chdir(tmp_path)
     assert read_coco(json_file, split="train").root == dataset.root
     assert read_coco(json_file, split="train", image_root=place).path(0).is_file()
+
+
+def test_many_images_are_found_by_listing_their_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 3 * finding.FEW
+    names = [f"sub/{i}.png" for i in range(count)]
+    document = coco_document()
+    document["images"] = [
+        {"id": i, "file_name": name, "width": 40, "height": 30} for i, name in enumerate(names)
+    ]
+    path = coco_folder(tmp_path, document)
+    (tmp_path / "sub").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / names[3]).unlink()
+    (tmp_path / names[3]).mkdir()  # a folder in the place of a file
+    (tmp_path / names[4]).unlink()
+    (tmp_path / names[4]).symlink_to(tmp_path / names[5])
+    (tmp_path / names[6]).unlink()
+    asked: list[str] = []
+    holds_file = rules.Fence.holds_file
+    monkeypatch.setattr(
+        rules.Fence, "holds_file", lambda self, path: asked.append(str(path)) or holds_file(self, path)
+    )
+    dataset = read_coco(path, split="train")
+    assert len(dataset) == count - 2
+    assert [fault.record for fault in dataset.faults] == ["images[3] (id 3)", "images[6] (id 6)"]
+    assert {fault.kind for fault in dataset.faults} == {"missing image"}
+    assert asked == [
+        str(tmp_path / names[index]) for index in (3, 4, 6)
+    ]  # only what a listing does not settle
+    (tmp_path / names[4]).unlink()
+    (tmp_path / names[4]).symlink_to("/etc/passwd")
+    with pytest.raises(DataError, match="leaves the data folder"):
+        read_coco(path, split="train")
+    (tmp_path / "sub").rename(tmp_path.parent / f"{tmp_path.name} elsewhere")
+    (tmp_path / "sub").symlink_to(tmp_path.parent / f"{tmp_path.name} elsewhere")
+    with pytest.raises(DataError, match="leaves the data folder"):
+        read_coco(path, split="train")
 
 
 def test_coco_says_where_it_looked_when_no_image_is_there(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from retinanet.data.dataset import Dataset, Fault
@@ -22,12 +21,19 @@ from retinanet.data.facts_cache import FactsCache
 from retinanet.data.image_files import is_image_name
 from retinanet.data.isolation import each
 from retinanet.data.kinds import Kind
+from retinanet.data.near_duplicates import NearPair, near_duplicates
 from retinanet.errors import ImageError
 from retinanet.images import UInt8Array, examine
 
-NEAR = 4  # of 64 bits: the same picture saved again, scaled or slightly brightened
-FLAT_BITS = 8  # a difference hash with fewer bits of either kind belongs to a flat picture and tells nothing
-BLOCK = 1024, 8192  # images of b and of a that are compared at a time: 32 MiB
+__all__ = [
+    "ImageFacts",
+    "NearPair",
+    "audit_images",
+    "difference_hash",
+    "label_frames",
+    "near_duplicates",
+    "unlisted_images",
+]
 
 
 @dataclass(frozen=True)
@@ -60,15 +66,6 @@ class ImageFacts:
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
-class NearPair(NamedTuple):
-    """Two images that look alike: positions in their data sets, byte-equal or not, differing bits of 64."""
-
-    a: int
-    b: int
-    equal: bool
-    distance: int
-
-
 def audit_images(
     dataset: Dataset,
     *,
@@ -78,9 +75,9 @@ def audit_images(
 ) -> tuple[list[ImageFacts | None], list[Fault]]:
     """Decode every image and compare it with its annotations.
 
-    Named are images that are missing, unreadable, truncated or too large (training goes on without them), that have
-    another size than annotated or whose labels follow the stored, unrotated pixels (dropped likewise), and
-    animations (the first frame counts). Modes are facts, not faults: `decode` makes RGB of them all.
+    Named are images that are missing, unreadable, truncated or too large (training goes on without them); those of
+    another size than annotated, or whose labels follow the stored pixels before EXIF turned them, where no box can be
+    trusted; and animations, of which the first frame counts. Modes are facts, not faults: `decode` makes RGB of all.
 
     Args:
         workers: processes that decode; 0 decodes in this one. A decoder that crashes costs a worker its image, which
@@ -254,79 +251,3 @@ def _by_folder(split: Dataset) -> Iterable[tuple[Path, set[str]]]:
         folder, name = os.path.split(file)
         found.setdefault(folder, set()).add(name)
     return ((split.root / folder, names) for folder, names in found.items())
-
-
-def near_duplicates(
-    facts_a: Sequence[ImageFacts | None], facts_b: Sequence[ImageFacts | None], *, distance: int = NEAR
-) -> list[NearPair]:
-    """Find, for each image of b, the image of a that is equal to it or looks most like it.
-
-    Byte-equal files come before files that only look alike: those whose difference hashes differ in at most
-    `distance` of 64 bits. Flat pictures, whose hash tells nothing, are compared by their bytes only. Of equals the
-    first of a is given. With the same facts on both sides an image is compared with those before it.
-
-    Returns:
-        At most one pair an image of b, in the order of b.
-    """
-    a, b = ([fact for fact in facts if fact is not None] for facts in (facts_a, facts_b))
-    same = facts_a is facts_b
-    first: dict[str, int] = {}
-    for place, fact in enumerate(a):
-        first.setdefault(fact.digest, place)
-    pairs: dict[int, NearPair] = {}
-    for place, fact in enumerate(b):
-        twin = first.get(fact.digest)
-        if twin is not None and not (same and twin == place):
-            pairs[place] = NearPair(a[twin].index, fact.index, True, 0)
-    open_b = np.array(
-        [i for i, fact in enumerate(b) if i not in pairs and not _is_flat(fact.dhash)], np.int64
-    )
-    open_a = np.array([i for i, fact in enumerate(a) if not _is_flat(fact.dhash)], np.int64)
-    signs_a, signs_b = (
-        _signs([side[i].dhash for i in places]) for side, places in ((a, open_a), (b, open_b))
-    )
-    nearest = _nearest(signs_a, signs_b, open_a, open_b, same=same)
-    for place, (twin, bits) in zip(open_b.tolist(), nearest, strict=True):
-        if bits <= distance:
-            pairs[place] = NearPair(a[twin].index, b[place].index, False, bits)
-    return [pairs[place] for place in sorted(pairs)]
-
-
-def _is_flat(dhash: int) -> bool:
-    return not FLAT_BITS <= dhash.bit_count() <= 64 - FLAT_BITS
-
-
-def _signs(hashes: Sequence[int]) -> NDArray[np.float32]:
-    """Return `[N, 64]`, the bits of hashes as -1 and 1, whose products count agreement."""
-    octets = np.array(hashes, ">u8").view(np.uint8).reshape(-1, 8)
-    return np.unpackbits(octets, axis=1).astype(np.float32) * 2 - 1
-
-
-def _nearest(
-    a: NDArray[np.float32],
-    b: NDArray[np.float32],
-    places_a: NDArray[np.int64],
-    places_b: NDArray[np.int64],
-    *,
-    same: bool,
-) -> list[tuple[int, int]]:
-    """Return (place in a, differing bits) for each row of b, 65 bits where there is none to compare with.
-
-    A matrix product a block: every pair is compared, so nothing that a user brings makes it slower.
-    """
-    best, who = np.full(len(b), -66, np.float32), np.zeros(len(b), np.int64)
-    for row in range(0, len(b), BLOCK[0]):
-        rows = slice(row, row + BLOCK[0])
-        for column in range(0, len(a), BLOCK[1]):
-            columns = slice(column, column + BLOCK[1])
-            if same and places_a[column] >= places_b[rows][-1]:
-                break
-            agreement = b[rows] @ a[columns].T  # 64 - 2 x differing bits, exact in float32
-            if same:
-                agreement[places_a[columns][None] >= places_b[rows][:, None]] = -66
-            top = agreement.argmax(axis=1)
-            value = agreement[np.arange(len(top)), top]
-            better = value > best[rows]
-            best[rows][better] = value[better]
-            who[rows][better] = places_a[columns][top[better]]
-    return list(zip(who.tolist(), ((64 - best) / 2).astype(np.int64).tolist(), strict=True))

@@ -56,9 +56,7 @@ def _plain_files(folder: str, fence: Fence, wanted: set[str], parent: str) -> se
     try:
         with os.scandir(folder) as entries:
             fence.require_inside(folder)
-            names = {
-                os.path.join(parent, entry.name) for entry in entries if entry.is_file(follow_symlinks=False)
-            }
-            return names & wanted
+            plain = (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+            return {file for name in plain if (file := os.path.join(parent, name)) in wanted}
     except (OSError, ValueError):
         return set()

@@ -98,7 +98,8 @@ class BoxReader:
         """Return the sound boxes; the others are named in the log."""
         parts = []
         for start, records in self.document.chunks("annotations", AnnotationRecord):
-            columns = self._columns([_as_record(record) for record in records])
+            typed = [item if isinstance(item, AnnotationRecord) else _as_record(item) for item in records]
+            columns = self._columns(typed)
             parts.append(self._check(start, columns))
         if not parts:
             parts = [self._check(0, self._columns([]))]
@@ -118,7 +119,7 @@ class BoxReader:
             list(map(attrgetter(name), records)) for name in AnnotationRecord.__struct_fields__
         )
         if set(map(type, ids)) != {int} or max(ids) > LARGEST_ID or min(ids) < -LARGEST_ID:
-            ids = [whole(value) for value in ids]
+            ids = [None if value is None else whole(value) for value in ids]
         flat = chain.from_iterable(NO_BOX if box is None else box for box in boxes)
         return _Columns(
             image=np.fromiter(map(self.images.get, images, repeat(NOWHERE)), np.int64, count),
@@ -252,10 +253,8 @@ def _keys(items: Iterator[tuple[int | str, int]]) -> Mapping[Any, int]:
     return found
 
 
-def _as_record(record: AnnotationRecord | Fields) -> AnnotationRecord:
+def _as_record(record: Fields) -> AnnotationRecord:
     """Return what plain fields say as far as it can be used."""
-    if isinstance(record, AnnotationRecord):
-        return record
     area = number(record.get("area"))
     return AnnotationRecord(
         id=id_of(record.get("id")),
