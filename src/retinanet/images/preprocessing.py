@@ -138,7 +138,8 @@ class Preprocessing:
         """Return the picture `[H, W, 3]` uint8 RGB that a network's input `[3, H, W]` shows: x std + mean, rounded."""
         planes = pixels if self.channel_order == "rgb" else pixels[::-1]
         picture = np.moveaxis(planes, 0, 2) * np.array(self.std) + np.array(self.mean)
-        return picture.round().clip(0, 255).astype(np.uint8)
+        rounded: UInt8Array = picture.round().clip(0, 255).astype(np.uint8)
+        return rounded
 
     def _normalise(self, pixels: NDArray[Any]) -> Float32Array:
         planes = np.empty((3, *pixels.shape[:2]), np.float32)

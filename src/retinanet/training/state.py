@@ -95,7 +95,7 @@ def save_state(folder: Path, state: State) -> Path:
 
 def newest_state(folder: Path) -> tuple[State | None, list[str]]:
     """Return the newest sound state in a folder, None where there is none, and what is wrong with newer ones."""
-    damaged = []
+    damaged: list[str] = []
     for place in reversed(_places(folder)):
         try:
             return read_state(place), damaged
