@@ -242,8 +242,8 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         (["predict", model, tmp / "empty"], "holds none"),
         (["predict", model, tmp, "--threshold", "2"], "--threshold needs a number in [0, 1]; got 2.0"),
         (["predict", tmp / "nomodel", data / "images" / "val"], "does not exist"),
-        (["data"], "a command is required: shapes; none was given. See `retinanet data --help`"),
-        (["data", "circles"], "a command is required: shapes; got 'circles'"),
+        (["data"], "a command is required: shapes, view; none was given. See `retinanet data --help`"),
+        (["data", "circles"], "a command is required: shapes, view; got 'circles'"),
         (
             ["data", "shapes"],
             "data shapes needs --output; none was given. See `retinanet data shapes --help`",
