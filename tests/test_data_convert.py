@@ -259,10 +259,10 @@ def test_splits_are_made_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_fault_of_the_data_gives_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = csv_set(tmp_path / "in", classes="cat,0\ndog,1\n")
     with (folder / "train.csv").open("a") as stream:
-        stream.write("".join(f"images/a.png,9,{n},3,9,cat\n" for n in range(7)))
+        stream.write("".join(f"images/a.png,9,{n},9,9,cat\n" for n in range(7)))
     code, said = run(capsys, folder, tmp_path / "out", "--format", "coco")
     assert code == 1
-    assert "train.csv: line 4: box [9, 0, 3, 9] (x1, y1, x2, y2) is reversed" in said
+    assert "train.csv: line 4: box [9, 0, 9, 9] (x1, y1, x2, y2) has no area" in said
     assert "and 2 more faults" in said
     assert len(read(tmp_path / "out")) == 2
     code, said = run(capsys, folder, tmp_path / "strict", "--format", "coco", "--strict")

@@ -91,7 +91,9 @@ def test_memory_has_no_least(performance):
 
 def test_loaders_are_shown_with_their_rates(performance):
     rates = {"ours_images_per_second": 200.4, "peer_images_per_second": 50.0}
-    said = page(performance, row("data", "8 JPEGs, 640 x 480 to 1066 x 800", 4.0, peer="Pillow and NumPy", **rates))
+    said = page(
+        performance, row("data", "8 JPEGs, 640 x 480 to 1066 x 800", 4.0, peer="Pillow and NumPy", **rates)
+    )
     assert "| 1.5 ms (1.25 ms), 200 images/s | 6 ms (30 ms), 50 images/s | 4.00 | 2 | yes |" in said
 
 

@@ -9,7 +9,9 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from retinanet.data.dataset import Annotation, Dataset, Fault
+from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.faults import FaultLog
+from retinanet.data.kinds import Kind
 from retinanet.data.policies import Distinct, judge_box
 from retinanet.data.rules import (
     LONGEST_SIDE,
@@ -51,16 +53,16 @@ class Collector:
         self.files: list[str] = []
         self.sizes: list[Size | None] = []
         self.annotations: list[Annotation] = []
-        self.faults: list[Fault] = []
+        self.log = FaultLog()
         self._listed: list[Where] = []
         self._places: dict[str, int | None] = {}
         self._distinct = Distinct()
 
-    def drop(self, where: Where, kind: str, reason: str, fix: str = "") -> None:
-        self.faults.append(Fault(*where, reason, "dropped", kind, fix))
+    def drop(self, where: Where, kind: Kind, reason: str, fix: str = "") -> None:
+        self.log.drop(*where, reason, kind, fix)
 
-    def repair(self, where: Where, kind: str, reason: str, fix: str = "") -> None:
-        self.faults.append(Fault(*where, reason, "repaired", kind, fix))
+    def repair(self, where: Where, kind: Kind, reason: str, fix: str = "") -> None:
+        self.log.repair(*where, reason, kind, fix)
 
     def knows(self, file: str) -> bool:
         """Return whether the image was given before, usable or not."""
@@ -81,13 +83,13 @@ class Collector:
             path = self.root / file
             if not self.fence.holds_file(path):
                 fix = "put the file there, or take it out of the list"
-                self.drop(where, "missing image", f"there is no image file {path}", fix)
+                self.drop(where, Kind.MISSING_IMAGE, f"there is no image file {path}", fix)
                 return None
             try:
                 size = size or read_size(path)
             except ImageError as error:
                 fix = "replace the file by a sound one, or take it out of the data set"
-                self.drop(where, "unreadable image", f"its size cannot be read: {error}", fix)
+                self.drop(where, Kind.UNREADABLE_IMAGE, f"its size cannot be read: {error}", fix)
                 return None
         elif size is None and self.fence.holds_file(self.root / file):
             with suppress(ImageError):
@@ -111,14 +113,15 @@ class Collector:
         """Take a box in pixels, or name why not; without an id of its own it is numbered from 1."""
         width, height = self.sizes[image] or (LONGEST_SIDE, LONGEST_SIDE)
         verdict = judge_box(corners, width, height)
-        if verdict.kind:
-            (self.drop if verdict.box is None else self.repair)(where, *verdict[1:])
+        if verdict.kind is not None:
+            told = (verdict.kind, verdict.reason, verdict.fix)
+            (self.drop if verdict.box is None else self.repair)(where, *told)
         box = verdict.box
         if box is None:
             return
         if not self._distinct.adds(image, box, label, ignore):
             same = "the image has the same box of the same class already"
-            self.drop(where, "duplicate box", same, "remove the copy")
+            self.drop(where, Kind.DUPLICATE_BOX, same, "remove the copy")
             return
         area = (box[2] - box[0]) * (box[3] - box[1]) if area is None else area
         number = len(self.annotations) + 1 if own_id is None else own_id
@@ -143,7 +146,7 @@ class Collector:
             DataError: no image is usable.
         """
         if not self.files:
-            first = f" {self.faults[0]}" if self.faults else " It lists none"
+            first = f" {self.log.kept[0]}" if self.log.kept else " It lists none"
             raise DataError(f"{source}: needs at least one usable image in split {split!r}; got none.{first}")
         return Dataset.build(
             name=name,
@@ -154,7 +157,8 @@ class Collector:
             image_ids=ids_of(self.files) if image_ids is None else image_ids,
             sizes=self._sizes(),
             annotations=self.annotations,
-            faults=self.faults,
+            faults=self.log.kept,
+            fault_counts=self.log.counts,
         )
 
     def _sizes(self) -> list[Size]:

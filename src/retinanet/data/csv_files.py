@@ -17,6 +17,7 @@ from typing import NamedTuple, TextIO
 
 from retinanet.data.collecting import Collector, Size, Where, clean_name, find_place, places
 from retinanet.data.dataset import Dataset
+from retinanet.data.kinds import Kind
 from retinanet.data.policies import decimal, whole
 from retinanet.data.rules import ImageFiles, brief, name_fault, side
 from retinanet.errors import DataError
@@ -213,12 +214,14 @@ class _Taker:
         where = Where(self.table.path.name, f"line {number}")
         if len(fields) != self.table.width:
             reason = f"needs {self.table.width} columns; got {len(fields)}: {brief(','.join(fields))}"
-            self.gathered.drop(where, "wrong columns", reason, "a name with a comma needs quotes around it")
+            self.gathered.drop(
+                where, Kind.WRONG_COLUMNS, reason, "a name with a comma needs quotes around it"
+            )
             return
         given = fields[self.path]
         if given not in self.files:
             if fault := name_fault(given):
-                self.gathered.drop(where, "bad file name", fault, "give the image's file name")
+                self.gathered.drop(where, Kind.BAD_FILE_NAME, fault, "give the image's file name")
                 return
             self.files[given] = clean_name(given, self.root, f"{self.table.path}: line {number}")
         image = self.gathered.image(self.files[given], where, self._size(fields))
@@ -232,13 +235,13 @@ class _Taker:
         if not all(values):
             reason = f"needs {','.join(COLUMNS)}; got {brief(','.join(values))}"
             fix = "fill in all of them, or none for an image without objects"
-            self.gathered.drop(where, "incomplete row", reason, fix)
+            self.gathered.drop(where, Kind.INCOMPLETE_ROW, reason, fix)
         elif len(corners) < 4:
             reason = f"needs four numbers; got {brief(values[:4])}"
-            self.gathered.drop(where, "not a number", reason, "correct them")
+            self.gathered.drop(where, Kind.NOT_A_NUMBER, reason, "correct them")
         elif label is None:
             reason = f"needs a class of the class file; got {brief(values[4])}"
-            self.gathered.drop(where, "unknown class", reason, "add it there, or correct the name")
+            self.gathered.drop(where, Kind.UNKNOWN_CLASS, reason, "add it there, or correct the name")
         else:
             x1, y1, x2, y2 = corners
             self.gathered.box(image, (x1, y1, x2, y2), label, where, own_id=number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from retinanet.data.dataset import Action, Fault
 from retinanet.data.kinds import Kind
@@ -33,6 +34,13 @@ class FaultLog:
     def repair(self, file: str, record: str, reason: str, kind: Kind, fix: str = "") -> None:
         """Name a record that has one meaning and got it."""
         self._add(file, record, reason, "repaired", kind, fix)
+
+    def take(self, faults: Iterable[Fault]) -> None:
+        """Add faults that are worded already."""
+        for fault in faults:
+            self.counts[str(fault.kind), fault.action] += 1
+            if self.room:
+                self.kept.append(fault)
 
     def count(self, action: Action, kind: Kind, number: int) -> None:
         """Count faults that are not worded."""

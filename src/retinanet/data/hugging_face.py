@@ -19,6 +19,7 @@ from retinanet.data.arrow_files import hugging_face_splits, read_batches, read_c
 from retinanet.data.collecting import Collector, Size, Where, clean_name
 from retinanet.data.dataset import Dataset
 from retinanet.data.image_files import suffix_of
+from retinanet.data.kinds import Kind
 from retinanet.data.rules import Box, Fence, ImageFiles, brief, number, side
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import cache_folder, write_bytes
@@ -274,7 +275,9 @@ class _Reader:
 
     def _file(self, row: _Row, where: Where) -> str | None:
         if row.file is None:
-            self.gathered.drop(where, "missing image", row.reason, "put the image there, or remove the row")
+            self.gathered.drop(
+                where, Kind.MISSING_IMAGE, row.reason, "put the image there, or remove the row"
+            )
             return None
         cache = cache_folder("images")
         embedded = Path(row.file).is_relative_to(cache)
@@ -283,7 +286,7 @@ class _Reader:
         root = self.gathered.root
         if embedded != (root == cache):
             reason = "needs its image in the file, or as a path, as the other rows"
-            self.gathered.drop(where, "missing image", reason, "give all images in one way")
+            self.gathered.drop(where, Kind.MISSING_IMAGE, reason, "give all images in one way")
             return None
         return clean_name(row.file, root, f"{self.source}: {where.file}: {where.record}")
 
@@ -292,7 +295,7 @@ class _Reader:
             if len(row.boxes) != len(row.labels):
                 reason = f"needs one class a box; got {len(row.boxes)} boxes and {len(row.labels)} classes"
                 where = Where(name, f"row {row.number}")
-                self.gathered.drop(where, "unknown class", reason, "correct the row's objects")
+                self.gathered.drop(where, Kind.UNKNOWN_CLASS, reason, "correct the row's objects")
                 continue
             for place, (box, label) in enumerate(zip(row.boxes, row.labels, strict=True)):
                 where = Where(name, f"row {row.number}, object {place}")
@@ -300,10 +303,10 @@ class _Reader:
                 known = index.get(label) if type(label) in (int, str) else None
                 if values is None:
                     reason = f"needs four numbers; got {brief(box)}"
-                    self.gathered.drop(where, "not a number", reason, "correct the box")
+                    self.gathered.drop(where, Kind.NOT_A_NUMBER, reason, "correct the box")
                 elif known is None:
                     reason = f"needs one of {len(classes)} classes; got {brief(label)}"
-                    self.gathered.drop(where, "unknown class", reason, "correct the class")
+                    self.gathered.drop(where, Kind.UNKNOWN_CLASS, reason, "correct the class")
                 else:
                     a, b, c, d = values
                     corners = (a, b, a + c, b + d) if form == "xywh" else values

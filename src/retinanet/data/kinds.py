@@ -39,6 +39,7 @@ class Kind(StrEnum):
     MIXED_IDS = "mixed ids", "Write all image ids as whole numbers, or all as text"
     # Files
     BAD_FILE_NAME = "bad file name", "Write the path of the image file, relative to the data set"
+    PATH_ELSEWHERE = "path elsewhere", "Write the path relative to the data set's own folder"
     MISSING_IMAGE = "missing image", "Put the image file there, or remove it from the list"
     DUPLICATE_LISTING = "duplicate listing", "List every image once"
     UNLISTED_IMAGE = (

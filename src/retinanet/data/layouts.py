@@ -23,6 +23,7 @@ from retinanet.data.csv_files import is_table_of_boxes, read_csv
 from retinanet.data.dataset import Dataset, Fault
 from retinanet.data.hugging_face import BoxFormat, read_hugging_face
 from retinanet.data.image_files import SUFFIXES
+from retinanet.data.kinds import Kind
 from retinanet.data.open_images import is_open_images, read_open_images
 from retinanet.data.rules import Fence, ImageFiles
 from retinanet.data.voc import main_splits, read_voc, split_lists
@@ -103,7 +104,9 @@ def _moved(dataset: Dataset, root: Path) -> Dataset:
         if found is None:
             reason = f"there is no image {name} in {root}"
             page = f"Annotations/{dataset.image_ids[index]}.xml"
-            faults.append(Fault(page, "filename", reason, "dropped", "missing image", "put it there"))
+            faults.append(
+                Fault(page, "filename", reason, "dropped", Kind.MISSING_IMAGE, Kind.MISSING_IMAGE.fix)
+            )
             continue
         files.append(found)
         kept.append(index)
@@ -112,7 +115,7 @@ def _moved(dataset: Dataset, root: Path) -> Dataset:
             f"{root}: holds none of the {len(dataset)} images of {dataset.name}, {dataset.files[0]} for one"
         )
     counts = Counter(dataset.fault_counts)
-    counts["missing image", "dropped"] += len(dataset) - len(kept)
+    counts[str(Kind.MISSING_IMAGE), "dropped"] += len(dataset) - len(kept)
     return replace(
         dataset.subset(kept),
         root=root,

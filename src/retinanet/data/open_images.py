@@ -13,6 +13,7 @@ from pathlib import Path
 from retinanet.data.collecting import Collector, Where
 from retinanet.data.csv_files import Row, read_rows
 from retinanet.data.dataset import Dataset
+from retinanet.data.kinds import Kind
 from retinanet.data.policies import decimal
 from retinanet.data.rules import brief, name_fault, refuse_escape
 from retinanet.errors import DataError
@@ -97,14 +98,14 @@ def _take(
     label = index.get(cells["LabelName"])
     if label is None:
         gathered.drop(
-            where, "unknown class", "needs a LabelName; it is empty", "fill it in, or remove the line"
+            where, Kind.UNKNOWN_CLASS, "needs a LabelName; it is empty", "fill it in, or remove the line"
         )
         return
     texts = [cells[name] for name in ("XMin", "YMin", "XMax", "YMax")]
     values = [value for value in map(decimal, texts) if value is not None]
     if len(values) < 4:
         reason = f"XMin, YMin, XMax, YMax need four numbers from 0 to 1; got {brief(texts)}"
-        gathered.drop(where, "not a number", reason, "correct them")
+        gathered.drop(where, Kind.NOT_A_NUMBER, reason, "correct them")
         return
     width, height = gathered.sizes[image] or (1, 1)
     x1, y1, x2, y2 = values
@@ -161,7 +162,7 @@ class _Images:
     def file(self, image_id: str, where: Where, gathered: Collector) -> str | None:
         """Return an image's path relative to the root."""
         if fault := name_fault(image_id):
-            gathered.drop(where, "bad file name", f"ImageID {fault}", "fill it in, or remove the line")
+            gathered.drop(where, Kind.BAD_FILE_NAME, f"ImageID {fault}", "fill it in, or remove the line")
             return None
         refuse_escape(image_id, f"{self.source}: {where.record}: ImageID")
         found = self.present.get(image_id)
@@ -184,7 +185,7 @@ class _Images:
             )
         reason = f"{len(self.absent):,} listed images are not there: {shown}{more}"
         fix = "download them, or leave it so: the others are used"
-        gathered.drop(Where(self.source.name, "ImageID"), "missing image", reason, fix)
+        gathered.drop(Where(self.source.name, "ImageID"), Kind.MISSING_IMAGE, reason, fix)
 
 
 def _images_in(base: Path, inside: Sequence[str]) -> dict[str, str]:

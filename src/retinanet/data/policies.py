@@ -1,7 +1,6 @@
 """What becomes of a box or number that is not as it should be: one judgement for every format.
 
-The kinds of fault named here are the same words in every report: "not finite", "equal corners", "reversed box",
-"empty box", "outside image", "duplicate box".
+COCO's reader keeps the same rules on columns, VOC's in its own coordinates.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from retinanet.data.kinds import Kind
 from retinanet.data.rules import Box, clip_box
 
 LONGEST_NUMBER = 64  # characters; what is longer is no coordinate
@@ -21,7 +21,7 @@ class Verdict(NamedTuple):
     """A box as it is to be used (None: not at all), and what was wrong with it (no `kind`: nothing)."""
 
     box: Box | None
-    kind: str = ""
+    kind: Kind | None = None
     reason: str = ""
     fix: str = ""
 
@@ -29,36 +29,44 @@ class Verdict(NamedTuple):
 def judge_box(corners: Box, width: int, height: int) -> Verdict:
     """Judge a box in an image of that size, all in pixels.
 
-    Repaired, because it has one meaning: a box that reaches beyond its image is cut to it. Dropped, because it has
-    none: corners that are not finite, equal (a click) or reversed (the order of the columns may be another), a side
-    of 0, a box outside its image. Within `rules.ROUNDING` of the border a box is cut and nothing is said.
+    Repaired, because it has one meaning: reversed corners are those of one rectangle all the same, and a box that
+    reaches beyond its image is cut to it. Dropped, because it has none: corners that are not finite, equal (a click),
+    a side of 0, a box outside its image. Within `rules.ROUNDING` of the border a box is cut and nothing is said.
     """
+    if fault := _fault(corners):
+        kind, reason, fix = fault
+        return Verdict(None, kind, f"{_box(corners)} {reason}", fix)
     x1, y1, x2, y2 = corners
-    if x1 < x2 and y1 < y2 and math.isfinite(x1 + y1 + x2 + y2):
-        box, reason = clip_box(corners, width, height)
-        if reason is None:
-            return Verdict(box)
-        kind = "outside image" if box is not None or "outside" in reason else "empty box"
+    upright = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+    box, reason = clip_box(upright, width, height)
+    if box is None:
+        kind = Kind.OUTSIDE_IMAGE if "outside" in (reason or "") else Kind.EMPTY_BOX
+        return Verdict(None, kind, f"{_box(corners)} {reason}")
+    if upright != corners:
+        fix = "swap its corners; where most boxes are so, the numbers are in another order"
+        return Verdict(box, Kind.REVERSED_BOX, f"{_box(corners)} is reversed; taken as {in_words(box)}", fix)
+    if reason is not None:
         fix = "correct the box, or the size of the image it was drawn on"
-    else:
-        box = None
-        kind, reason, fix = _fault(corners)
-    return Verdict(box, kind, f"box {in_words(corners)} (x1, y1, x2, y2) {reason}", fix)
+        return Verdict(box, Kind.OUTSIDE_IMAGE, f"{_box(corners)} {reason}", fix)
+    return Verdict(box)
 
 
-def _fault(corners: Box) -> tuple[str, str, str]:
+def _box(corners: Box) -> str:
+    return f"box {in_words(corners)} (x1, y1, x2, y2)"
+
+
+def _fault(corners: Box) -> tuple[Kind, str, str] | None:
     """Return kind, reason and fix of four numbers that are no box."""
     x1, y1, x2, y2 = corners
     if not all(math.isfinite(value) for value in corners):
-        return "not finite", "needs finite numbers", "remove the box or draw it again"
+        return Kind.NOT_FINITE, "needs finite numbers", "remove the box or draw it again"
     if (x1, y1) == (x2, y2):
-        return "equal corners", "has equal corners: a click, not a box", "remove it or draw the box"
-    if x2 < x1 or y2 < y1:
-        fix = "swap its corners; where most boxes are so, the numbers are in another order"
-        return "reversed box", "is reversed; x2 > x1 and y2 > y1 are required", fix
+        return Kind.EQUAL_CORNERS, "has equal corners: a click, not a box", "remove it or draw the box"
     if x2 == x1 or y2 == y1:
-        return "empty box", "has no area; x2 > x1 and y2 > y1 are required", "remove it or draw the box"
-    return "not finite", "needs smaller numbers", "remove the box or draw it again"
+        return Kind.EMPTY_BOX, "has no area; x2 > x1 and y2 > y1 are required", "remove it or draw the box"
+    if not math.isfinite(x1 + y1 + x2 + y2):
+        return Kind.NOT_FINITE, "needs smaller numbers", "remove the box or draw it again"
+    return None
 
 
 def in_words(corners: Box) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from retinanet.data.collecting import Collector, Where, clean_name
 from retinanet.data.dataset import Dataset
 from retinanet.data.image_files import is_image_name, list_files
+from retinanet.data.kinds import Kind
 from retinanet.data.policies import decimal, whole
 from retinanet.data.rules import Box, brief, name_fault, read_text_lines
 from retinanet.data.yolo_table import LARGEST_LIST, YoloSet, load_yolo
@@ -75,7 +76,7 @@ class _Reader:
     def __init__(self, found: YoloSet) -> None:
         self.found = found
         self.gathered = Collector(found.root)
-        self.gathered.faults += found.faults
+        self.gathered.log.take(found.faults)
         self.with_labels = 0
         self.seen: dict[str, None] = {}
 
@@ -85,7 +86,9 @@ class _Reader:
         images = self._images_in(entry) if is_folder else self._images_of(entry)
         for where, image in images:
             if image in self.seen:
-                self.gathered.repair(where, "duplicate listing", f"{image} is listed twice; it counts once")
+                self.gathered.repair(
+                    where, Kind.DUPLICATE_LISTING, f"{image} is listed twice; it counts once"
+                )
                 continue
             self.seen[image] = None
             self._image(where, image)
@@ -111,7 +114,7 @@ class _Reader:
             if not is_image_name(name) or name.rpartition("/")[2].startswith("."):
                 continue
             if fault := name_fault(name):
-                self.gathered.drop(Where(entry, "image"), "bad file name", fault, "rename the file")
+                self.gathered.drop(Where(entry, "image"), Kind.BAD_FILE_NAME, fault, "rename the file")
                 continue
             yield Where(prefix + name, "image"), prefix + name
 
@@ -137,7 +140,7 @@ class _Reader:
                 lines = read_text_lines(self.found.root / file, LARGEST_LABELS)
             except DataError as error:
                 fix = "write the labels again; the image is not used without them"
-                self.gathered.drop(Where(file, "file"), "unreadable labels", str(error), fix)
+                self.gathered.drop(Where(file, "file"), Kind.UNREADABLE_LABELS, str(error), fix)
                 return
         position = self.gathered.image(image, where)
         if position is None:
@@ -151,7 +154,7 @@ class _Reader:
         shape = _corners(fields, self.found.keypoints)
         if isinstance(shape, str):
             fix = "a line is `class xc yc width height`, or a class and a polygon of three or more points"
-            self.gathered.drop(where, "wrong columns", f"{shape}; got {brief(line.strip())}", fix)
+            self.gathered.drop(where, Kind.WRONG_COLUMNS, f"{shape}; got {brief(line.strip())}", fix)
             return
         number = whole(fields[0])
         label = None if number is None else self.found.labels.get(number)
@@ -159,7 +162,10 @@ class _Reader:
             known = f"{min(self.found.labels)} to {max(self.found.labels)}"
             reason = f"needs the number of a class of `names`, {known}; got {brief(fields[0])}"
             self.gathered.drop(
-                where, "unknown class", reason, f"correct the number, or add it to {self.found.source.name}"
+                where,
+                Kind.UNKNOWN_CLASS,
+                reason,
+                f"correct the number, or add it to {self.found.source.name}",
             )
             return
         width, height = self.gathered.sizes[position] or (1, 1)
@@ -177,7 +183,7 @@ class _Reader:
             if name.endswith(".txt") and file not in known and not name.endswith("classes.txt"):
                 fix = f"put the image into {entry}, or remove the label file"
                 self.gathered.drop(
-                    Where(file, "file"), "missing image", "there is no image for these labels", fix
+                    Where(file, "file"), Kind.MISSING_IMAGE, "there is no image for these labels", fix
                 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from retinanet.data.collecting import Where, clean_name
 from retinanet.data.dataset import Fault
+from retinanet.data.kinds import Kind
 from retinanet.data.policies import whole
 from retinanet.data.rules import Fence, brief, read_text_lines
 from retinanet.data.yaml_files import Plain, read_yaml
@@ -185,7 +186,12 @@ def _root(given: Plain | None, source: Path, faults: list[Fault]) -> Path:
     reason = f"{brief(given)} is no folder inside that of {source.name} and is not followed; its own folder is taken"
     faults.append(
         Fault(
-            source.name, "path", reason, "repaired", "path elsewhere", "remove the line, or give image_root"
+            source.name,
+            "path",
+            reason,
+            "repaired",
+            Kind.PATH_ELSEWHERE,
+            "remove the line, or give image_root",
         )
     )
     return base
@@ -205,6 +211,6 @@ def _entry(given: Plain, root: Path, where: Where, faults: list[Fault]) -> str:
     # As Roboflow writes it, for a file one folder further down than it lies.
     if inner != name and os.path.exists(root / clean_name(inner, root, label)):
         reason = f"{brief(given)} leads out of the data folder; {inner} in it is taken"
-        faults.append(Fault(*where, reason, "repaired", "path elsewhere", f"write {inner}"))
+        faults.append(Fault(*where, reason, "repaired", Kind.PATH_ELSEWHERE, f"write {inner}"))
         name = inner
     return clean_name(name, root, label)
