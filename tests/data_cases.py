@@ -138,7 +138,10 @@ def csv_set(
     return folder
 
 
-OPEN_IMAGES = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+OPEN_IMAGES = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
+    "IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+)
 LABELS = {"cat": "/m/01yrx", "dog": "/m/0bt9lr"}
 
 

@@ -197,7 +197,7 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         ([*train, "--backbone", "vit_tiny_patch16_224"], "feature maps at strides 8, 16 and 32"),
         ([*train, "--freeze", "stem"], "--freeze stem keeps a stage as loaded"),
         ([*train, "--batch-sise", "4"], "train has no option --batch-sise. Did you mean '--batch-size'?"),
-        ([*train, "--frobnicate"], "train has no option --frobnicate. See `retinanet train --help`"),
+        ([*train, "--xyzzy"], "train has no option --xyzzy. See `retinanet train --help`"),
         ([*train, "--lr", "fast"], "--lr needs a number; got 'fast'"),
         ([*train, "--steps=1.5"], "--steps needs a whole number; got '1.5'"),
         ([*train, "--optimizer", "sgdd"], "one of sgd, adamw, muon; got 'sgdd'. Did you mean 'sgd'?"),

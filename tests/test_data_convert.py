@@ -267,7 +267,7 @@ def test_a_fault_of_the_data_gives_exit_1(tmp_path: Path, capsys: pytest.Capture
     assert len(read(tmp_path / "out")) == 2
     code, said = run(capsys, folder, tmp_path / "strict", "--format", "coco", "--strict")
     assert code == 2
-    assert "strict reading refuses the 7 faults of split 'train'" in said
+    assert "strict reading refuses 7 faults of split 'train'" in said
     assert not (tmp_path / "strict").exists()
 
 
@@ -318,6 +318,14 @@ def test_a_form_of_boxes_can_be_told(tmp_path: Path, capsys: pytest.CaptureFixtu
         (
             ["in", "out", "--format", "voc", "--seed", "-1", "--split-shares", "0.8,0.2"],
             "--seed needs 0 or more",
+        ),
+        (
+            ["in", "out", "--format", "voc", "--seed", "3"],
+            "--seed belongs to --split-shares, which is not given",
+        ),
+        (
+            ["in", "out", "--format", "voc", "--box-format", "xywh"],
+            "box_format is for Hugging Face data sets; CSV says",
         ),
         (["in", "out", "--format", "voc", "--image-root", "none"], "image_root needs a folder of images"),
     ],
@@ -395,3 +403,29 @@ def test_training_says_how_to_make_a_split(tmp_path: Path, capsys: pytest.Captur
         main(line[1:])
     assert stop.value.code == 0
     assert available_splits(tmp_path / "out") == ("train", "val")
+
+
+def test_training_and_evaluation_say_what_was_read_and_may_be_strict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = csv_set(tmp_path / "in", classes="cat,0\ndog,1\n")
+    results = tmp_path / "results.json"
+    results.write_text('[{"image_id": "v", "category_id": 0, "bbox": [25, 10, 10, 10], "score": 0.9}]')
+    judge = ["evaluate", "--detections", str(results), str(folder), "--output"]
+    train = ["train", str(folder), "--pretrained", "none", "--output", str(tmp_path / "run"), "--strict"]
+    with pytest.raises(SystemExit) as stop:
+        main([*judge, str(tmp_path / "a"), "--strict"])
+    assert stop.value.code == 0
+    assert "read as CSV: 1 split, 2 classes, 1 image\n" in capsys.readouterr().err
+    with (folder / "val.csv").open("a") as stream:
+        stream.write("images/v.png,9,9,3,3,cat\n")
+    for command in ([*judge, str(tmp_path / "b"), "--strict"], train):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2
+        assert (
+            "strict reading refuses 1 fault of split 'val': val.csv: line 2: box" in capsys.readouterr().err
+        )
+    with pytest.raises(SystemExit) as stop:
+        main([*judge, str(tmp_path / "c")])
+    assert stop.value.code == 0

@@ -57,6 +57,13 @@ def test_files_of_splits_are_read(
     assert boxes_by_image(open_dataset(tmp_path / "train.csv", "any")) == expected(SPLITS["train"])
 
 
+def test_a_table_may_have_empty_columns_at_its_end(tmp_path: Path) -> None:
+    picture(tmp_path / "images/a.png")
+    write(tmp_path / "train.csv", f"path,x1,y1,x2,y2,class,,\n{CAT},,\n{CAT.replace('cat', 'dog')}\n")
+    dataset = open_dataset(tmp_path, "train")
+    assert (len(dataset.boxes), dataset.faults) == (2, ())
+
+
 def test_columns_are_found_by_name_among_others(tmp_path: Path) -> None:
     picture(tmp_path / "train/a.png")
     rows = "filename,width,height,class,xmin,ymin,xmax,ymax,note\na.png,20,30,cat,4,6,14,26,x\n"
@@ -157,6 +164,9 @@ def test_sizes_may_be_unknown_without_images(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path, "train", images="absent")
     assert dataset.size(0) == (14, 27)
     assert kinds(dataset) == [("missing size", "repaired")]
+    picture(tmp_path / "images/a.png")  # asked where it is there, though none has to be
+    dataset = open_dataset(tmp_path, "train", images="absent")
+    assert (dataset.size(0), dataset.faults) == ((40, 30), ())
 
 
 @pytest.mark.parametrize("place", ["", "images", "train", "images/train", "train/images", "../images", ".."])
@@ -191,6 +201,7 @@ def test_another_root_holds_the_images(tmp_path: Path) -> None:
         ("images/a.png,1,2,3,4,cat\n" + "x" * 70_000, r"line 2: needs at most 65,536 characters"),
         ("x" * 70_000, r"line 1: needs at most 65,536 characters"),
         ('"' + "x\n" * 70_000, r"needs sound CSV; field larger than field limit"),
+        ("images/a.png,1,2,3,4,5,6,7\nimages/a.png,1,2", r"classes: Classes needs at least one class name"),
         ("images/a.png,,,,,\n", r"classes: Classes needs at least one class name; none was given"),
         ("../a.png,1,2,3,4,cat", r"train.csv: line 1: needs a path inside the data folder"),
         ("/etc/passwd,1,2,3,4,cat", r"line 1: needs a path inside the data folder"),
@@ -209,6 +220,15 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     write(tmp_path / "data/train.csv", text.encode("latin-1"))
     with pytest.raises(DataError, match=message):
         read_csv(tmp_path / "data/train.csv", split="train")
+
+
+def test_a_file_without_a_usable_row_is_refused(tmp_path: Path) -> None:
+    csv_set(tmp_path, classes="cat,0\n")
+    write(tmp_path / "train.csv", ",1,2,3,4,cat\nimages/a.png,1,2\n")
+    with pytest.raises(
+        DataError, match=r"at least one usable image in split 'train'; got none. train.csv: line 1: needs a"
+    ):
+        read_csv(tmp_path / "train.csv", split="train")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_splits_on_disk_are_read(tmp_path: Path, cache: Path, make: Any) -> None
         (["default/train/0000.parquet", "default/test/0000.parquet"], ("train", "test")),
         (["extra-00000-of-00001.parquet"], ("extra",)),
         (["boxes.parquet"], ()),
+        (["train.parquet", "boxes.parquet"], ("train", "boxes")),
     ],
 )
 def test_splits_are_told_from_names(tmp_path: Path, files: list[str], splits: tuple[str, ...]) -> None:
@@ -164,6 +165,17 @@ def test_sound_boxes_never_prove_the_other_form(boxes: Any, form: str) -> None:
         values = box if form == "xyxy" else (x, y, box[2] - x, box[3] - y)
         evidence.take(values, (40, 30))
     assert evidence.proven() in (form, None)
+
+
+def test_a_rare_fault_proves_nothing() -> None:
+    evidence = Evidence()
+    for _ in range(199):
+        evidence.take((0, 0, 5, 5), (40, 30))
+    evidence.take((9, 9, 5, 5), (40, 30))  # one reversed box in 200, of xyxy or xywh
+    assert evidence.proven() is None
+    evidence.take((9, 9, 5, 5), (40, 30))
+    evidence.take((9, 9, 5, 5), (40, 30))
+    assert evidence.proven() == "xywh"
 
 
 def test_shares_are_not_pixels(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_strict_reading_names_the_first_faults(tmp_path: Path) -> None:
     folder = csv_set(tmp_path, classes="cat,0\ndog,1\n")
     rows = "".join(f"images/a.png,{i},1,0,5,cat\n" for i in range(1, 6))
     write(folder / "train.csv", (folder / "train.csv").read_text() + rows)
-    message = r"refuses the 5 faults of split 'train': train.csv: line 4: .*line 5: .*line 6: .*; and 2 more"
+    message = r"refuses 5 faults of split 'train': train.csv: line 4: .*line 5: .*line 6: .*; and 2 more"
     with pytest.raises(DataError, match=message):
         open_dataset(folder, "train", strict=True)
     assert len(open_dataset(folder, "val", strict=True)) == 1

@@ -151,7 +151,7 @@ def test_lines_that_are_dropped(tmp_path: Path, line: str, kind: str, reason: st
     assert reason in dataset.faults[0].reason
     assert dataset.faults[0].fix
     with pytest.raises(
-        DataError, match=r"strict reading refuses the 1 faults of split 'train': labels/train/a.txt"
+        DataError, match=r"strict reading refuses 1 fault of split 'train': labels/train/a.txt"
     ):
         open_dataset(tmp_path, "train", strict=True)
 
@@ -243,6 +243,8 @@ def test_without_a_table_classes_stand_in_a_list(tmp_path: Path, classes: str, s
     dataset = open_dataset(tmp_path, "train")
     assert boxes_by_image(dataset) == expected(SPLITS["train"])
     assert dataset.faults == ()
+    with pytest.raises(DataError, match=r"image_root stands for the `path` of a data.yaml; there is none"):
+        open_dataset(tmp_path, "train", image_root=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -748,7 +748,7 @@ def test_coverage_by_hand(tmp_path: Path) -> None:
 
 
 def test_splits_must_be_there(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one file"):
+    with pytest.raises(DataError, match=r"is one set without splits\. Make them"):
         run_training(TrainingOptions(data=str(data / "annotations" / "instances_train.json")))
     with pytest.raises(DataError):
         run_training(TrainingOptions(data=str(tmp_path / "nowhere")))

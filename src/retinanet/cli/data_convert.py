@@ -34,7 +34,7 @@ class Convert:
     """Divide the train split, or a set without splits, into train, val and perhaps test by these shares, such as
     0.8,0.1,0.1: every class in proportion, images of equal bytes together. Other splits stay."""
     seed: int = 0
-    """Equal seeds make equal splits."""
+    """Of --split-shares: equal seeds make equal splits."""
     image_root: Annotated[str | None, OPTIONAL_FOLDER] = None
     """Folder of the images, where it is another than the format says; links may lead there, nowhere else."""
     box_format: Literal["auto", "xyxy", "xywh"] = "auto"
@@ -79,7 +79,11 @@ class Convert:
     def _shares(self) -> tuple[float, ...]:
         from retinanet.data.splitting import check_shares
 
+        if self.seed < 0:
+            raise ConfigError(f"--seed needs 0 or more; got {self.seed}")
         if self.split_shares is None:
+            if self.seed:
+                raise ConfigError("--seed belongs to --split-shares, which is not given")
             return ()
         try:
             shares = tuple(float(part) for part in self.split_shares.split(","))
@@ -88,8 +92,6 @@ class Convert:
                 f"--split-shares needs numbers with commas, such as 0.8,0.1,0.1; got {self.split_shares!r}"
             ) from None
         check_shares(shares)
-        if self.seed < 0:
-            raise ConfigError(f"--seed needs 0 or more; got {self.seed}")
         return shares
 
     def _open(self) -> dict[str, Dataset]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class Collector:
     Args:
         root: the folder that image files are relative to.
         fence: the folder that no image may lie outside of, not even by a link; `root` when not given.
-        images: "absent" looks at no image file.
+        images: "absent" asks image files that are there for sizes that are missing, and needs none.
     """
 
     def __init__(self, root: Path, *, fence: Path | None = None, images: ImageFiles = "required") -> None:
@@ -88,6 +89,9 @@ class Collector:
                 fix = "replace the file by a sound one, or take it out of the data set"
                 self.drop(where, "unreadable image", f"its size cannot be read: {error}", fix)
                 return None
+        elif size is None and self.fence.holds_file(self.root / file):
+            with suppress(ImageError):
+                size = read_size(self.root / file)
         self.files.append(file)
         self.sizes.append(size)
         self._listed.append(where)
@@ -211,7 +215,7 @@ def places(folder: Path, split: str) -> list[tuple[Path, Path]]:
 
 
 def find_place(files: Iterable[str], choices: Sequence[tuple[Path, Path]], source: Path) -> tuple[Path, Path]:
-    """Return the first place that holds the first image that is found at all.
+    """Return the first place that holds the first image that is found at all; any place for no images.
 
     Raises:
         DataError: none is found anywhere.
@@ -223,6 +227,8 @@ def find_place(files: Iterable[str], choices: Sequence[tuple[Path, Path]], sourc
         for place, base in folders:
             if os.path.isfile(place / file):
                 return place, base
+    if not count:
+        return choices[0]
     raise DataError(
         f"{source}: none of its {count:,} image files was found, {brief(example)} for one. Tried: "
         f"{', '.join(str(place) for place, _ in choices)}. Put them in one of these places, or name their "

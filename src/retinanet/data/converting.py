@@ -19,7 +19,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.image_files import is_image_name, suffix_of
 from retinanet.data.rules import name_fault
 from retinanet.data.voc_writing import holds_corners, write_voc_list, write_voc_pages
-from retinanet.data.yolo import OTHER_KEYS
+from retinanet.data.yolo_table import OTHER_KEYS
 from retinanet.data.yolo_writing import write_yolo_labels, write_yolo_table
 from retinanet.errors import ConfigError, DataError
 from retinanet.records import Classes, Ignore

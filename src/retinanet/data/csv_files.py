@@ -112,7 +112,8 @@ def read_csv(
     the images.
 
     Args:
-        images: "absent" looks at no image file; a missing size is then the smallest that holds the boxes.
+        images: "absent" needs no image file; a size that neither the table nor a file gives is then the smallest
+            that holds the boxes.
         together: the files of the other splits.
 
     Raises:
@@ -125,7 +126,12 @@ def read_csv(
     choices = places(root, split) if image_root is None else [(root, root)]
     named = ((row.fields[table.columns["path"]], row.number) for row in table.named())
     files = (clean_name(name, root, f"{source}: line {number}") for name, number in named)
-    place, fence = find_place(files, choices, source) if images == "required" else (root, root)
+    try:
+        place, fence = find_place(files, choices, source)
+    except DataError:
+        if images == "required":
+            raise
+        place, fence = root, root
     gathered = Collector(place, fence=fence, images=images)
     _Taker(table, classes, root, gathered).take_rows()
     return gathered.finish(name=source.name, split=split, classes=classes, source=source)
@@ -158,6 +164,7 @@ class _Table:
         first = next(read_rows(path), None)
         if first is None:
             raise DataError(f"{path}: needs lines of {','.join(COLUMNS)}; the file is empty")
+        _cut(first, len(COLUMNS))
         columns = columns_of(first)
         self.has_header = columns is not None
         self.columns = columns or {column: place for place, column in enumerate(COLUMNS)}

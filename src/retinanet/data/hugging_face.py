@@ -1,28 +1,26 @@
 """Hugging Face data sets on disk, with a column `objects` of boxes and classes: parquet files, or `save_to_disk`.
 
 Boxes may be xyxy or xywh: nothing in the files says which. It has to be told, or to be proven by the boxes: where one
-reading turns some of them around or out of their image and the other none.
+reading turns at least one in a hundred around or out of its image and the other none.
 Format: https://huggingface.co/docs/datasets/object_detection, https://huggingface.co/docs/datasets/loading#parquet
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from retinanet.data.arrow_files import hugging_face_splits, read_batches, read_class_names
 from retinanet.data.collecting import Collector, Size, Where, clean_name
 from retinanet.data.dataset import Dataset
 from retinanet.data.image_files import suffix_of
-from retinanet.data.rules import Box, Fence, ImageFiles, brief, number, read_bytes, side
-from retinanet.errors import ConfigError, DataError, MissingExtraError
+from retinanet.data.rules import Box, Fence, ImageFiles, brief, number, side
+from retinanet.errors import ConfigError, DataError
 from retinanet.folders import cache_folder, write_bytes
 from retinanet.records import Classes, Ignore
 
@@ -30,11 +28,10 @@ BoxFormat: TypeAlias = Literal["auto", "xyxy", "xywh"]
 
 BOXES = ("bbox", "bboxes", "boxes", "box")
 LABELS = ("category", "categories", "label", "labels", "category_id", "class", "class_id")
+# Of all boxes; fewer may be wrong themselves, while the wrong reading contradicts about half of them.
+PROVING_SHARE = 0.01
 SLACK = 1.0  # pixels that a box may reach beyond its image and prove nothing
 LARGEST_IMAGE = 2**28  # bytes of one file
-LARGEST_GROUP = 2**32  # bytes of one row group, as its header says
-ROWS_AT_ONCE = 32
-LARGEST_JSON = 2**26
 
 
 class _Row(NamedTuple):
@@ -73,8 +70,9 @@ class Evidence:
         self.against_xywh += c < 0 or d < 0 or a + c > width + SLACK or b + d > height + SLACK
 
     def proven(self) -> Literal["xyxy", "xywh"] | None:
-        """Return the one reading that no box contradicts."""
-        if bool(self.against_xyxy) == bool(self.against_xywh):
+        """Return the one reading that no box contradicts, where a share of them contradict the other."""
+        against = max(self.against_xyxy, self.against_xywh)
+        if min(self.against_xyxy, self.against_xywh) or against == 0 or against < PROVING_SHARE * self.boxes:
             return None
         return "xywh" if self.against_xyxy else "xyxy"
 
@@ -117,13 +115,12 @@ def read_hugging_face(
     evidence, values, names = Evidence(), set[Any](), None
     for name, paths in splits.items():
         for path in paths:
-            names = names or _class_names(path)
+            names = names or read_class_names(path, LABELS)
             sized = images == "absent" or name != key
             for row in _rows(path, with_images=False):
                 values.update(label for label in row.labels if type(label) in (int, str))
-                if (
-                    sized or row.size
-                ):  # without a size, those of the split asked for are held against its images
+                # Without a size here, boxes of the split asked for are held against its images below.
+                if sized or row.size:
                     _take_evidence(evidence, row, row.size)
     classes, index = _classes(names, values, source)
     root = folder if image_root is None else Path(os.path.abspath(image_root))
@@ -135,128 +132,6 @@ def read_hugging_face(
     return reader.gathered.finish(
         name=source.name, split=split, classes=classes, source=source, image_ids=reader.image_ids()
     )
-
-
-def hugging_face_splits(source: Path) -> dict[str, tuple[Path, ...]]:
-    """Return the data files of each split; "" is a set without splits; none where `source` is no such data set."""
-    if source.is_file():
-        return {"": (source,)} if source.suffix.lower() == ".parquet" else {}
-    if (source / "dataset_dict.json").is_file():
-        listed = _json(source / "dataset_dict.json").get("splits")
-        names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-        return {name: _arrow_files(source / clean_name(name, source, str(source))) for name in names}
-    if (source / "state.json").is_file():
-        return {"": _arrow_files(source)}
-    found: dict[str, list[Path]] = {}
-    for path in sorted(
-        [*source.glob("*.parquet"), *source.glob("*/*.parquet"), *source.glob("*/*/*.parquet")]
-    ):
-        found.setdefault(_split_of(path, source), []).append(path)
-    return {name: tuple(paths) for name, paths in found.items()}
-
-
-def _split_of(path: Path, source: Path) -> str:
-    """Return the split in a file's name, `train-00000-of-00002.parquet`, or in that of its folder."""
-    usual = r"(train|validation|valid|val|test)"
-    if named := re.match(rf"{usual}\b|(\w+)-\d+-of-\d+", path.name):
-        return named[1] or named[2]
-    inside = path.parent.name if path.parent != source else ""
-    return inside if re.fullmatch(usual, inside) else ""
-
-
-def _arrow_files(folder: Path) -> tuple[Path, ...]:
-    state = _json(folder / "state.json")
-    if state.get("_indices_data_files"):
-        raise DataError(f"{folder}: holds a selection of rows; call flatten_indices() before save_to_disk")
-    listed = state.get("_data_files")
-    names = (
-        [item.get("filename") for item in listed if isinstance(item, dict)]
-        if isinstance(listed, list)
-        else []
-    )
-    where = f"{folder / 'state.json'}: _data_files"
-    return tuple(folder / clean_name(name if isinstance(name, str) else "", folder, where) for name in names)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_bytes(path, limit=LARGEST_JSON))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: needs JSON; {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: needs a JSON object; got {brief(found)}")
-    return found
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise MissingExtraError("pyarrow", "parquet") from None
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return DataError(f"{path}: needs a sound parquet or Arrow file; {reason}")
-
-
-def _batches(path: Path, columns: Callable[[Sequence[str]], list[str]]) -> Iterator[dict[str, list[Any]]]:
-    """Yield some rows at a time, as lists by column; whatever pyarrow raises on hostile bytes is a `DataError`."""
-    arrow, parquet = _import("pyarrow"), _import("pyarrow.parquet")
-    try:
-        if path.suffix.lower() == ".parquet":
-            file = parquet.ParquetFile(path)
-            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-            if any(group.total_byte_size > LARGEST_GROUP for group in groups):
-                raise DataError(f"{path}: needs row groups below 4 GiB; write it with smaller ones")
-            wanted = columns(file.schema_arrow.names)
-            batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted)
-        else:
-            batches = arrow.ipc.open_stream(arrow.memory_map(str(path)))
-            wanted = columns(batches.schema.names)
-        for batch in batches:
-            batch.validate(full=True)
-            for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                part = batch.slice(start, ROWS_AT_ONCE)
-                yield {name: part.column(name).to_pylist() for name in wanted}
-    except DataError:
-        raise
-    except Exception as error:
-        raise _damaged(path, error) from error
-
-
-def _class_names(path: Path) -> list[str] | None:
-    """Return the class names in the features that `datasets` writes into its files, None where there are none."""
-    arrow, parquet = _import("pyarrow"), _import("pyarrow.parquet")
-    try:
-        if path.suffix.lower() == ".parquet":
-            schema = parquet.read_schema(path)
-        else:
-            schema = arrow.ipc.open_stream(arrow.memory_map(str(path))).schema
-        text = (schema.metadata or {}).get(b"huggingface", b"null")
-        document = json.loads(text) if len(text) <= LARGEST_JSON else None
-    except (ValueError, RecursionError):
-        return None
-    except Exception as error:
-        raise _damaged(path, error) from error
-    for key in ("info", "features", "objects"):
-        document = document.get(key) if isinstance(document, dict) else None
-    return next((names for key in LABELS for names in _names_under(document, key)), None)
-
-
-def _names_under(node: Any, key: str, inside: bool = False, depth: int = 0) -> Iterator[list[str]]:
-    """Yield the lists `names` of text that stand at or below a key."""
-    if depth > 8:
-        return
-    if isinstance(node, dict):
-        names = node.get("names")
-        if inside and isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-            yield names
-        for name, inner in node.items():
-            yield from _names_under(inner, key, inside or name == key, depth + 1)
-    elif isinstance(node, list):
-        for inner in node[:100]:
-            yield from _names_under(inner, key, inside, depth + 1)
 
 
 def _classes(names: list[str] | None, values: set[Any], source: Path) -> tuple[Classes, dict[Any, int]]:
@@ -320,7 +195,7 @@ def _rows(path: Path, *, with_images: bool) -> Iterator[_Row]:
         return ["objects", *images, *(name for name in ("image_id", "width", "height") if name in names)]
 
     place = 0
-    for columns in _batches(path, wanted):
+    for columns in read_batches(path, wanted):
         image = next((columns[name] for name in ("image", "img") if name in columns), None)
         for offset, objects in enumerate(columns["objects"]):
             own = {name: columns[name][offset] for name in ("image_id", "width", "height") if name in columns}

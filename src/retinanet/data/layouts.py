@@ -17,15 +17,17 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from retinanet.data.arrow_files import hugging_face_splits
 from retinanet.data.coco import read_coco
 from retinanet.data.csv_files import is_table_of_boxes, read_csv
 from retinanet.data.dataset import Dataset, Fault
-from retinanet.data.hugging_face import BoxFormat, hugging_face_splits, read_hugging_face
+from retinanet.data.hugging_face import BoxFormat, read_hugging_face
 from retinanet.data.image_files import SUFFIXES
 from retinanet.data.open_images import is_open_images, read_open_images
 from retinanet.data.rules import Fence, ImageFiles
 from retinanet.data.voc import main_splits, read_voc, split_lists
-from retinanet.data.yolo import NAMES, folder_splits, load_yolo, read_yolo
+from retinanet.data.yolo import read_yolo
+from retinanet.data.yolo_table import NAMES, folder_splits, load_yolo
 from retinanet.errors import DataError
 
 T = TypeVar("T")

@@ -36,9 +36,10 @@ def open_dataset(
     Args:
         data: a folder in one of the layouts of `layouts`, or the file that describes the data set: COCO JSON, YOLO's
             `data.yaml`, a CSV or parquet file.
-        images: "absent" reads annotations only and looks at no image file. YOLO and Open Images, whose boxes are
-            shares of their images, need the files all the same.
-        image_root: the folder that the images are in, where it is another than the format says; see each reader.
+        images: "absent" needs no image file. YOLO and Open Images, whose boxes are shares of their images, need
+            them all the same; CSV takes the sizes that it lacks from those that are there.
+        image_root: the folder that the images are in, where it is another than the format says; see each reader. It
+            stands for VOC's `JPEGImages` and for the `path` of a `data.yaml`.
         box_format: how the boxes of a Hugging Face data set are to be read; "auto" takes what they prove.
         strict: refuse a data set of which anything had to be repaired or dropped.
 
@@ -52,6 +53,10 @@ def open_dataset(
             f"{data}: has no split {split!r}; there are: {', '.join(opened.splits)}."
             + did_you_mean(split, opened.names)
         )
+    if box_format != "auto" and opened.format != "Hugging Face":
+        raise DataError(
+            f"{data}: box_format is for Hugging Face data sets; {opened.format} says itself what boxes are"
+        )
     dataset = opened.read(split, Reading(images, root, box_format))
     name = os.path.basename(os.path.abspath(path)) if path.is_dir() else dataset.name
     dataset = replace(dataset, name=name or str(path), format=opened.format)
@@ -60,7 +65,7 @@ def open_dataset(
         first = "; ".join(map(str, dataset.faults[:FAULTS_SHOWN]))
         more = f"; and {count - FAULTS_SHOWN:,} more" if count > FAULTS_SHOWN else ""
         raise DataError(
-            f"{data}: strict reading refuses the {count:,} faults of split {split!r}: {first}{more}"
+            f"{data}: strict reading refuses {_count(count, 'fault')} of split {split!r}: {first}{more}"
         )
     return dataset
 

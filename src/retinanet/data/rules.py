@@ -51,6 +51,14 @@ def read_bytes(path: Path, *, limit: int | None = None, first: int = -1) -> byte
         raise DataError(f"{path}: cannot be read: {reason}") from None
 
 
+def read_text_lines(path: Path, limit: int) -> list[str]:
+    """Return the lines of a text file in UTF-8, with a byte order mark or without; see `read_bytes`."""
+    try:
+        return read_bytes(path, limit=limit).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: needs text in UTF-8; {error}") from None
+
+
 def number(value: Any) -> float | None:
     """Return a number as a float, None for everything else (bool, text, integers beyond float)."""
     if type(value) is float:
