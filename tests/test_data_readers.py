@@ -687,6 +687,14 @@ def test_coco_ids_are_compared_as_text_and_come_back_as_given(tmp_path: Path) ->
     assert dataset.index_of_image_id()["x/3"] == 1
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-le"])
+def test_coco_is_read_in_any_encoding_of_json(tmp_path: Path, encoding: str) -> None:
+    path = coco_folder(tmp_path)
+    text = json.dumps(changed("categories", 0, name="hünd"), ensure_ascii=False)
+    path.write_bytes((text + " " * 5000).encode(encoding))
+    assert read_coco(path, split="train").classes.names == ("cat", "hünd")
+
+
 def test_coco_takes_paths_as_windows_writes_them(tmp_path: Path) -> None:
     picture(tmp_path / "sub/b.png")
     dataset = read_coco(coco_folder(tmp_path, changed("images", 1, file_name="sub\\b.png")), split="train")

@@ -209,7 +209,7 @@ STORED = [
         "GIF",
         Image.new("L", (4, 2)),
         {"save_all": True, "append_images": [Image.new("L", (4, 2), GREY)]},
-        "L",
+        "P",
         2,
     ),
     (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -121,7 +122,8 @@ class Document:
                 mended = _SURROGATES.sub(lambda found: _whole_characters(found[0]), content)
                 if mended == content:
                     raise
-                return msgspec.json.decode(mended, type=dict[str, Raw])
+                content = mended
+                return msgspec.json.decode(content, type=dict[str, Raw])
         except RecursionError:
             raise DataError(
                 f"{self.source}: needs COCO JSON; its brackets are nested too deeply for that"
@@ -153,10 +155,11 @@ def _content(source: Path) -> bytes:
     """Return the bytes of the file in UTF-8; a large one that cannot be JSON is refused before it is read whole."""
     start = read_bytes(source, limit=LARGEST_FILE, first=START)
     encoding = json.detect_encoding(start[:4])
-    if encoding == "utf-8":
-        if len(start) == START and start.lstrip()[:1] not in (b"{", b"["):
+    if encoding in ("utf-8", "utf-8-sig"):
+        text = start.removeprefix(BOM_UTF8).lstrip()
+        if len(start) == START and text[:1] not in (b"{", b"["):
             raise DataError(f"{source}: needs COCO JSON, an object; it begins with {brief(start[:16])}")
-        return read_bytes(source, limit=LARGEST_FILE)
+        return read_bytes(source, limit=LARGEST_FILE).removeprefix(BOM_UTF8)
     try:
         return read_bytes(source, limit=LARGEST_WIDE).decode(encoding).encode()
     except ValueError as error:
