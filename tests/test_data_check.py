@@ -108,6 +108,8 @@ def test_a_clean_data_set_is_counted_and_left_alone(
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.json"}
     found = json.loads((tmp_path / "report" / "report.json").read_text())
     assert json.loads(out) == found
+    assert found["read_as"] == "read as COCO: 2 splits, 2 classes, 5 images"
+    assert found["read_as"] in err
     train, val = found["splits"]
     assert (train["split"], train["images"], train["empty"], train["objects"]) == ("train", 3, 1, 3)
     assert train["per_class"] == {"cat": 2, "dog": 1}

@@ -53,6 +53,7 @@ class Check:
     """Print report.json instead of the summary."""
 
     def run(self) -> int:
+        from retinanet.data import read_as
         from retinanet.training.advice import exit_code, sentences
         from retinanet.training.progress import plain_console
 
@@ -62,12 +63,13 @@ class Check:
         datasets, refused = read_splits(self.data)
         folder = new_folder(self.output, "check", outside=self.data)
         console = plain_console()
+        console.print(read_as(*datasets), soft_wrap=True)
         splits = [self._audited(dataset, console) for dataset in datasets]
         if console.is_terminal:
             console.print("comparing anchors ...")
         found, frame = self._found(options, splits, refused)
         said = sentences(found)
-        values = {**found.to_json(), "sentences": [{"level": one.level, "text": one.text} for one in said]}
+        values = {**found.to_json(), "read_as": read_as(*datasets), "sentences": [{"level": one.level, "text": one.text} for one in said]}
         write_json(folder / "report.json", values)
         _write_page(folder / "report.html", values, splits, frame)
         if self.json:

@@ -60,7 +60,7 @@ def write_data_page(
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}{OF_CHECK}</style></head><body>
-<h1>{title}</h1><p class="note">{escape(data)}</p>
+<h1>{title}</h1><p class="note">{escape(data)}, {escape(str(found["read_as"]))}</p>
 {chr(10).join(block for block in blocks if block)}
 </body></html>
 """,
