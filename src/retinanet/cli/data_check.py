@@ -63,13 +63,18 @@ class Check:
         datasets, refused = read_splits(self.data)
         folder = new_folder(self.output, "check", outside=self.data)
         console = plain_console()
-        console.print(read_as(*datasets), soft_wrap=True)
+        read = read_as(*datasets)
+        console.print(read, soft_wrap=True)
         splits = [self._audited(dataset, console) for dataset in datasets]
         if console.is_terminal:
             console.print("comparing anchors ...")
         found, frame = self._found(options, splits, refused)
         said = sentences(found)
-        values = {**found.to_json(), "read_as": read_as(*datasets), "sentences": [{"level": one.level, "text": one.text} for one in said]}
+        values = {
+            **found.to_json(),
+            "read_as": read,
+            "sentences": [{"level": one.level, "text": one.text} for one in said],
+        }
         write_json(folder / "report.json", values)
         _write_page(folder / "report.html", values, splits, frame)
         if self.json:
