@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
@@ -192,8 +194,6 @@ def test_a_picture_changes_from_epoch_to_epoch(shapes: Path) -> None:
 
 def test_an_unreadable_image_is_named_and_replaced(shapes: Path, tmp_path: Path) -> None:
     data = tmp_path / "broken"
-    import shutil
-
     shutil.copytree(shapes, data)
     dataset = open_dataset(data, "train")
     dataset.path(3).write_bytes(b"no image")
@@ -207,6 +207,21 @@ def test_an_unreadable_image_is_named_and_replaced(shapes: Path, tmp_path: Path)
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"^training needs images that can be read; none of 10 can"):
             batches(dataset, workers=workers)
+
+
+def test_an_image_of_another_size_than_annotated_is_named_and_replaced(shapes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "other"
+    shutil.copytree(shapes, data)
+    dataset = open_dataset(data, "train")
+    with Image.open(dataset.path(3)) as image:
+        smaller = image.resize((image.width // 2, image.height))
+    smaller.save(dataset.path(3))
+    side = dataset.size(3)[0]
+    named = {name for batch in batches(dataset) for name in batch.failed}
+    assert named == {
+        f"{dataset.path(3)}: needs {side} x {side} pixels, as annotated; got {side // 2} x {side}. "
+        "`retinanet data check` says more"
+    }
 
 
 def test_scales_become_input_sizes_of_whole_cells() -> None:

@@ -128,9 +128,12 @@ def _divided(splits: dict[str, Dataset], shares: Sequence[float], seed: int) -> 
 
 def _show_faults(parts: Sequence[Dataset]) -> int:
     """Print the first faults and the number of them; return how many records were dropped."""
-    faults = [fault for part in parts for fault in part.faults]
-    for fault in faults[:FAULTS_SHOWN]:
+    shown = [fault for part in parts for fault in part.faults][:FAULTS_SHOWN]
+    for fault in shown:
         print(f"  {fault}", file=sys.stderr)
-    if len(faults) > FAULTS_SHOWN:
-        print(f"  and {len(faults) - FAULTS_SHOWN:,} more faults", file=sys.stderr)
-    return sum(fault.action == "dropped" for fault in faults)
+    more = sum(part.fault_total for part in parts) - len(shown)
+    if more:
+        print(f"  and {more:,} more faults", file=sys.stderr)
+    return sum(
+        number for part in parts for (_, action), number in part.fault_counts.items() if action == "dropped"
+    )

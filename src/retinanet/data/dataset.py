@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from retinanet.errors import DataError
+from retinanet.errors import DataError, ImageError
 from retinanet.records import Classes, Float32Array, GroundTruth, Int8Array, Int64Array
 
 Int32Array: TypeAlias = NDArray[np.int32]
@@ -248,6 +248,19 @@ class Dataset:
     def size(self, index: int) -> tuple[int, int]:
         """Return (width, height) in pixels."""
         return int(self.widths[index]), int(self.heights[index])
+
+    def require_size(self, index: int, width: int, height: int) -> None:
+        """Refuse an image of another size than its boxes were drawn on: they would lie beside their objects.
+
+        Raises:
+            ImageError: `width` and `height` are not the annotated ones.
+        """
+        if (width, height) != self.size(index):
+            annotated = " x ".join(map(str, self.size(index)))
+            raise ImageError(
+                f"{self.path(index)}: needs {annotated} pixels, as annotated; got {width} x {height}. "
+                "`retinanet data check` says more"
+            )
 
     def ground_truth(self, index: int) -> GroundTruth:
         """Return the boxes of one image."""

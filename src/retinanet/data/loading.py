@@ -127,7 +127,9 @@ class Examples(TorchDataset[Example | RetinaNetError]):
         for attempt in range(len(self.dataset)):
             following = (index + attempt) % len(self.dataset)
             try:
-                return decode(self.dataset.path(following)), following
+                image = decode(self.dataset.path(following))
+                self.dataset.require_size(following, image.shape[1], image.shape[0])
+                return image, following
             except ImageError as error:
                 failed.append(str(error))
         raise DataError(f"training needs images that can be read; none of {len(failed)} can. {failed[0]}")
