@@ -401,6 +401,7 @@ def test_the_matrix_rate(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     (row,) = memory.rows([TINY])
     assert row.unit == "MiB"

@@ -660,7 +660,12 @@ def test_repeats_make_an_epoch_longer(data: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "begin"),
     [
-        (loop, lambda plan, train: loop.train_network(plan, None, train, train, None, None)),
+        (
+            loop,
+            lambda plan, train: loop.train_network(
+                plan, None, train, train, RunFolder(Path("run")), None, StopRequest()
+            ),
+        ),
         (timing, lambda plan, train: timing._step_seconds(plan, None, train, 1.0)),
     ],
 )
@@ -677,7 +682,7 @@ def test_the_stream_of_a_run_is_the_plans(
         raise InterruptedError
 
     monkeypatch.setattr(module, "training_batches", batches)
-    monkeypatch.setattr(TrainingStep, "of", lambda *_: None)
+    monkeypatch.setattr(TrainingStep, "of", lambda *_: SimpleNamespace(shipped=None))
     with pytest.raises(InterruptedError):
         begin(plan, train)
     assert asked == [1.0, 0.5]
@@ -850,6 +855,7 @@ def test_training_without_any_box_is_refused(tmp_path: Path) -> None:
 # --- signals ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_the_run_after_saving(data: Path, tmp_path: Path, number: int, code: int) -> None:
     output = tmp_path / "run"

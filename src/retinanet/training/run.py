@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -111,6 +112,9 @@ def run_training(
         # Nothing is in the folder of a run that never began that the same command would not write again.
         if folder is not None and not folder.plan.exists() and not isinstance(error, Stopped):
             shutil.rmtree(folder.path, ignore_errors=True)
+            if options.output is None:
+                with suppress(OSError):  # other runs are there
+                    folder.path.parent.rmdir()
         raise
 
 
