@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ from retinanet.checkpoint import load_model
 from retinanet.cli.main import main
 from retinanet.data import Dataset
 from retinanet.data.shapes import ShapesSpec, generate_shapes
-from retinanet.errors import ConfigError, DataError, Stopped, TrainingError
+from retinanet.errors import CheckpointError, ConfigError, DataError, DivergedError, Stopped, TrainingError
 from retinanet.folders import write_json
 from retinanet.inference import Detector
+from retinanet.objective import focal
 from retinanet.training import loop, timing
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.folder import RunFolder
+from retinanet.training.recipes import Recipe
 from retinanet.training.run import resume_training, run_training
 from retinanet.training.state import State, newest_state, read_state
 from retinanet.training.step import TrainingStep
@@ -141,8 +145,15 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [1, 3, 5])  # mid-epoch, its end, right after a validation
+@pytest.mark.parametrize(
+    ("step", "workers"),  # mid-epoch, its end, right after a validation
+    [
+        (1, 0),
+        (3, 2),
+        (5, 0),
+        *(pytest.param(step, workers, marks=pytest.mark.slow) for step, workers in ((1, 2), (3, 0), (5, 2))),
+    ],
+)
 def test_a_run_stopped_by_a_signal_goes_on_as_if_it_never_had(
     step: int,
     workers: int,
@@ -167,7 +178,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_never_had(
     assert_the_same(run, whole[0])
 
 
-@pytest.mark.parametrize("step", [1, 2, 4, 9])
+@pytest.mark.parametrize("step", [1, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 9))])
 def test_a_killed_run_goes_on_from_its_last_state(
     step: int,
     data: Path,
@@ -189,8 +200,17 @@ def test_a_killed_run_goes_on_from_its_last_state(
     assert_the_same(run, whole[0])
 
 
-@pytest.mark.parametrize("how", [kill, terminate])
-@pytest.mark.parametrize("which", [1, 2, 3])  # at steps 4, 8 and 9, the last
+@pytest.mark.parametrize(
+    ("which", "how"),  # at steps 4, 8 and 9, the last
+    [
+        (1, terminate),
+        (3, kill),
+        *(
+            pytest.param(which, how, marks=pytest.mark.slow)
+            for which, how in ((1, kill), (2, kill), (2, terminate), (3, terminate))
+        ),
+    ],
+)
 def test_a_run_stopped_in_a_validation_makes_that_validation(
     which: int,
     how: Callable[[], None],
@@ -307,7 +327,12 @@ def test_a_run_killed_before_its_plan_starts_at_its_beginning(
         patch.setattr("retinanet.training.run.plan_run", lambda *_: kill())
         with pytest.raises(Killed):
             run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
-    assert sorted(path.name for path in run.iterdir()) == ["command.txt", "config.yaml", "environment.json"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
+        "command.txt",
+        "config.yaml",
+        "environment.json",
+    ]
     resume_training(run, quiet())
     assert_the_same(run, whole[0])
 
@@ -382,6 +407,129 @@ def test_another_plan_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest
         resume_training(run, quiet())
 
 
+def test_a_trained_run_without_a_sound_state_is_left_as_it_is(
+    data: Path, tmp_path: Path, whole: tuple[Path, list[tuple[int, ...]]]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    for state in (run / "checkpoints").iterdir():
+        (state / "state.json").write_text("{}")
+    told = story(run)
+    with pytest.raises(
+        CheckpointError, match=r"needs a training state that can be read: .*state\.json is damaged"
+    ):
+        resume_training(run, quiet())
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match=f"checkpoints holds none.* --weights {run}"):
+        resume_training(run, quiet())
+    assert story(run) == told
+    assert load_model(run / "best").training["ap"] is not None
+
+
+def test_one_process_trains_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    with RunFolder.existing(run).held(), pytest.raises(ConfigError, match="another process is training"):
+        resume_training(run, quiet())
+    resume_training(run, quiet())
+
+
+def test_a_run_is_resumed_from_another_working_directory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    stopped_run(Path(data.name), tmp_path / "run", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    resume_training(Path("run"), quiet())
+    assert final(tmp_path / "run").step == STEPS
+
+
+def test_a_run_with_a_loss_of_ones_own_is_not_resumed_with_another(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(recipe: Recipe) -> Recipe:
+        return replace(recipe, class_loss=focal(0.5, 3.0))
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(2, patch, terminate)
+        with pytest.raises(Stopped):
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet(), own)
+    with pytest.raises(ConfigError, match=r"class loss was .*focal.* and would be null now"):
+        resume_training(run, quiet())
+    resume_training(run, quiet(), own)
+
+
+def test_settings_beside_resume_are_refused_in_python(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="takes --workers alone; got --lr"):
+        retinanet.train(data=str(data), resume=str(tmp_path), lr=0.1)
+
+
+def test_a_signal_while_images_are_read_is_no_unreadable_image(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder's net for errors must not catch the end of a run."""
+    run = tmp_path / "run"
+
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            terminate()
+        except Exception as error:
+            raise DataError("an image cannot be read") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("retinanet.training.run.open_splits", interrupted)
+        with pytest.raises(Stopped, match="before the first step"):
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+    assert (run / "config.yaml").is_file()
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    call = TrainingStep.__call__
+    made = [0]
+
+    def spoilt(self: TrainingStep, batch: Any, lr: float) -> Any:
+        losses = call(self, batch, lr)
+        made[0] += 1
+        if made[0] == 3:
+            next(self.network.parameters()).data.fill_(float("inf"))
+        return losses
+
+    monkeypatch.setattr(TrainingStep, "__call__", spoilt)
+    with pytest.raises(DivergedError, match="no longer finite at step 3"):
+        run_training(TrainingOptions(data=str(data), output=str(run), save_every_steps=1, **TINY), quiet())
+    state, _ = newest_state(run / "checkpoints")
+    assert state is not None
+    assert state.step == 2
+
+
+def test_sgd_with_batchnorm_and_without_an_average_resumes_as_well(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**TINY, "optimizer": "sgd", "backbone": "resnet18", "mosaic": 0.0}
+
+    def plain(made: Recipe) -> Recipe:
+        model = replace(made.model, backbone=replace(made.model.backbone, norm="native"))
+        return replace(made, average_decay=None, model=model)
+
+    for name in ("whole", "stopped"):
+        run = tmp_path / name
+        with monkeypatch.context() as patch:
+            if name == "stopped":
+                stop_at(5, patch, terminate)
+                with pytest.raises(Stopped):
+                    run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet(), plain)
+            else:
+                run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet(), plain)
+    resume_training(tmp_path / "stopped", quiet(), plain)
+    ours, theirs = final(tmp_path / "whole"), final(tmp_path / "stopped")
+    for part in ("network", "optimizer"):
+        assert all(torch.equal(tensor, theirs.parts[part][key]) for key, tensor in ours.parts[part].items())
+    assert story(tmp_path / "whole") == story(tmp_path / "stopped")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -389,6 +537,7 @@ def test_another_plan_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest
         (["--resume", "."], "--resume needs the folder of a run; . has no config.yaml"),
         (["--resume", "RUN", "--lr", "0.1"], "takes --workers alone; got --lr"),
         (["--resume"], "--resume needs a value; nothing was given"),
+        (["other", "--resume", "RUN"], "takes --workers alone; got other"),
     ],
 )
 def test_what_the_command_refuses(

@@ -102,6 +102,7 @@ def test_the_run_folder_is_complete(run: object) -> None:
         "best",
         "last",
         "checkpoints",
+        ".lock",
         "curves.png",
         "pictures.png",
         "report.html",

@@ -80,7 +80,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file beside its place and move it there, so that it is never seen half-written."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut leaves the new name with nothing in it
         os.replace(beside, path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None

@@ -39,7 +39,7 @@ def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
     rest = list(arguments)
     named = [argument.partition("=")[0] for argument in arguments]
     if "--resume" in named:
-        others = [name for name in named if name.startswith("--") and name not in ("--resume", "--workers")]
+        others = _beside_resume(arguments[1:])
         if others:
             raise ConfigError(
                 f"--resume goes on with the run's own settings and takes --workers alone; got {others[0]}"
@@ -63,3 +63,17 @@ def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
             options = {name: value for name, value in options.items() if f"--{name}" not in LENGTHS}
         return rest, Train(**{"data": tyro.MISSING, **options})
     return rest, None
+
+
+def _beside_resume(arguments: list[str]) -> list[str]:
+    """Return the arguments that are neither --resume nor --workers nor a value of these."""
+    others, is_value = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name in ("--resume", "--workers"):
+            is_value = not equals
+        elif is_value and not argument.startswith("--"):
+            is_value = False
+        else:
+            others.append(argument)
+    return others

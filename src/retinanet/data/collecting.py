@@ -170,7 +170,7 @@ class Collector:
             width, height = self.sizes[index] = smallest_size(own)
             became = f"{width} x {height}, the least that holds the boxes"
             self.repair(
-                self._listed[index], "missing size", f"the image's size is missing; it became {became}"
+                self._listed[index], Kind.MISSING_SIZE, f"the image's size is missing; it became {became}"
             )
         return [size for size in self.sizes if size is not None]
 

@@ -7,17 +7,21 @@ import os
 import platform
 import shlex
 import sys
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from retinanet.errors import ConfigError
-from retinanet.folders import new_folder, write_json, write_text
+from retinanet.folders import RUNS, new_folder, write_json, write_text
 from retinanet.training.configuration import TrainingOptions, write_config
 from retinanet.version import __version__
 
+LOCK = ".lock"
 VERSIONS = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "faster-coco-eval")
 
 
@@ -26,6 +30,7 @@ class RunFolder:
     """Paths and writers of one run; docs/architecture.md shows the layout."""
 
     path: Path
+    made: bool = False  # by this process: else it stays, whatever happens
 
     @classmethod
     def create(cls, output: str | None, options: TrainingOptions) -> RunFolder:
@@ -33,9 +38,10 @@ class RunFolder:
 
         An existing run is never overwritten.
         """
+        made = output is None or not Path(output).exists()
         path = new_folder(output, "train")
-        write_config(path / "config.yaml", options)
-        folder = cls(path)
+        write_config(path / "config.yaml", from_anywhere(options))
+        folder = cls(path, made)
         folder.note_command()
         environment = {
             "retinanet": __version__,
@@ -46,6 +52,35 @@ class RunFolder:
         }
         write_json(path / "environment.json", environment)
         return folder
+
+    def take_back(self) -> None:
+        """Remove what `create` wrote: the run never began, and the same command would write it again."""
+        for name in ("config.yaml", "command.txt", "environment.json", LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        if self.made:
+            with suppress(OSError):  # something else is in it
+                self.path.rmdir()
+                if self.path.parent == RUNS:
+                    RUNS.rmdir()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training this run meanwhile.
+
+        Raises:
+            ConfigError: one does.
+        """
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another process is training {self.path}; wait for its end, or stop it first"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def note_command(self) -> None:
         """Add a line to `command.txt`: how the run was started, and each time that it was resumed."""
@@ -86,6 +121,8 @@ class RunFolder:
         """Append one line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a state must not know of steps that the log does not
 
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of `metrics.jsonl`; one that a kill cut short is none."""
@@ -106,3 +143,14 @@ class RunFolder:
     def validations(self) -> list[dict[str, Any]]:
         """Return the lines of validations."""
         return [record for record in self.history() if "ap" in record]
+
+
+def from_anywhere(options: TrainingOptions) -> TrainingOptions:
+    """Return the options with absolute paths: a run may be resumed from another working directory."""
+    paths: dict[str, Any] = {"data": options.data, "weights": options.weights}
+    for name in ("pretrained", "anchors", "output"):
+        value = getattr(options, name)
+        if value is not None and Path(value).exists():  # else it is no path, or no matter
+            paths[name] = value
+    found: dict[str, Any] = {name: os.path.abspath(value) for name, value in paths.items() if value}
+    return replace(options, **found)

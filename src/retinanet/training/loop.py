@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 from retinanet.checkpoint import Model, find_model, load_model, save_model
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
-from retinanet.errors import Stopped, TrainingError
+from retinanet.errors import DivergedError, Stopped
 from retinanet.folders import write_json
 from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
@@ -70,11 +71,11 @@ def train_network(
         pin_memory=plan.device.type == "cuda",
         repeat_rare=plan.recipe.repeat_rare,
     )
-    go_on = f"go on with: retinanet train --resume {folder.path}"
+    how = f"go on with: {go_on(folder)}"
 
     with TrainingProgress(console, plan.steps, first) as progress:
         if plan.judges(first) and not judge.knows(first):  # stopped before that validation was done
-            with stop.at_once(f"stopped by a signal in the validation of step {first}; {go_on}"):
+            with stop.at_once(f"stopped by a signal in the validation of step {first}; {how}"):
                 judge(first, progress)
         for step, batch in enumerate(batches, start=first + 1):
             # Whatever is random in a step (stochastic depth) follows from the step, not from what ran before.
@@ -97,7 +98,7 @@ def train_network(
                 loss = meter.mean()
                 if not np.isfinite(loss):  # before it is saved
                     files = ", ".join(str(train.files[index]) for index in batch.indices)
-                    raise TrainingError(
+                    raise DivergedError(
                         f"the loss is {loss} at step {step} (images now: {files}); lower --lr, now {lr:g}"
                     )
             if step % LOG_EVERY == 0 or judging:
@@ -108,14 +109,20 @@ def train_network(
             if judging or saves:
                 saving.save(step, train_on, meter, unreadable)
             if judging:
-                with stop.at_once(f"stopped by a signal in the validation of step {step}; {go_on}"):
+                with stop.at_once(f"stopped by a signal in the validation of step {step}; {how}"):
                     judge(step, progress)
                 meter.restart_clock()
             if stop.number is not None and step < plan.steps:
                 if not judging:  # else it was just saved, with its thresholds
                     save_model(folder.last, judge.model(step))
-                raise Stopped(stop.number, f"stopped by a signal at step {step} of {plan.steps}; {go_on}")
-    return judge.best()
+                raise Stopped(stop.number, f"stopped by a signal at step {step} of {plan.steps}; {how}")
+    with stop.at_once(f"stopped by a signal after the last step; {how}"):
+        return judge.best()
+
+
+def go_on(folder: RunFolder) -> str:
+    """Return the command that resumes a run."""
+    return f"retinanet train --resume {shlex.quote(str(folder.path))}"
 
 
 class Saving:
@@ -133,7 +140,17 @@ class Saving:
         return by_steps or time.monotonic() - self.saved_at >= self.every_seconds
 
     def save(self, step: int, train_on: TrainingStep, meter: Meter, unreadable: Collection[str]) -> None:
-        """Save everything that the next step depends on, and what has been told."""
+        """Save everything that the next step depends on, and what has been told.
+
+        Raises:
+            DivergedError: a weight is not finite; the states before stay.
+            TrainingError: the disk has no room or refuses.
+        """
+        for name, weight in train_on.network.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise DivergedError(
+                    f"the weights are no longer finite at step {step}, {name} for one; start anew with a lower --lr"
+                )
         parts = {
             "network": train_on.network.state_dict(),
             "optimizer": optimizer_tensors(train_on.optimizers),
@@ -147,7 +164,21 @@ class Saving:
         self.saved_at = time.monotonic()
 
     def restore(self, state: State, train_on: TrainingStep, meter: Meter, unreadable: set[str]) -> int:
-        """Put a state back into place; return its step."""
+        """Put a state back into place; return its step.
+
+        Raises:
+            CheckpointError: it is of another network or optimiser.
+        """
+        try:
+            return self._restore(state, train_on, meter, unreadable)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"--resume needs the state of this very network and optimiser; that of step {state.step} in "
+                f"{self.folder} is of others: {reason}"
+            ) from None
+
+    def _restore(self, state: State, train_on: TrainingStep, meter: Meter, unreadable: set[str]) -> int:
         train_on.network.load_state_dict(state.parts["network"])
         restore_optimizers(train_on.optimizers, state.parts["optimizer"])
         if train_on.average is not None:

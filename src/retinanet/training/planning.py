@@ -153,7 +153,8 @@ class Plan:
             "warmup_steps": self.warmup_steps,
             "validate_every": self.validate_every,
             "workers": self.workers,
-            "precision": self.options.precision,
+            "precision": resolve_precision(self.device, self.options.precision),
+            "class_loss": None if self.recipe.class_loss is None else _name_of(self.recipe.class_loss),
             "device": self.device.type,
             "weights": self.options.weights,
             "weights_file": str(self.weights_file) if self.weights_file else None,
@@ -413,3 +414,10 @@ def _augmentation_in_words(augmentation: Augmentation) -> str:
         if (least, most) != (1.0, 1.0):
             parts.append(f"{name} {least:g} to {most:g}")
     return ", ".join(parts) or "none"
+
+
+def _name_of(function: object) -> str:
+    """Return what a function is called, for people and to tell one from another."""
+    return (
+        f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,15 +13,15 @@ from rich.console import Console
 
 from retinanet.data import Dataset, available_splits, open_dataset, read_as
 from retinanet.devices import deterministic_algorithms
-from retinanet.errors import ConfigError, DataError, RetinaNetError, Stopped
+from retinanet.errors import CheckpointError, ConfigError, DataError, RetinaNetError
 from retinanet.folders import read_json, require_new, write_json
 from retinanet.inference import Detector, Validation, load
 from retinanet.model import RetinaNet
 from retinanet.report.curves import draw_curves
 from retinanet.report.page import write_page
-from retinanet.training.configuration import TrainingOptions, read_config
+from retinanet.training.configuration import TrainingOptions, option, read_config
 from retinanet.training.folder import RunFolder
-from retinanet.training.loop import train_network
+from retinanet.training.loop import go_on, train_network
 from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.progress import plain_console
@@ -95,6 +93,7 @@ def run_training(
     """
     console = console or plain_console()
     if options.resume is not None:
+        _require_nothing_else(options)
         return resume_training(Path(options.resume), console, change, workers=options.workers)
     if options.output and folder is None:
         require_new(Path(options.output))
@@ -104,18 +103,26 @@ def run_training(
                 folder = RunFolder.create(options.output, options)
             where = "" if folder is None else f"; start it again with: retinanet train --resume {folder.path}"
             with stop.at_once(f"stopped by a signal before the first step{where}"):
-                prepared = _prepare(options, console, change, folder)
-                if prepared is None or folder is None:
+                if folder is None:
+                    _prepare(options, console, change, None)
                     return None
-            return _train(prepared, folder, console, stop)
-    except RetinaNetError as error:
-        # Nothing is in the folder of a run that never began that the same command would not write again.
-        if folder is not None and not folder.plan.exists() and not isinstance(error, Stopped):
-            shutil.rmtree(folder.path, ignore_errors=True)
-            if options.output is None:
-                with suppress(OSError):  # other runs are there
-                    folder.path.parent.rmdir()
+            with folder.held():
+                with stop.at_once(f"stopped by a signal before the first step{where}"):
+                    prepared = _prepare(options, console, change, folder)
+                return _train(prepared, folder, console, stop)
+    except RetinaNetError:
+        if folder is not None and not folder.plan.exists():
+            folder.take_back()
         raise
+
+
+def _require_nothing_else(options: TrainingOptions) -> None:
+    """Refuse settings beside `resume`: the run has its own."""
+    for one in fields(options):
+        if one.name not in ("data", "resume", "workers") and getattr(options, one.name) != one.default:
+            raise ConfigError(
+                f"--resume goes on with the run's own settings and takes --workers alone; got {option(one.name)}"
+            )
 
 
 def resume_training(
@@ -140,23 +147,38 @@ def resume_training(
     folder = RunFolder.existing(path)
     options = TrainingOptions(**{"data": "", **read_config(path / "config.yaml")})
     options = replace(options, workers=options.workers if workers is None else workers)
-    with noted_signals() as stop:
+    with folder.held(), noted_signals() as stop:
         with stop.at_once(f"stopped by a signal; go on with: retinanet train --resume {path}"):
-            state, damaged = newest_state(folder.checkpoints)
-            for message in damaged:
-                console.print(f"{message}; the state before it is used")
-            began = folder.plan.is_file()
-            if state is not None and not began:
+            state = _state_of(folder, console)
+            begun = read_json(folder.plan) if folder.plan.is_file() else None
+            if begun is None and state is not None:
                 raise ConfigError(f"--resume needs the run's plan.json; {path} has none")
+            prepared = _prepare(options, console, change, folder, begun)
             folder.note_command()
-            prepared = _prepare(options, console, change, folder, read_json(folder.plan) if began else None)
-            assert prepared is not None  # a dry run leaves no folder
             step = 0 if state is None else state.step
             folder.forget_after(step)
             plan = prepared.plan
             epoch, epochs = (int(done * plan.batch_size / plan.train_images) for done in (step, plan.steps))
             console.print(f"resuming at epoch {epoch}/{epochs}, step {step}", highlight=False)
         return _train(prepared, folder, console, stop, state)
+
+
+def _state_of(folder: RunFolder, console: Console) -> State | None:
+    """Return where a run stopped, None where it was stopped before its first state; say what is damaged.
+
+    Raises:
+        CheckpointError: it was trained, and no state of it can be read.
+    """
+    state, damaged = newest_state(folder.checkpoints)
+    if state is None and (damaged or folder.validations()):
+        what = f": {damaged[0]}" if damaged else f"; {folder.checkpoints} holds none"
+        raise CheckpointError(
+            f"--resume needs a training state that can be read{what}. The run stays as it is; its best model is a "
+            f"start for a new one: --weights {folder.path}"
+        )
+    for message in damaged:
+        console.print(f"{message}; the state before it is used")
+    return state
 
 
 @dataclass(frozen=True)
@@ -175,10 +197,11 @@ def _prepare(
     change: Callable[[Recipe], Recipe] | None,
     folder: RunFolder | None,
     stored: dict[str, Any] | None = None,
-) -> _Prepared | None:
-    """Read the data, plan and build the network; say all of it. None after a dry run.
+) -> _Prepared:
+    """Read the data, plan and build the network; say all of it.
 
     Args:
+        folder: None is a dry run.
         stored: the plan of the run that goes on.
     """
     began = time.monotonic()
@@ -191,7 +214,11 @@ def _prepare(
     network = build_network(plan)
     seconds = options.seconds()
     if stored is not None:
-        if stored.get("data") != data:
+        if "data" not in stored:
+            raise ConfigError(
+                "--resume needs a run of this version; its plan.json does not say which data it has"
+            )
+        if stored["data"] != data:
             raise DataError(
                 f"--resume needs the data that the run began with; {options.data} has changed since. Put it back, or "
                 "start a new run with --weights"
@@ -208,10 +235,10 @@ def _prepare(
     console.print(f"{whole:,} parameters, {of_them} of them trained", highlight=False)
     if folder is None:
         console.print("dry run: nothing was written", highlight=False)
-        return None
-    if stored is None:
-        write_json(folder.plan, {**plan.to_json(), "data": data})
-    console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
+    else:
+        if stored is None:
+            write_json(folder.plan, {**plan.to_json(), "data": data})
+        console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
     return _Prepared(plan, network, train_set, val_set)
 
 
@@ -234,7 +261,8 @@ def _train(
         best = train_network(
             plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state
         )
-    _report(plan, best, val_set, folder)
+    with stop.at_once(f"stopped by a signal after the last step; write the report with: {go_on(folder)}"):
+        _report(plan, best, val_set, folder)
     console.print(best.metrics.table(), highlight=False, soft_wrap=True)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
     return Run(folder.path, load(folder.best, device=plan.options.device), best)

@@ -34,6 +34,9 @@ class StopRequest:
         try:
             self.check()
             yield
+        except KeyboardInterrupt:  # what is left of it where it came while a kernel ran
+            self.check()
+            raise
         finally:
             self._message = before
 
@@ -49,7 +52,12 @@ def noted_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored, as in the background of a script, stays ignored; what is not Python's stays as it is.
+    before = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if (handler := signal.getsignal(number)) not in (None, signal.SIG_IGN)
+    }
 
     def note(number: int, frame: FrameType | None) -> None:
         for each, handler in before.items():
