@@ -120,7 +120,7 @@ def test_splits_are_told_from_names(tmp_path: Path, files: list[str], splits: tu
         ("images/b.png,1,2,1e999,4,cat", "not finite", "needs finite numbers"),
         ("images/b.png,3,4,3,4,cat", "equal corners", "has equal corners: a click, not a box"),
         ("images/b.png,3,4,3,8,cat", "empty box", "has no area"),
-        ("images/b.png,1e-9,4,2e-46,8,cat", "empty box", "has no area in single precision"),
+        ("images/b.png,0,4,2e-46,8,cat", "empty box", "has no area in single precision"),
         ("images/b.png,1000,4,1000.00000001,8,cat", "outside image", "lies outside the image of 40 x 30"),
         ("images/b.png,30,4,30.0000001,8,cat", "empty box", "has no area in single precision"),
         ("images/b.png,1,2,3,4,cow", "unknown class", "needs a class of the class file; got 'cow'"),

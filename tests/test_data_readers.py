@@ -28,6 +28,7 @@ from retinanet.data import (
     write_coco,
 )
 from retinanet.data.dataset import Annotation
+from retinanet.data.image_files import SUFFIXES
 from retinanet.data.rules import clip_box
 from retinanet.errors import DataError
 from retinanet.records import Classes, GroundTruth, Ignore
@@ -929,8 +930,7 @@ def test_voc_missing_and_repeated_files_are_named(tmp_path: Path) -> None:
     dataset = read_voc(folder, split="train")
     listing = "ImageSets/Main/train.txt"
     assert faults(dataset) == [
-        f"{listing}: line 2 (b): there is no image JPEGImages/b "
-        "(.jpg, .jpeg, .png, .bmp, .tif, .tiff, .webp) (dropped)",
+        f"{listing}: line 2 (b): there is no image JPEGImages/b ({', '.join(SUFFIXES)}) (dropped)",
         f"{listing}: line 3 (c): there is no annotation file Annotations/c.xml (dropped)",
         f"{listing}: line 4 (a): the image is listed twice; it counts once (repaired)",
         f"{listing}: line 5 (no xml): there is no annotation file Annotations/no xml.xml (dropped)",
