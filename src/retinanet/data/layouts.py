@@ -196,7 +196,9 @@ def _is_table(file: Path) -> bool:
     """Return whether a file is YOLO's: called `data.yaml`, or a table of names; others have a `dataset.yaml` too."""
     if not file.is_file():
         return False
-    said = re.search(rb"""^[\s{]*["']?names["']?\s*:""", read_bytes(file, first=BEGINNING), re.MULTILINE)
+    said = re.search(
+        rb"""(?:^|[{,])[ \t]*["']?names["']?[ \t]*:""", read_bytes(file, first=BEGINNING), re.MULTILINE
+    )
     return file.stem == "data" or said is not None
 
 
