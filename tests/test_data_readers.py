@@ -1,6 +1,7 @@
 """Readers of COCO and VOC: any input ends in a valid `Dataset` or a `DataError`; each message has a case."""
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ from retinanet.data import (
 )
 from retinanet.data.dataset import Annotation
 from retinanet.data.image_files import SUFFIXES
+from retinanet.data.policies import judge_box
 from retinanet.data.rules import clip_box
 from retinanet.errors import DataError
 from retinanet.records import Classes, GroundTruth, Ignore
@@ -117,6 +119,31 @@ def assert_valid(dataset: Dataset) -> None:
         assert np.isfinite(truth.areas).all()
         assert dataset.path(index).is_relative_to(dataset.root)
         assert ".." not in dataset.path(index).parts
+
+
+def test_one_judgement_for_a_box_in_every_format(tmp_path: Path) -> None:
+    sides = list(itertools.permutations((-10, 3, 20, 50), 2))
+    boxes = [(a, b, c, d) for (a, c), (b, d) in itertools.product(sides, sides)]
+    judged = [judge_box(tuple(map(float, box)), 40, 30) for box in boxes]
+    size = {"width": 40, "height": 30}
+    document = {
+        "images": [{"id": i, "file_name": f"{i}.png", **size} for i in range(len(boxes))],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 2, "bbox": [a, b, c - a, d - b]}
+            for i, (a, b, c, d) in enumerate(boxes)
+        ],
+        "categories": [{"id": 2, "name": "RBC"}],
+    }
+    coco = read_coco(coco_folder(tmp_path / "coco", document), split="train", images="absent")
+    pages = {}
+    for i, (a, b, c, d) in enumerate(boxes):  # the smaller one of two corners counts from 1
+        corners = f"{a + (a < c)} {b + (b < d)} {c + (c < a)} {d + (d < b)}"
+        pages[f"{i:03}"] = voc_page(voc_object(corners=corners))
+    voc = read_voc(voc_folder(tmp_path / "voc", pages), split="train", images="absent")
+    for dataset in (coco, voc):
+        found = [(str(fault.kind), fault.action == "dropped") for fault in dataset.faults]
+        assert found == [(str(one.kind), one.box is None) for one in judged if one.kind is not None]
+        assert dataset.boxes.tolist() == [list(one.box) for one in judged if one.box is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------

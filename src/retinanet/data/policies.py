@@ -42,16 +42,16 @@ def judge_box(corners: Box, width: int, height: int) -> Verdict:
         return Verdict(None, kind, f"{_box(corners)} {reason}", fix)
     x1, y1, x2, y2 = corners
     upright = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-    box, reason = clip_box(upright, width, height)
+    box, cut = clip_box(upright, width, height)
     if box is None:
-        kind = Kind.OUTSIDE_IMAGE if "outside" in (reason or "") else Kind.EMPTY_BOX
-        return Verdict(None, kind, f"{_box(corners)} {reason}")
+        kind = Kind.OUTSIDE_IMAGE if "outside" in (cut or "") else Kind.EMPTY_BOX
+        return Verdict(None, kind, f"{_box(corners)} {cut}")
     if upright != corners:
         fix = "swap its corners; where most boxes are so, the numbers are in another order"
         return Verdict(box, Kind.REVERSED_BOX, f"{_box(corners)} is reversed; taken as {in_words(box)}", fix)
-    if reason is not None:
+    if cut is not None:
         fix = "correct the box, or the size of the image it was drawn on"
-        return Verdict(box, Kind.OUTSIDE_IMAGE, f"{_box(corners)} {reason}", fix)
+        return Verdict(box, Kind.OUTSIDE_IMAGE, f"{_box(corners)} {cut}", fix)
     return Verdict(box)
 
 
