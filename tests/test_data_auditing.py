@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,31 @@ def test_images_that_no_split_lists_are_named(data: Path) -> None:
     assert [(fault.file, fault.kind, fault.action) for fault in named] == [
         ("c.PNG", "unlisted image", "dropped")
     ]
+
+
+def test_images_that_were_left_out_are_not_named_again(data: Path) -> None:
+    noise().save(data / "b.png")
+    noise().save(data / "sub.png")
+    dataset = replace(dataset_of(data, a_png=(40, 30)), left_out=("b.png", "elsewhere/x.png"))
+    assert "b.png" not in [fault.file for fault in unlisted_images([dataset])]
+    assert "sub.png" in [fault.file for fault in unlisted_images([dataset])]
+
+
+def test_names_that_are_no_text_can_be_shown(data: Path) -> None:
+    (data / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    named = [fault.file for fault in unlisted_images([dataset_of(data, a_png=(40, 30))])]
+    assert r"'\udcff.png'" in named
+    "".join(named).encode()
+
+
+def test_other_data_sets_in_the_cache_are_none_of_this_one(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise().save(data / "b.png")
+    monkeypatch.setenv("RETINANET_CACHE", str(data.parent))
+    assert unlisted_images([dataset_of(data, a_png=(40, 30))])
+    (data.parent / "images").symlink_to(data)
+    assert unlisted_images([dataset_of(data.parent / "images", a_png=(40, 30))]) == []
 
 
 # ---------------------------------------------------------------------------------------------------------

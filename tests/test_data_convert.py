@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_cases import (
     NAMES,
@@ -193,6 +195,47 @@ def test_what_a_format_cannot_hold_is_said_with_its_count(tmp_path: Path, form: 
         "3 category ids became the places of the names in the alphabet, from 0",
     ] * (form == "voc")
     assert list(made.losses) == [crowd, *area, *voc]
+
+
+def test_images_of_another_size_than_annotated_are_left_out(tmp_path: Path) -> None:
+    folder = coco_set(tmp_path / "in")
+    Image.new("RGB", (2 * WIDTH, 60)).save(folder / "images/train/a.png")
+    splits = {"train": open_dataset(folder, "train")}
+    lost = "1 images of another size than annotated are left out with their boxes: a.png"
+    for form in ("yolo", "csv"):
+        made = convert_dataset(splits, tmp_path / form, form)
+        assert (made.images, made.losses) == (2, (lost,))
+        assert "a" not in boxes_by_image(open_dataset(tmp_path / form, "train"))
+    assert convert_dataset(splits, tmp_path / "coco", "coco").images == 3  # it keeps the annotated size
+    Image.new("RGB", (2 * WIDTH, 60)).save(folder / "images/val/v.png")
+    with pytest.raises(DataError, match=r"every image of split 'val' has another size than annotated, v.png"):
+        convert_dataset({"val": open_dataset(folder, "val")}, tmp_path / "none", "yolo")
+    assert not (tmp_path / "none").exists()
+
+
+def test_ids_of_annotations_are_kept_where_they_are_distinct(tmp_path: Path) -> None:
+    dataset = open_dataset(coco_set(tmp_path / "in"), "train")
+    for name, ids, after in (("kept", [21, 9], [21, 9]), ("new", [4, 4], [1, 2])):
+        parts = {"train": replace(dataset, annotation_ids=np.array(ids))}
+        convert_dataset(parts, tmp_path / name, "coco")
+        assert open_dataset(tmp_path / name, "train").annotation_ids.tolist() == after
+
+
+@pytest.mark.parametrize("form", ["yolo", "csv"])
+@pytest.mark.parametrize("ids", [(-1, 4), (0, 2**31)])
+def test_ids_that_cannot_be_read_back_become_others(tmp_path: Path, form: Any, ids: tuple[int, int]) -> None:
+    dataset = open_dataset(coco_set(tmp_path / "in"), "train")
+    parts = {"train": replace(dataset, classes=Classes(NAMES, ids))}
+    made = convert_dataset(parts, tmp_path / "out", form)
+    assert made.losses == (f"2 category ids became 0 to 1; {form} has whole numbers from 0 to 2^31 - 1",)
+    found = open_dataset(tmp_path / "out", "train")
+    assert (found.classes, boxes_by_image(found)) == (Classes(NAMES), boxes_by_image(dataset))
+
+
+def test_what_was_not_read_is_said(tmp_path: Path) -> None:
+    dataset = replace(open_dataset(coco_set(tmp_path / "in"), "train"), unread=("masks",))
+    made = convert_dataset({"train": dataset}, tmp_path / "out", "coco")
+    assert made.losses == ("masks of the source are not read: boxes alone are converted",)
 
 
 def test_names_that_are_equal_are_made_distinct(tmp_path: Path) -> None:

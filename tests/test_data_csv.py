@@ -120,7 +120,7 @@ def test_splits_are_told_from_names(tmp_path: Path, files: list[str], splits: tu
         ("images/b.png,1,2,1e999,4,cat", "not finite", "needs finite numbers"),
         ("images/b.png,3,4,3,4,cat", "equal corners", "has equal corners: a click, not a box"),
         ("images/b.png,3,4,3,8,cat", "empty box", "has no area"),
-        ("images/b.png,1e-9,4,2e-46,8,cat", "empty box", "has no area in single precision"),
+        ("images/b.png,0,4,2e-46,8,cat", "empty box", "has no area in single precision"),
         ("images/b.png,1000,4,1000.00000001,8,cat", "outside image", "lies outside the image of 40 x 30"),
         ("images/b.png,30,4,30.0000001,8,cat", "empty box", "has no area in single precision"),
         ("images/b.png,1,2,3,4,cow", "unknown class", "needs a class of the class file; got 'cow'"),
@@ -251,6 +251,8 @@ def test_a_file_without_a_usable_row_is_refused(tmp_path: Path) -> None:
         ("cat,0\ndog\n", r"line 2: needs `class,id`"),
         ("cat,0\ndog,x\n", r"line 2: needs `class,id`"),
         (",0\n", r"line 1: needs `class,id`"),
+        ("cat,O\ndog,1\n", r"line 1: needs `class,id`.* got 'cat,O'"),
+        ("cat,-1\ndog,1\n", r"line 1: needs `class,id`.* got 'cat,-1'"),
         ("", r"classes.csv: classes: Classes needs at least one class name"),
     ],
 )
@@ -258,6 +260,24 @@ def test_class_files_that_are_refused(tmp_path: Path, text: str, message: str) -
     csv_set(tmp_path, classes=text)
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path, "train")
+
+
+def test_classes_are_those_of_the_data_folder(tmp_path: Path) -> None:
+    folder = csv_set(tmp_path / "data")
+    write(tmp_path / "classes.csv", "somebody,0\n")  # beside the data folder: another's
+    assert open_dataset(folder, "train").classes == Classes(("cat", "dog"))
+    for split in SPLITS:
+        (folder / f"annotations/{split}.csv").parent.mkdir(exist_ok=True)
+        (folder / f"{split}.csv").rename(folder / f"annotations/{split}.csv")
+    write(folder / "classes.csv", "dog,5\ncat,9\n")
+    assert open_dataset(folder, "train").classes == Classes(("dog", "cat"), (5, 9))
+
+
+def test_descriptions_are_those_of_the_data_folder(tmp_path: Path) -> None:
+    folder = open_images_set(tmp_path / "data")
+    (folder / "class-descriptions-boxable.csv").rename(tmp_path / "class-descriptions-boxable.csv")
+    assert open_dataset(folder, "train").classes.names == ("/m/01yrx", "/m/0bt9lr")
+    assert open_dataset(tmp_path / "data/train-annotations-bbox.csv", "train").classes.names[0] == "/m/01yrx"
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:

@@ -200,10 +200,11 @@ def test_classes_without_features_are_the_values(tmp_path: Path, values: list[An
     assert dataset.labels.tolist() == [1, 0]
 
 
-def test_more_that_objects_may_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize("crowd", [[0, 1, 0], ["0", "1", ""], [False, True, None], [2, 1.0, 0]])
+def test_more_that_objects_may_say(tmp_path: Path, crowd: list[Any]) -> None:
     image = row(tmp_path, [])["image"]
     boxes = [[30, 20, 5, 5], [0, 0, 9, 9], [1, 1, 5, 5]]
-    objects = {"bbox": boxes, "category": ["a"] * 3, "area": [12.5, -1.0, None], "iscrowd": [0, 1, 0]}
+    objects = {"bbox": boxes, "category": ["a"] * 3, "area": [12.5, -1.0, None], "iscrowd": crowd}
     parquet.write_table(
         pyarrow.Table.from_pylist([{"img": image, "objects": objects}]), tmp_path / "t.parquet"
     )

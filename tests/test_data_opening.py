@@ -195,6 +195,29 @@ def test_strict_reading_names_the_first_faults(tmp_path: Path) -> None:
     assert len(open_dataset(folder, "val", strict=True)) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.json", '{"epochs": 3}'),
+        ("annotations/val.json", "[]"),
+        ("annotations.json", "no JSON at all"),
+        ("dataset.yaml", "license: none\ntrain: everything\n"),
+    ],
+)
+@pytest.mark.parametrize("form", ["YOLO", "CSV"])
+def test_files_of_others_are_passed_by(tmp_path: Path, name: str, text: str, form: str) -> None:
+    folder = SETS[form](tmp_path)
+    write(folder / name, text)
+    assert open_dataset(folder, "train").format == form
+
+
+def test_coco_is_known_by_its_keys_in_any_encoding(tmp_path: Path) -> None:
+    coco = coco_set(tmp_path / "in") / "annotations/instances_train.json"
+    write(tmp_path / "in/train.json", coco.read_text().encode("utf-16"))
+    shutil.rmtree(tmp_path / "in/annotations")
+    assert open_dataset(tmp_path / "in", "train").format == "COCO"
+
+
 LOOKED_FOR = (
     r"no data set is recognised. Looked for: Annotations/\*.xml \(Pascal VOC\); annotations/instances_\{split\}.json, "
     r"instances_\{split\}.json, \{split\}/_annotations.coco.json \(COCO\); data.yaml \(YOLO\); \*.parquet, "
@@ -282,3 +305,15 @@ def test_a_set_with_a_picture_that_is_none_opens(tmp_path: Path) -> None:
     folder = coco_set(tmp_path)
     picture(folder / "images/train/unlisted.png")
     assert len(open_dataset(folder, "train")) == 3
+
+
+def test_what_a_file_is_is_seen_at_once(tmp_path: Path) -> None:
+    for name, text in (("dataset.yaml", "\n" * 2**20), ("dataset.yml", "{" * 2**20), ("x.yaml", " " * 2**20)):
+        write(tmp_path / name, text)
+    start = time.perf_counter()
+    with pytest.raises(DataError, match="no data set is recognised"):
+        open_dataset(tmp_path, "train")
+    assert time.perf_counter() - start < 2
+    write(tmp_path / "dataset.yml", "{train: images/train, 'names': [cat, dog]}")
+    (yolo_set(tmp_path) / "data.yaml").unlink()
+    assert available_splits(tmp_path) == ("train",)

@@ -1,6 +1,7 @@
 """Readers of COCO and VOC: any input ends in a valid `Dataset` or a `DataError`; each message has a case."""
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -28,6 +29,8 @@ from retinanet.data import (
     write_coco,
 )
 from retinanet.data.dataset import Annotation
+from retinanet.data.image_files import SUFFIXES
+from retinanet.data.policies import judge_box
 from retinanet.data.rules import clip_box
 from retinanet.errors import DataError
 from retinanet.records import Classes, GroundTruth, Ignore
@@ -116,6 +119,31 @@ def assert_valid(dataset: Dataset) -> None:
         assert np.isfinite(truth.areas).all()
         assert dataset.path(index).is_relative_to(dataset.root)
         assert ".." not in dataset.path(index).parts
+
+
+def test_one_judgement_for_a_box_in_every_format(tmp_path: Path) -> None:
+    sides = list(itertools.permutations((-10, 3, 20, 50), 2))
+    boxes = [(a, b, c, d) for (a, c), (b, d) in itertools.product(sides, sides)]
+    judged = [judge_box(tuple(map(float, box)), 40, 30) for box in boxes]
+    size = {"width": 40, "height": 30}
+    document = {
+        "images": [{"id": i, "file_name": f"{i}.png", **size} for i in range(len(boxes))],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 2, "bbox": [a, b, c - a, d - b]}
+            for i, (a, b, c, d) in enumerate(boxes)
+        ],
+        "categories": [{"id": 2, "name": "RBC"}],
+    }
+    coco = read_coco(coco_folder(tmp_path / "coco", document), split="train", images="absent")
+    pages = {}
+    for i, (a, b, c, d) in enumerate(boxes):  # the smaller one of two corners counts from 1
+        corners = f"{a + (a < c)} {b + (b < d)} {c + (c < a)} {d + (d < b)}"
+        pages[f"{i:03}"] = voc_page(voc_object(corners=corners))
+    voc = read_voc(voc_folder(tmp_path / "voc", pages), split="train", images="absent")
+    for dataset in (coco, voc):
+        found = [(str(fault.kind), fault.action == "dropped") for fault in dataset.faults]
+        assert found == [(str(one.kind), one.box is None) for one in judged if one.kind is not None]
+        assert dataset.boxes.tolist() == [list(one.box) for one in judged if one.box is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -347,6 +375,25 @@ FOUR = "needs four finite numbers [x, y, width, height]; got"
                 "(repaired)"
             ],
             3,
+        ),
+        # one fault a box: dropped, else reversed, else cut
+        (
+            changed("annotations", 0, bbox=[4, 2, 0, 0]),
+            [f"{BOX} [4, 2, 0, 0] has equal corners: a click, not a box (dropped)"],
+            2,
+        ),
+        (
+            changed("annotations", 0, bbox=[50, 2, -20, 4]),
+            [
+                f"{BOX} [50, 2, -20, 4] is reversed, its width or height below 0; taken as [30, 2, 10, 4] "
+                "(repaired)"
+            ],
+            3,
+        ),
+        (
+            changed("annotations", 0, bbox=[60, 2, -10, 4]),
+            [f"{BOX} [60, 2, -10, 4] lies outside the image of 40 x 30 pixels (dropped)"],
+            2,
         ),
         (changed("annotations", 0, bbox=[1, 2, 3]), [f"{BOX} {FOUR} [1, 2, 3] (dropped)"], 2),
         (changed("annotations", 0, bbox=[1, 2, 3, "4"]), [f"{BOX} {FOUR} [1, 2, 3, '4'] (dropped)"], 2),
@@ -672,6 +719,45 @@ def test_coco_takes_a_missing_size_from_the_image(tmp_path: Path, size: Document
         read_coco(path, split="train")
 
 
+def test_two_records_of_one_file_are_one_image(tmp_path: Path) -> None:
+    document = coco_document()
+    document["images"][1]["file_name"] = "./a.png"
+    path = coco_folder(tmp_path, document)
+    dataset = read_coco(path, split="train")
+    assert faults(dataset) == [
+        "instances_train.json: images[1] (id 3): is the file of images[0] (id 7) again; it counts once, with the boxes "
+        "of both (repaired)"
+    ]
+    assert dataset.fault_counts == {("duplicate listing", "repaired"): 1}
+    assert dataset.files.tolist() == ["a.png", "empty.png"]
+    assert (np.diff(dataset.offsets).tolist(), dataset.left_out) == ([3, 0], ())
+    assert len(read_coco(path, split="train", images="absent")) == 3  # results have the ids of both
+
+
+@pytest.mark.parametrize(("given", "crowd"), [(1, True), ("1", True), ("0", False), (True, True), (2, False)])
+def test_crowds_may_be_marked_in_text(tmp_path: Path, given: Any, crowd: bool) -> None:
+    document = changed("annotations", 0, iscrowd=given)
+    dataset = read_coco(coco_folder(tmp_path, document), split="train")
+    assert (dataset.ignore[dataset.annotation_ids == 11] == Ignore.CROWD).tolist() == [crowd]
+
+
+@pytest.mark.parametrize(
+    ("fields", "unread"),
+    [
+        ({"segmentation": [[1, 2, 3, 4, 5, 6]]}, ("masks",)),
+        ({"segmentation": {"counts": "x", "size": [1, 2]}}, ("masks",)),
+        ({"segmentation": [], "keypoints": []}, ()),
+        ({"keypoints": [1, 2, 2]}, ("key points",)),
+    ],
+)
+def test_coco_knows_what_it_does_not_read(tmp_path: Path, fields: Document, unread: tuple[str, ...]) -> None:
+    document = changed("annotations", 0, **fields)
+    document["categories"][0]["keypoints"] = ["nose"]
+    document["images"][2]["file_name"] = "gone.png"
+    dataset = read_coco(coco_folder(tmp_path, document), split="train")
+    assert (dataset.unread, dataset.left_out) == (unread, ("gone.png",))
+
+
 def test_coco_ids_are_compared_as_text_and_come_back_as_given(tmp_path: Path) -> None:
     document = changed("images", 0, id="7")
     for image, text in zip(document["images"], ("7", "x/3", "5"), strict=True):
@@ -881,6 +967,23 @@ OBJECT = "Annotations/a.xml: object 2 (RBC):"
             "cut to [0, 0, 5, 8] (x1, y1, x2, y2) (repaired)",
             2,
         ),
+        # one fault an object: dropped, else reversed, else cut
+        (
+            voc_object(corners="45 1 41 8"),
+            f"{OBJECT} corners [45, 1, 41, 8]: lies outside the image of 40 x 30 pixels (dropped)",
+            1,
+        ),
+        (
+            voc_object(corners="45 1 31 8"),
+            f"{OBJECT} corners [45, 1, 31, 8] are reversed; xmax >= xmin and ymax >= ymin are required: taken as "
+            "[31, 1, 40, 8] (repaired)",
+            2,
+        ),
+        (
+            voc_object(corners="1_0 1 31 8"),
+            f"{OBJECT} bndbox needs four finite numbers xmin, ymin, xmax, ymax; got [1_0, 1, 31, 8] (dropped)",
+            1,
+        ),
         (
             voc_object(corners="41 1 45 8"),
             f"{OBJECT} corners [41, 1, 45, 8]: lies outside the image of 40 x 30 pixels (dropped)",
@@ -929,8 +1032,7 @@ def test_voc_missing_and_repeated_files_are_named(tmp_path: Path) -> None:
     dataset = read_voc(folder, split="train")
     listing = "ImageSets/Main/train.txt"
     assert faults(dataset) == [
-        f"{listing}: line 2 (b): there is no image JPEGImages/b "
-        "(.jpg, .jpeg, .png, .bmp, .tif, .tiff, .webp) (dropped)",
+        f"{listing}: line 2 (b): there is no image JPEGImages/b ({', '.join(SUFFIXES)}) (dropped)",
         f"{listing}: line 3 (c): there is no annotation file Annotations/c.xml (dropped)",
         f"{listing}: line 4 (a): the image is listed twice; it counts once (repaired)",
         f"{listing}: line 5 (no xml): there is no annotation file Annotations/no xml.xml (dropped)",
@@ -1007,6 +1109,22 @@ def test_voc_without_images_looks_at_none(tmp_path: Path) -> None:
 def test_voc_refuses_pages(tmp_path: Path, page: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_voc(voc_folder(tmp_path, {"a": page}), split="train")
+
+
+@pytest.mark.parametrize("page", ["<annotation><object>", "", "\0\0", "<html/>"])
+def test_a_damaged_page_costs_its_image(tmp_path: Path, page: str) -> None:
+    pages = {"a": voc_page(voc_object()), "b": page, "c": voc_page(voc_object("WBC"))}
+    folder = voc_folder(tmp_path, pages, train="a\nb", val="c", test="b")
+    train, val = read_voc(folder, split="train"), read_voc(folder, split="val")
+    assert (train.files.tolist(), train.left_out) == (["JPEGImages/a.jpg"], ("JPEGImages/b.jpg",))
+    assert [(fault.file, fault.record, fault.kind, fault.action) for fault in train.faults] == [
+        ("Annotations/b.xml", "file", "unreadable labels", "dropped")
+    ]
+    assert (val.classes.names, val.faults, val.left_out) == (("RBC", "WBC"), (), ())
+    with pytest.raises(
+        DataError, match=r"test.txt: needs at least one usable image; .*b.xml: file: .* needs "
+    ):
+        read_voc(folder, split="test")
 
 
 def test_voc_refuses_entities_in_any_encoding(tmp_path: Path) -> None:

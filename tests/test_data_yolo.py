@@ -70,8 +70,12 @@ def test_folders_of_splits_are_read(tmp_path: Path, outer: bool, names: str) -> 
         ("path: /home/somebody/blood\n" + TRAIN, "path elsewhere"),
         ("path: blood  # beside the working directory\n" + TRAIN, "path elsewhere"),
         ("train: train.txt\nval: val.txt\n", None),
-        # other keys are splits where they name a folder
-        (TRAIN + "more: images/train\ndownload: https://example.org/x.zip\n", None),
+        # other keys are splits where they name a folder as our own writer does
+        (
+            TRAIN
+            + "more: images/more\nlabels: labels\nimages_dir: images/train\ndownload: https://example.org/x.zip\n",
+            None,
+        ),
     ],
 )
 def test_where_splits_lie(tmp_path: Path, table: str, kind: str | None) -> None:
@@ -89,6 +93,7 @@ def test_where_splits_lie(tmp_path: Path, table: str, kind: str | None) -> None:
     assert boxes_by_image(open_dataset(tmp_path / "data.yaml", "val")) == expected(SPLITS["val"])
     assert {fault.kind for fault in dataset.faults} == ({kind} if kind == "path elsewhere" else set())
     if "more" in table:
+        picture(tmp_path / "images/more/m.png")
         assert available_splits(tmp_path) == ("train", "val", "more")
 
 
@@ -291,10 +296,6 @@ def test_without_a_table_classes_stand_in_a_list(tmp_path: Path, classes: str, s
             "train: labels\nnames: [cat, dog]",
             r"needs at least one usable image in split 'train'; got none. It lists none",
         ),
-        (
-            "train: other\nnames: [cat, dog]",
-            r"none of the images of split 'train' has a label file; looked for .*x.txt",
-        ),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, table: str, message: str) -> None:
@@ -386,3 +387,30 @@ def test_any_bytes_give_a_data_set_or_a_data_error(tmp_path: Path, data: Any, wh
     for split in ("train", "val"):
         said = refusal(lambda split=split: open_dataset(tmp_path, split))
         assert not said or str(tmp_path) in said
+
+
+def test_a_split_without_labels_is_one_without_boxes(tmp_path: Path) -> None:
+    folder = yolo_set(tmp_path, table=f"{TRAIN}test: images/test\nnames: [cat, dog]\n")
+    picture(folder / "images/test/t.png")
+    picture(folder / "images/test/u.png")
+    dataset = open_dataset(folder, "test")
+    assert boxes_by_image(dataset) == {"t": [], "u": []}
+    assert faults(dataset) == [
+        "data.yaml: test: none of the 2 images of split 'test' has a label file; looked for labels/test/t.txt, for "
+        "one: it is a split without boxes (repaired)"
+    ]
+    assert kinds(dataset) == [("missing annotation", "repaired")]
+    assert open_dataset(folder, "train").faults == ()
+
+
+def test_images_that_cannot_be_used_are_kept_by_name(tmp_path: Path) -> None:
+    folder = yolo_set(tmp_path)
+    write(folder / "images/train/broken.png", b"nothing")
+    picture(folder / "images/train/odd.png")
+    write(folder / "labels/train/odd.txt", b"\xff\xfe0 1 1 1 1")
+    write(folder / "labels/train/a.txt", "0 0.1 0.2 0.3 0.2 0.2 0.4\n")
+    dataset = open_dataset(folder, "train")
+    assert dataset.left_out == ("images/train/broken.png", "images/train/odd.png")
+    assert dataset.unread == ("polygons",)
+    part = dataset.subset([0])
+    assert (part.left_out, part.unread) == (dataset.left_out, dataset.unread)

@@ -22,7 +22,9 @@ from retinanet.data.image_files import is_image_name
 from retinanet.data.isolation import each
 from retinanet.data.kinds import Kind
 from retinanet.data.near_duplicates import NearPair, near_duplicates
+from retinanet.data.rules import brief, name_fault
 from retinanet.errors import ImageError
+from retinanet.folders import cache_folder
 from retinanet.images import UInt8Array, examine
 
 __all__ = [
@@ -218,11 +220,14 @@ def unlisted_images(splits: Sequence[Dataset]) -> list[Fault]:
     """Name the image files that lie beside listed ones, in the same folders, and that no split lists.
 
     Args:
-        splits: all splits of a data set; one that is left out has all its images named.
+        splits: all splits of a data set; one that is left out has all its images named. Images that a split lists but
+            cannot use are no news here, nor are those of other data sets in the cache of Hugging Face images.
     """
     listed: dict[Path, set[str]] = {}
     roots: dict[Path, Path] = {}
     for split in splits:
+        if split.root.is_relative_to(cache_folder("images")):
+            continue
         for folder, names in _by_folder(split):
             listed.setdefault(folder, set()).update(names)
             roots.setdefault(folder, split.root)
@@ -239,6 +244,7 @@ def unlisted_images(splits: Sequence[Dataset]) -> list[Fault]:
             continue
         for name in others:
             file = os.path.relpath(folder / name, roots[folder])
+            file = brief(file) if name_fault(file) else file  # such as a name that is no UTF-8
             kind = Kind.UNLISTED_IMAGE
             reason = "is an image that no split lists; it is not used"
             faults.append(Fault(file, "image", reason, "dropped", kind, kind.fix))
@@ -250,4 +256,8 @@ def _by_folder(split: Dataset) -> Iterable[tuple[Path, set[str]]]:
     for file in split.files.tolist():
         folder, name = os.path.split(file)
         found.setdefault(folder, set()).add(name)
+    for file in split.left_out:
+        folder, name = os.path.split(file)
+        if folder in found:
+            found[folder].add(name)
     return ((split.root / folder, names) for folder, names in found.items())

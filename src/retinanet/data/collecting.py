@@ -53,7 +53,9 @@ class Collector:
         self.files: list[str] = []
         self.sizes: list[Size | None] = []
         self.annotations: list[Annotation] = []
+        self.left_out: list[str] = []  # files of images that were dropped
         self.log = FaultLog()
+        self.unread: set[str] = set()  # see `Dataset`
         self._listed: list[Where] = []
         self._places: dict[str, int | None] = {}
         self._distinct = Distinct()
@@ -63,10 +65,6 @@ class Collector:
 
     def repair(self, where: Where, kind: Kind, reason: str, fix: str = "") -> None:
         self.log.repair(*where, reason, kind, fix)
-
-    def knows(self, file: str) -> bool:
-        """Return whether the image was given before, usable or not."""
-        return file in self._places
 
     def image(self, file: str, where: Where, size: Size | None = None) -> int | None:
         """Return the position of an image, new or known; None where it is not to be used, which is named once."""
@@ -84,12 +82,14 @@ class Collector:
             if not self.fence.holds_file(path):
                 fix = "put the file there, or take it out of the list"
                 self.drop(where, Kind.MISSING_IMAGE, f"there is no image file {path}", fix)
+                self.left_out.append(file)
                 return None
             try:
                 size = size or read_size(path)
             except ImageError as error:
                 fix = "replace the file by a sound one, or take it out of the data set"
                 self.drop(where, Kind.UNREADABLE_IMAGE, f"its size cannot be read: {error}", fix)
+                self.left_out.append(file)
                 return None
         elif size is None and self.fence.holds_file(self.root / file):
             with suppress(ImageError):
@@ -159,6 +159,8 @@ class Collector:
             annotations=self.annotations,
             faults=self.log.kept,
             fault_counts=self.log.counts,
+            left_out=self.left_out,
+            unread=sorted(self.unread),
         )
 
     def _sizes(self) -> list[Size]:
@@ -169,9 +171,8 @@ class Collector:
         for index, own in boxes.items():
             width, height = self.sizes[index] = smallest_size(own)
             became = f"{width} x {height}, the least that holds the boxes"
-            self.repair(
-                self._listed[index], Kind.MISSING_SIZE, f"the image's size is missing; it became {became}"
-            )
+            reason = f"the image's size is missing; it became {became}"
+            self.repair(self._listed[index], Kind.MISSING_SIZE, reason)
         return [size for size in self.sizes if size is not None]
 
 
@@ -210,12 +211,6 @@ def clean_name(given: str, root: Path, where: str) -> str:
     if name == ".":
         raise DataError(f"{where}: needs the name of a file or folder in {root}; got {brief(given)}")
     return name
-
-
-def places(folder: Path, split: str) -> list[tuple[Path, Path]]:
-    """Where images may lie, in order: (the folder they are in, the folder that they may not leave)."""
-    names = ["", "images", split, f"images/{split}", f"{split}/images"]
-    return [(base / name, base) for base in (folder, folder.parent) for name in names]
 
 
 def find_place(files: Iterable[str], choices: Sequence[tuple[Path, Path]], source: Path) -> tuple[Path, Path]:

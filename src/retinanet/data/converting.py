@@ -17,15 +17,18 @@ from retinanet.data.coco import write_coco
 from retinanet.data.csv_writing import write_classes, write_csv
 from retinanet.data.dataset import Dataset
 from retinanet.data.image_files import is_image_name, suffix_of
+from retinanet.data.policies import whole
 from retinanet.data.rules import name_fault
 from retinanet.data.voc_writing import holds_corners, write_voc_list, write_voc_pages
 from retinanet.data.yolo_table import OTHER_KEYS
 from retinanet.data.yolo_writing import write_yolo_labels, write_yolo_table
-from retinanet.errors import ConfigError, DataError
+from retinanet.errors import ConfigError, DataError, ImageError
+from retinanet.images import read_size
 from retinanet.records import Classes, Ignore
 
 Format: TypeAlias = Literal["coco", "voc", "yolo", "csv"]
 
+NAMES_SHOWN = 5
 LONGEST_STEM = 120  # characters, of at most 4 bytes, of the 255 bytes that a file's name may have
 
 
@@ -78,8 +81,8 @@ def convert_dataset(
     One set without splits becomes `annotations.json`, no lists, `classes.txt`, `annotations.csv`. Images are hard links
     where the file system makes them, else copies: of the bytes themselves, never encoded again. A link is the same file
     under two names: who paints in one paints in both. Files keep their names, made distinct where two are equal.
-    `opening.open_dataset` reads the result back with equal boxes, classes and splits; COCO keeps image ids, in the
-    other formats an image is known by its file's name.
+    `opening.open_dataset` reads the result back with equal boxes, classes and splits; COCO keeps the ids of images and,
+    where they are distinct, of annotations; in the other formats an image is known by its file's name.
 
     Args:
         splits: by name; a single one named "" is a set without splits.
@@ -89,10 +92,13 @@ def convert_dataset(
 
     Raises:
         ConfigError: `output` exists, lies in the data set or cannot be made.
-        DataError: splits of different classes, a class name that the format cannot hold, an image that is not there.
+        DataError: splits of different classes, a class name that the format cannot hold, an image that is not there,
+            a split of which no image has the annotated size.
     """
     output = Path(os.path.abspath(output))
     classes = _classes(splits, form)
+    splits, lost = _of_annotated_size(splits, form)
+    lost += losses(splits, form)
     _require_outside(
         output, [*([] if source is None else [Path(source)]), *(d.root for d in splits.values())]
     )
@@ -114,9 +120,9 @@ def convert_dataset(
                 done += 1
                 if progress:
                     progress(done)
-        WRITERS[form](folder, parts, classes)
+        WRITERS[form](folder, parts, classes if _holds_ids(classes, form) else Classes(classes.names))
         folder.rename(output)
-    return Conversion(output, done, linked, tuple(losses(splits, form)))
+    return Conversion(output, done, linked, tuple(lost))
 
 
 def _require_outside(output: Path, folders: Sequence[Path]) -> None:
@@ -151,6 +157,37 @@ def _classes(splits: Mapping[str, Dataset], form: Format) -> Classes:
     return first.classes
 
 
+def _of_annotated_size(splits: Mapping[str, Dataset], form: Format) -> tuple[dict[str, Dataset], list[str]]:
+    """Leave out images of another size than annotated, where the format takes the size of the file; and say so."""
+    if form not in ("yolo", "csv"):
+        return dict(splits), []
+    kept, others = {}, []
+    for split, dataset in splits.items():
+        same = np.array([_is_of_size(dataset, index) for index in range(len(dataset))], np.bool_)
+        others += dataset.files[~same].tolist()
+        if not same.any():
+            raise DataError(
+                f"{dataset.name}: every image of split {split!r} has another size than annotated, {others[0]} for one; "
+                f"{form} takes the size of the file. `retinanet data check` says more"
+            )
+        kept[split] = dataset if same.all() else dataset.subset(same)
+    shown = ", ".join(others[:NAMES_SHOWN]) + (" ..." if len(others) > NAMES_SHOWN else "")
+    lost = f"{len(others):,} images of another size than annotated are left out with their boxes: {shown}"
+    return kept, [lost] if others else []
+
+
+def _is_of_size(dataset: Dataset, index: int) -> bool:
+    try:
+        return read_size(dataset.path(index)) == dataset.size(index)
+    except ImageError:  # it comes as it is, to be named when it is read
+        return True
+
+
+def _holds_ids(classes: Classes, form: Format) -> bool:
+    """Return whether category ids can be read back; where one cannot, all are numbered anew."""
+    return form not in ("yolo", "csv") or all(whole(str(number)) == number for number in classes.ids)
+
+
 def _parts(splits: Mapping[str, Dataset], form: Format) -> list[_Part]:
     parts, taken = [], set[str]()
     for split, dataset in splits.items():
@@ -173,10 +210,10 @@ def _new_name(dataset: Dataset, index: int, taken: set[str]) -> str:
         except OSError as error:
             raise DataError(f"{dataset.path(index)}: cannot be read: {error.strerror}") from None
     stem = path.stem.strip(" .")[-LONGEST_STEM:].strip(" .") or "image"
-    whole = "_".join([*path.parent.parts, stem])[-LONGEST_STEM:].strip(" .")
+    longer = "_".join([*path.parent.parts, stem])[-LONGEST_STEM:].strip(" .")
     number, choice = 1, stem
     while choice.casefold() in taken:  # file systems may not tell A from a
-        number, choice = number + 1, whole if number == 1 else f"{whole}-{number}"
+        number, choice = number + 1, longer if number == 1 else f"{longer}-{number}"
     taken.add(choice.casefold())
     return choice + suffix
 
@@ -208,6 +245,7 @@ def _write_coco(folder: Path, parts: Sequence[_Part], classes: Classes) -> None:
             sizes=[dataset.size(index) for index in range(len(dataset))],
             ground_truths=[dataset.ground_truth(index) for index in range(len(dataset))],
             image_ids=dataset.image_ids.tolist(),
+            keep_ids=len(np.unique(dataset.annotation_ids)) == len(dataset.annotation_ids),
         )
 
 
@@ -264,6 +302,8 @@ def losses(splits: Mapping[str, Dataset], form: Format) -> list[str]:
         own = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         if other := int((~np.isclose(areas, own, rtol=1e-3, atol=1e-3) & kept).sum()):
             found.append(f"{other:,} areas other than their box's (those of masks) became the box's")
+    if unread := sorted({kind for part in parts for kind in part.unread}):
+        found.append(f"{' and '.join(unread)} of the source are not read: boxes alone are converted")
     plain = tuple(range(len(classes)))
     if form == "voc":
         if thin := sum(int((~holds_corners(part.boxes)).sum()) for part in parts):
@@ -281,6 +321,10 @@ def losses(splits: Mapping[str, Dataset], form: Format) -> list[str]:
             found.append(
                 f"{len(classes):,} category ids became the places of the names in the alphabet, from 0"
             )
+    elif not _holds_ids(classes, form):
+        found.append(
+            f"{len(classes):,} category ids became 0 to {len(classes) - 1}; {form} has whole numbers from 0 to 2^31 - 1"
+        )
     elif form == "yolo" and "" in splits and classes.ids != plain:
         found.append(
             f"{len(classes):,} category ids became 0 to {len(classes) - 1}; without splits yolo has no place"

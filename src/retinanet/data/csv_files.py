@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from retinanet.data.collecting import Collector, Size, Where, clean_name, find_place, places
+from retinanet.data.collecting import Collector, Size, Where, clean_name, find_place
 from retinanet.data.dataset import Dataset
+from retinanet.data.finding import image_places
 from retinanet.data.kinds import Kind
 from retinanet.data.policies import decimal, whole
 from retinanet.data.rules import ImageFiles, brief, name_fault, side
@@ -24,6 +25,7 @@ from retinanet.errors import DataError
 from retinanet.records import Classes
 
 CLASS_FILES = ("classes.csv", "class_mapping.csv", "class_mappings.csv", "mapping.csv")
+ID_HEADERS = ("id", "classid", "categoryid", "labelid", "index", "classindex")  # in a class file
 LONGEST_LINE = 2**16  # characters
 COORDINATES = ("x1", "y1", "x2", "y2")
 COLUMNS = ("path", *COORDINATES, "class")
@@ -83,9 +85,14 @@ def _lines(stream: TextIO, path: Path) -> Iterator[str]:
         yield line
 
 
+def _plain(name: str) -> str:
+    """Return a column's name in small letters, without what people put between words."""
+    return "".join(c for c in name.lower() if c not in "_- ")
+
+
 def columns_of(row: Row) -> dict[str, int] | None:
     """Return where each column stands, for a first line that names them all; None for any other line."""
-    plain = ["".join(c for c in field.lower() if c not in "_- ") for field in row.fields]
+    plain = [_plain(field) for field in row.fields]
     found = {
         column: next((plain.index(name) for name in names if name in plain), -1)
         for column, names in CALLED.items()
@@ -102,13 +109,14 @@ def read_csv(
     image_root: Path | str | None = None,
     images: ImageFiles = "required",
     together: Sequence[Path] = (),
+    folder: Path | str | None = None,
 ) -> Dataset:
     """Read one CSV file of boxes.
 
     Classes are those of a class file beside it, with its ids; else the names in the file and in those of the other
     splits, sorted, so that all splits agree. Images keep the order of the file; their ids are those of
     `collecting.ids_of`, a box's id is the number of its line. Paths are relative to `image_root` or, when not given, to
-    the first of the CSV's folder, `images`, `{split}`, `images/{split}`, `{split}/images` and the same in the folder
+    the first of the CSV's folder, `images`, `{split}` and the others of `finding.image_places` there and in the folder
     above that holds the first image that is found at all. Sizes are those of the columns `width` and `height`, else of
     the images.
 
@@ -116,15 +124,17 @@ def read_csv(
         images: "absent" needs no image file; a size that neither the table nor a file gives is then the smallest
             that holds the boxes.
         together: the files of the other splits.
+        folder: the data set's own, which may have the class file in it where the CSV lies in a folder below; not given,
+            the CSV's folder.
 
     Raises:
         DataError: no sound CSV, columns that are not known, no class, no image found, a path that leaves the folder.
     """
     source = Path(os.path.abspath(csv_path))
     table = _Table(source)
-    classes = _listed_classes(source) or _named_classes([table, *(_Table(path) for path in together)])
+    classes = _listed_classes(source, folder) or _named_classes([table, *(_Table(path) for path in together)])
     root = source.parent if image_root is None else Path(os.path.abspath(image_root))
-    choices = places(root, split) if image_root is None else [(root, root)]
+    choices = image_places(root, split) if image_root is None else [(root, root)]
     named = ((row.fields[table.columns["path"]], row.number) for row in table.named())
     files = (clean_name(name, root, f"{source}: line {number}") for name, number in named)
     try:
@@ -251,21 +261,23 @@ class _Taker:
         return (sides[0], sides[1]) if len(sides) == 2 else None
 
 
-def class_file(source: Path) -> Path | None:
-    """Return the class file beside a CSV file, or in the folder above."""
-    folders = (source.parent, source.parent.parent)
-    return next((place / name for place in folders for name in CLASS_FILES if (place / name).is_file()), None)
+def folders_of(source: Path, folder: Path | str | None) -> list[Path]:
+    """Return where files about a CSV file lie: its folder, and the one above where the data set's folder holds that."""
+    above = source.parent.parent
+    inside = folder is not None and above.is_relative_to(os.path.abspath(folder))
+    return [source.parent, above] if inside else [source.parent]
 
 
-def _listed_classes(source: Path) -> Classes | None:
-    path = class_file(source)
+def _listed_classes(source: Path, folder: Path | str | None) -> Classes | None:
+    places = (place / name for place in folders_of(source, folder) for name in CLASS_FILES)
+    path = next((place for place in places if place.is_file()), None)
     if path is None:
         return None
     ids: dict[int, str] = {}
     for place, row in enumerate(read_rows(path)):
         name, number = row.fields if len(row.fields) == 2 else ("", "")
         category = whole(number)
-        if place == 0 and category is None and len(row.fields) == 2:  # class,id
+        if place == 0 and _plain(number) in ID_HEADERS:
             continue
         if category is None or not name or category in ids:
             raise DataError(

@@ -84,6 +84,8 @@ class Dataset:
         faults: what the reader repaired or dropped; of very many the first.
         fault_counts: how many there were of each (kind, action), those of `faults` when not given.
         format: what it was read as, "COCO", "YOLO" ...; empty where nothing was recognised.
+        left_out: files, relative to `root`, of images that were listed but could not be used.
+        unread: what the annotations hold beside boxes, in plain words: "masks", "key points", "polygons".
     """
 
     name: str
@@ -103,6 +105,8 @@ class Dataset:
     faults: tuple[Fault, ...] = ()
     fault_counts: Mapping[tuple[str, str], int] = field(default_factory=dict)
     format: str = ""
+    left_out: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, boxes = len(self.files), len(self.boxes)
@@ -167,6 +171,8 @@ class Dataset:
         annotations: Sequence[Annotation],
         faults: Iterable[Fault] = (),
         fault_counts: Mapping[tuple[str, str], int] | None = None,
+        left_out: Iterable[str] = (),
+        unread: Iterable[str] = (),
     ) -> Dataset:
         """Make a data set from one entry an image and boxes in any order (kept within an image)."""
         return cls.from_columns(
@@ -185,6 +191,8 @@ class Dataset:
             annotation_ids=np.array([a.id for a in annotations], np.int64),
             faults=faults,
             fault_counts=fault_counts,
+            left_out=left_out,
+            unread=unread,
         )
 
     @classmethod
@@ -206,6 +214,8 @@ class Dataset:
         annotation_ids: Int64Array,
         faults: Iterable[Fault] = (),
         fault_counts: Mapping[tuple[str, str], int] | None = None,
+        left_out: Iterable[str] = (),
+        unread: Iterable[str] = (),
     ) -> Dataset:
         """Make a data set from columns, a row a box in any order (kept within an image).
 
@@ -231,6 +241,8 @@ class Dataset:
             annotation_ids=annotation_ids[order],
             faults=tuple(faults),
             fault_counts=fault_counts or {},
+            left_out=tuple(left_out),
+            unread=tuple(unread),
         )
 
     @property
@@ -329,6 +341,8 @@ class Dataset:
             faults=self.faults,
             fault_counts=self.fault_counts,
             format=self.format,
+            left_out=self.left_out,
+            unread=self.unread,
         )
 
     def summary(self) -> str:

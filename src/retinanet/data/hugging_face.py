@@ -20,6 +20,7 @@ from retinanet.data.collecting import Collector, Size, Where, clean_name
 from retinanet.data.dataset import Dataset
 from retinanet.data.image_files import suffix_of
 from retinanet.data.kinds import Kind
+from retinanet.data.policies import TRUE
 from retinanet.data.rules import Box, Fence, ImageFiles, brief, number, side
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import cache_folder, write_bytes
@@ -311,7 +312,8 @@ class _Reader:
                     a, b, c, d = values
                     corners = (a, b, a + c, b + d) if form == "xywh" else values
                     crowd = any(
-                        row.extra.get(key, [0] * (place + 1))[place] for key in ("iscrowd", "is_crowd")
+                        row.extra.get(key, [0] * (place + 1))[place] in TRUE
+                        for key in ("iscrowd", "is_crowd")
                     )
                     ignore = Ignore.CROWD if crowd else Ignore.NO
                     area = number(row.extra["area"][place]) if "area" in row.extra else None

@@ -19,13 +19,14 @@ import numpy as np
 
 from retinanet.data.arrow_files import hugging_face_splits
 from retinanet.data.coco import read_coco
+from retinanet.data.coco.document import SECTIONS
 from retinanet.data.csv_files import is_table_of_boxes, read_csv
 from retinanet.data.dataset import Dataset, Fault
 from retinanet.data.hugging_face import BoxFormat, read_hugging_face
 from retinanet.data.image_files import SUFFIXES
 from retinanet.data.kinds import Kind
 from retinanet.data.open_images import is_open_images, read_open_images
-from retinanet.data.rules import Fence, ImageFiles
+from retinanet.data.rules import Fence, ImageFiles, read_bytes
 from retinanet.data.voc import main_splits, read_voc, split_lists
 from retinanet.data.yolo import read_yolo
 from retinanet.data.yolo_table import NAMES, folder_splits, load_yolo
@@ -38,6 +39,7 @@ USUAL = ("train", "val", "valid", "validation", "test")
 WHOLE_COCO = ("annotations.json", "annotations/annotations.json", "instances.json", ROBOFLOW)
 WHOLE_CSV = ("annotations.csv", "labels.csv", "_annotations.csv", "boxes.csv")
 TABLES_TRIED = 50
+BEGINNING = 2**20  # bytes of a file that tell what it is
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def _moved(dataset: Dataset, root: Path) -> Dataset:
         files=np.array(files, np.str_),
         faults=tuple(faults),
         fault_counts=counts,
+        left_out=tuple(PurePosixPath(file).name for file in dataset.left_out),
     )
 
 
@@ -132,12 +135,8 @@ def _coco(path: Path, image_root: Path | None) -> Opened | None:
         _instances(path / "annotations"),
         _instances(path),
         {file.parent.name: file for file in sorted(path.glob(f"*/{ROBOFLOW}"))},
-        {
-            name: path / f"annotations/{name}.json"
-            for name in USUAL
-            if (path / f"annotations/{name}.json").is_file()
-        },
-        {name: path / f"{name}.json" for name in USUAL if (path / f"{name}.json").is_file()},
+        {name: file for name in USUAL if _is_coco(file := path / f"annotations/{name}.json")},
+        {name: file for name in USUAL if _is_coco(file := path / f"{name}.json")},
     ):
         if files:
             return _by_file(
@@ -147,8 +146,16 @@ def _coco(path: Path, image_root: Path | None) -> Opened | None:
                     file, split=split, images=reading.images, image_root=reading.image_root
                 ),
             )
-    whole = next((path / name for name in WHOLE_COCO if (path / name).is_file()), None)
+    whole = next((path / name for name in WHOLE_COCO if _is_coco(path / name)), None)
     return None if whole is None else _whole_coco(whole)
+
+
+def _is_coco(file: Path) -> bool:
+    """Return whether a JSON file begins as COCO's do: `train.json` may be anybody's."""
+    if not file.is_file():
+        return False
+    start = read_bytes(file, first=BEGINNING).replace(b"\0", b"")  # UTF-16 has zeros between its letters
+    return file.name == ROBOFLOW or any(f'"{key}"'.encode() in start for key in SECTIONS)
 
 
 def _whole_coco(file: Path) -> Opened:
@@ -164,8 +171,8 @@ def _instances(folder: Path) -> dict[str, Path]:
 
 def _yolo(path: Path, image_root: Path | None) -> Opened | None:
     if path.is_dir():
-        source = next((path / name for name in NAMES if (path / name).is_file()), None)
-        others = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+        source = next((path / name for name in NAMES if _is_table(path / name)), None)
+        others = [file for file in sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if _is_table(file)]
         if source is None and folder_splits(path):
             source = others[0] if len(others) == 1 else path
         if source is None:
@@ -183,6 +190,16 @@ def _yolo(path: Path, image_root: Path | None) -> Opened | None:
     if not names:
         return Opened("YOLO", (), (), lambda split, reading: read(split, split, reading))
     return _by_file("YOLO", {name: name for name in names}, read)
+
+
+def _is_table(file: Path) -> bool:
+    """Return whether a file is YOLO's: called `data.yaml`, or a table of names; others have a `dataset.yaml` too."""
+    if not file.is_file():
+        return False
+    said = re.search(
+        rb"""(?:^|[{,])[ \t]*["']?names["']?[ \t]*:""", read_bytes(file, first=BEGINNING), re.MULTILINE
+    )
+    return file.stem == "data" or said is not None
 
 
 def _hugging_face(path: Path, image_root: Path | None) -> Opened | None:
@@ -208,7 +225,9 @@ def _hugging_face(path: Path, image_root: Path | None) -> Opened | None:
 def _open_images(path: Path, image_root: Path | None) -> Opened | None:
     def read(file: Path, split: str, reading: Reading, tables: Mapping[str, Path]) -> Dataset:
         others = [other for other in tables.values() if other != file]
-        return read_open_images(file, split=split, image_root=reading.image_root, together=others)
+        return read_open_images(
+            file, split=split, image_root=reading.image_root, together=others, folder=_home(path, file)
+        )
 
     return _tables("Open Images", path, is_open_images, read)
 
@@ -217,10 +236,20 @@ def _csv(path: Path, image_root: Path | None) -> Opened | None:
     def read(file: Path, split: str, reading: Reading, tables: Mapping[str, Path]) -> Dataset:
         others = [other for other in tables.values() if other != file]
         return read_csv(
-            file, split=split, images=reading.images, image_root=reading.image_root, together=others
+            file,
+            split=split,
+            images=reading.images,
+            image_root=reading.image_root,
+            together=others,
+            folder=_home(path, file),
         )
 
     return _tables("CSV", path, is_table_of_boxes, read)
+
+
+def _home(path: Path, file: Path) -> Path:
+    """Return the data set's own folder: what was opened, or the folder of the file that was."""
+    return path if path.is_dir() else file.parent
 
 
 def _tables(

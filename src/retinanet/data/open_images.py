@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from retinanet.data.collecting import Collector, Where
-from retinanet.data.csv_files import Row, read_rows
+from retinanet.data.csv_files import Row, folders_of, read_rows
 from retinanet.data.dataset import Dataset
+from retinanet.data.image_files import is_image_name
 from retinanet.data.kinds import Kind
 from retinanet.data.policies import decimal
 from retinanet.data.rules import brief, name_fault, refuse_escape
@@ -22,7 +23,6 @@ from retinanet.records import Classes, Ignore
 NEEDED = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
 DESCRIPTIONS = "class-descriptions*.csv"
 PLACES = ("{split}", "images", "images/{split}", "{split}/images", "{split}/data", "")
-SUFFIXES = (".jpg", ".jpeg", ".png")
 ABSENT_SHOWN = 3
 
 
@@ -32,6 +32,7 @@ def read_open_images(
     split: str,
     image_root: Path | str | None = None,
     together: Sequence[Path] = (),
+    folder: Path | str | None = None,
 ) -> Dataset:
     """Read one file of boxes as Open Images publishes them.
 
@@ -44,12 +45,13 @@ def read_open_images(
     Args:
         image_root: the folder that the images are looked for in, anywhere.
         together: the files of the other splits.
+        folder: as of `read_csv`, for the descriptions of the classes.
 
     Raises:
         DataError: no sound CSV, a missing column, none of its images found, a path that leaves the folder.
     """
     source = Path(os.path.abspath(csv_path))
-    named = _descriptions(source)
+    named = _descriptions(source, folder)
     labels = {
         name for path in (source, *together) for _, cells in _cells(path) if (name := cells["LabelName"])
     }
@@ -131,9 +133,9 @@ def _classes(labels: set[str], named: dict[str, str], source: Path) -> tuple[Cla
     return classes, {label: place for place, label in enumerate(order)}
 
 
-def _descriptions(source: Path) -> dict[str, str]:
+def _descriptions(source: Path, home: Path | str | None) -> dict[str, str]:
     """Return the name of each label, from the file of descriptions for boxes where there are several."""
-    for folder in (source.parent, source.parent.parent):
+    for folder in folders_of(source, home):
         files = sorted(folder.glob(DESCRIPTIONS), key=lambda path: ("box" not in path.name, path.name))
         if files:
             rows = [row.fields for row in read_rows(files[0]) if len(row.fields) == 2]
@@ -194,7 +196,7 @@ def _images_in(base: Path, inside: Sequence[str]) -> dict[str, str]:
     for place in inside:
         names = sorted(os.listdir(base / place)) if os.path.isdir(base / place) else []
         for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in SUFFIXES:
+            stem = os.path.splitext(name)[0]
+            if is_image_name(name):
                 present.setdefault(stem, f"{place}/{name}" if place else name)
     return present

@@ -1,6 +1,7 @@
 """What becomes of a box or number that is not as it should be: one judgement for every format.
 
-COCO's reader keeps the same rules on columns, VOC's in its own coordinates.
+COCO's reader keeps the same rules on columns, VOC's in its own coordinates. A box has one fault: that it was dropped,
+else that it was reversed, else that it was cut.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from retinanet.data.kinds import Kind
 from retinanet.data.rules import Box, clip_box
 
 LONGEST_NUMBER = 64  # characters; what is longer is no coordinate
+
+
+TRUE = (1, "1")  # what marks an object, as a crowd for one: 1, 1.0, true or "1"
 
 
 class Verdict(NamedTuple):
@@ -64,8 +68,6 @@ def _fault(corners: Box) -> tuple[Kind, str, str] | None:
         return Kind.EQUAL_CORNERS, "has equal corners: a click, not a box", "remove it or draw the box"
     if x2 == x1 or y2 == y1:
         return Kind.EMPTY_BOX, "has no area; x2 > x1 and y2 > y1 are required", "remove it or draw the box"
-    if not math.isfinite(x1 + y1 + x2 + y2):
-        return Kind.NOT_FINITE, "needs smaller numbers", "remove the box or draw it again"
     return None
 
 

@@ -18,7 +18,9 @@ import numpy as np
 from retinanet.data.dataset import Annotation, Dataset
 from retinanet.data.duplicates import drop_duplicates
 from retinanet.data.faults import FaultLog
+from retinanet.data.image_files import SUFFIXES
 from retinanet.data.kinds import Kind
+from retinanet.data.policies import LONGEST_NUMBER, decimal, in_words
 from retinanet.data.rules import (
     LONGEST_SIDE,
     Box,
@@ -31,13 +33,12 @@ from retinanet.data.rules import (
     refuse_escape,
     smallest_size,
 )
-from retinanet.data.voc_pages import CORNERS, LONGEST_NUMBER, VocObject, VocPage, decimal, read_page
+from retinanet.data.voc_pages import CORNERS, UnsoundPage, VocObject, VocPage, read_page
 from retinanet.errors import DataError, ImageError, did_you_mean
 from retinanet.images import read_size
 from retinanet.records import Classes, Ignore
 
 LISTS = "ImageSets/Main"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LARGEST_LIST = 64 * 2**20
 MOST_NAMES = 2_000_000  # lines of a list
 
@@ -50,14 +51,16 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
     A folder without lists is one set, of whatever name is asked for, with every annotation file.
     An object with two equal corners is a click, not a box, and is dropped; reversed corners are one rectangle all the
     same and are exchanged; an object that stands twice counts once. The image of `NAME` is
-    `JPEGImages/NAME` with the extension that `<filename>` has, else a known one, else `<filename>` itself.
+    `JPEGImages/NAME` with the extension that `<filename>` has, else a known one, else `<filename>` itself. An
+    annotation file that is damaged costs its image.
 
     Args:
         split: the name of a list in `ImageSets/Main`; lines may end in the flags 1, 0, -1 of per-class lists.
         images: "absent" looks at no image file; a missing size is then the smallest that holds the boxes.
 
     Raises:
-        DataError: the split or all its images are missing, or an annotation file is no sound XML.
+        DataError: the split or all its images are missing or unusable, or an annotation file is a trap: too large, or
+            with a DOCTYPE.
     """
     root = Path(os.path.abspath(folder))
     lists = split_lists(root)
@@ -71,7 +74,13 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
     pages = {stem: reader.page(stem) for listed in stems.values() for _, stem in listed}
     listing = f"{LISTS}/{split}.txt" if lists else "Annotations"
     entries = reader.entries(listing, stems[split], pages, images)
-    names = {item.name for page in pages.values() if page for item in page.objects if item.name}
+    names = {
+        item.name
+        for page in pages.values()
+        if isinstance(page, VocPage)
+        for item in page.objects
+        if item.name
+    }
     if not names:
         raise DataError(f"{folder}: needs an object with a name in Annotations/*.xml; there is none")
     classes = Classes(names=tuple(sorted(names)))
@@ -87,6 +96,7 @@ def read_voc(folder: Path | str, *, split: str, images: ImageFiles = "required")
         annotations=annotations,
         faults=reader.log.kept,
         fault_counts=reader.log.counts,
+        left_out=reader.left_out,
     )
 
 
@@ -128,6 +138,7 @@ class _Reader:
         self.fence = Fence(root)
         self.xml_files = _names(root / "Annotations")
         self.log = FaultLog()
+        self.left_out: list[str] = []
 
     def stems(self, path: Path) -> list[tuple[int, str]]:
         """Return (line number, name) of a list."""
@@ -160,15 +171,22 @@ class _Reader:
             raise DataError(f"{self.root / 'Annotations'}: {fault}")
         return list(enumerate(names, 1))
 
-    def page(self, stem: str) -> VocPage | None:
-        """Return what the annotation file says, None where there is none."""
+    def page(self, stem: str) -> VocPage | str | None:
+        """Return what the annotation file says, why it says nothing, or None where there is none."""
         path = self.root / "Annotations" / f"{stem}.xml"
         if path.name not in self.xml_files or not self.fence.holds_file(path):
             return None
-        return read_page(path)
+        try:
+            return read_page(path)
+        except UnsoundPage as error:
+            return str(error)
 
     def entries(
-        self, listing: str, stems: list[tuple[int, str]], pages: dict[str, VocPage | None], images: ImageFiles
+        self,
+        listing: str,
+        stems: list[tuple[int, str]],
+        pages: dict[str, VocPage | str | None],
+        images: ImageFiles,
     ) -> list[_Entry]:
         """Find the images of a list; drop those without annotation or image."""
         if images == "required" and not os.path.isdir(self.root / "JPEGImages"):
@@ -176,7 +194,7 @@ class _Reader:
         present = _names(self.root / "JPEGImages") if images == "required" else frozenset()
         by_stem: dict[str, str] = {}
         for name in sorted(present, key=lambda name: (_rank(name), name)):
-            if _rank(name) < len(EXTENSIONS):
+            if _rank(name) < len(SUFFIXES):
                 by_stem.setdefault(PurePosixPath(name).stem, name)
         found: dict[str, _Entry] = {}
         for number, stem in stems:
@@ -188,16 +206,22 @@ class _Reader:
             if page is None:
                 reason = f"there is no annotation file Annotations/{stem}.xml"
                 self.log.drop(listing, record, reason, Kind.MISSING_ANNOTATION)
+                self._leave_out(by_stem, stem)
+                continue
+            if isinstance(page, str):
+                fix = "write the XML again; the image is not used without it"
+                self.log.drop(f"Annotations/{stem}.xml", "file", page, Kind.UNREADABLE_LABELS, fix)
+                self._leave_out(by_stem, stem)
                 continue
             wanted = stem + PurePosixPath(page.filename).suffix
             if images == "absent":
                 found[stem] = _Entry(stem, f"JPEGImages/{wanted}", page, page.size)
                 continue
-            choices = [wanted] if _rank(wanted) < len(EXTENSIONS) else []
+            choices = [wanted] if _rank(wanted) < len(SUFFIXES) else []
             choices += [by_stem.get(stem, ""), page.filename]
             file = next((f"JPEGImages/{name}" for name in choices if name in present), None)
             if file is None or not self.fence.holds_file(self.root / file):
-                reason = f"there is no image JPEGImages/{stem} ({', '.join(EXTENSIONS)})"
+                reason = f"there is no image JPEGImages/{stem} ({', '.join(SUFFIXES)})"
                 self.log.drop(listing, record, reason, Kind.MISSING_IMAGE)
                 continue
             try:
@@ -205,12 +229,17 @@ class _Reader:
             except ImageError as error:
                 reason = f"the size is missing and cannot be read: {error}"
                 self.log.drop(f"Annotations/{stem}.xml", "size", reason, Kind.UNREADABLE_IMAGE)
+                self.left_out.append(file)
                 continue
             found[stem] = _Entry(stem, file, page, size)
         if not found:
             example = f" {self.log.kept[0]}" if self.log.kept else " The list is empty"
             raise DataError(f"{self.root / listing}: needs at least one usable image; got none.{example}")
         return list(found.values())
+
+    def _leave_out(self, by_stem: dict[str, str], stem: str) -> None:
+        if stem in by_stem:
+            self.left_out.append(f"JPEGImages/{by_stem[stem]}")
 
     def annotations(self, entries: list[_Entry], classes: Classes) -> list[Annotation]:
         """Return the sound boxes, numbered from 1 over all objects of the split, dropped ones too."""
@@ -260,16 +289,19 @@ class _Reader:
             self.log.drop(file, record, reason, Kind.EQUAL_CORNERS)
             return None
         (xmin, xmax), (ymin, ymax) = sorted(finite[::2]), sorted(finite[1::2])
-        if [xmin, ymin, xmax, ymax] != finite:
-            taken = ", ".join(f"{value:g}" for value in (xmin, ymin, xmax, ymax))
-            reason = f"corners {given} are reversed; xmax >= xmin and ymax >= ymin are required: taken as [{taken}]"
-            self.log.repair(file, record, reason, Kind.REVERSED_BOX)
         width, height = entry.size or (LONGEST_SIDE, LONGEST_SIDE)
         box, cut = clip_box((xmin - 1, ymin - 1, xmax, ymax), width, height)
-        if cut is not None:
-            kind = Kind.EMPTY_BOX if "no area" in cut else Kind.OUTSIDE_IMAGE
-            add = self.log.drop if box is None else self.log.repair
-            add(file, record, f"corners {given}: {cut}", kind)
+        if box is None:
+            kind = Kind.EMPTY_BOX if "no area" in (cut or "") else Kind.OUTSIDE_IMAGE
+            self.log.drop(file, record, f"corners {given}: {cut}", kind)
+        elif [xmin, ymin, xmax, ymax] != finite:
+            taken = in_words((box[0] + 1, box[1] + 1, box[2], box[3]))
+            reason = (
+                f"corners {given} are reversed; xmax >= xmin and ymax >= ymin are required: taken as {taken}"
+            )
+            self.log.repair(file, record, reason, Kind.REVERSED_BOX)
+        elif cut is not None:
+            self.log.repair(file, record, f"corners {given}: {cut}", Kind.OUTSIDE_IMAGE)
         return box
 
     def sizes(self, entries: list[_Entry], annotations: list[Annotation]) -> list[tuple[int, int]]:
@@ -293,6 +325,6 @@ def _names(folder: Path) -> frozenset[str]:
 
 
 def _rank(name: str) -> int:
-    """Order of preference of a file's extension; `len(EXTENSIONS)` where it is not an image's."""
+    """Order of preference of a file's extension; `len(SUFFIXES)` where it is not an image's."""
     suffix = PurePosixPath(name).suffix.lower()
-    return EXTENSIONS.index(suffix) if suffix in EXTENSIONS else len(EXTENSIONS)
+    return SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES)

@@ -6,11 +6,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
+from retinanet.data.policies import decimal
 from retinanet.data.rules import brief, read_bytes, side
 from retinanet.errors import DataError
 
 LARGEST_XML = 8 * 2**20  # bytes; some 20,000 objects
-LONGEST_NUMBER = 64  # characters
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -30,14 +30,19 @@ class VocPage(NamedTuple):
     objects: list[VocObject]
 
 
+class UnsoundPage(DataError):
+    """An annotation file that is damaged, as a copy that was broken off leaves it; its image cannot be used."""
+
+
 def read_page(path: Path) -> VocPage:
     """Read an annotation file.
 
     Raises:
-        DataError: it is too large, no sound XML in UTF-8 or another known encoding, or declares entities.
+        UnsoundPage: no sound XML in UTF-8 or another known encoding, or not that of VOC.
+        DataError: it is too large, or declares entities.
     """
     root = _parse(path)
-    width, height = (side(decimal(root.findtext(f"size/{key}"))) for key in ("width", "height"))
+    width, height = (side(decimal(root.findtext(f"size/{key}", ""))) for key in ("width", "height"))
     objects = []
     for item in root.findall("object"):
         bounds = item.find("bndbox")
@@ -67,7 +72,7 @@ class _PlainTree(ElementTree.TreeBuilder):
 def _parse(path: Path) -> ElementTree.Element:
     content = read_bytes(path, limit=LARGEST_XML)
     if b"\0" in content:  # UTF-16
-        raise DataError(f"{path}: needs XML in UTF-8; got zero bytes")
+        raise UnsoundPage(f"{path}: needs XML in UTF-8; got zero bytes")
     try:
         root = ElementTree.fromstring(content, ElementTree.XMLParser(target=_PlainTree()))
     except _HasDoctype:
@@ -75,17 +80,7 @@ def _parse(path: Path) -> ElementTree.Element:
             f"{path}: needs plain XML without DOCTYPE and ENTITY, which can expand without end"
         ) from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: odd encodings
-        raise DataError(f"{path}: needs sound XML; {error}") from None
+        raise UnsoundPage(f"{path}: needs sound XML; {error}") from None
     if root.tag != "annotation":
-        raise DataError(f"{path}: needs the XML of Pascal VOC, <annotation>; got <{brief(root.tag)}>")
+        raise UnsoundPage(f"{path}: needs the XML of Pascal VOC, <annotation>; got <{brief(root.tag)}>")
     return root
-
-
-def decimal(text: str | None) -> float | None:
-    """Return a number, which may be infinite or NaN; None for other text."""
-    if text is None or len(text) > LONGEST_NUMBER:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -3,7 +3,8 @@
 Numbers are shares of the image's sides, 0 to 1, centre first; classes count from 0. A line of a class and three or
 more points is a polygon and becomes its bounding box. The labels of `images/train/a.jpg` stand in
 `labels/train/a.txt`: the last folder called `images` is replaced; where there is none, they stand beside the image.
-No label file, or an empty one, means an image without objects.
+No label file, or an empty one, means an image without objects; a split without any label file is one without boxes,
+which is named.
 Format: https://docs.ultralytics.com/datasets/detect/
 """
 
@@ -41,8 +42,7 @@ def read_yolo(source: Path | str, *, split: str, image_root: Path | str | None =
         image_root: stands for the file's `path` and may be anywhere.
 
     Raises:
-        DataError: no sound YAML, the split or all its images are missing, none of its images has a label file, or a
-            path leaves the folder.
+        DataError: no sound YAML, the split or all its images are missing, or a path leaves the folder.
     """
     found = load_yolo(Path(source), image_root)
     key = split if split in found.splits else ""
@@ -97,11 +97,13 @@ class _Reader:
 
     def finish(self, split: str) -> Dataset:
         if self.gathered.files and not self.with_labels:
-            raise DataError(
-                f"{self.found.source}: none of the images of split {split!r} has a label file; looked for "
-                f"{self.found.root / label_file(next(iter(self.seen)))}, for one. An image without objects may have "
-                "none or an empty one, but not every image"
+            reason = (
+                f"none of the {len(self.seen):,} images of split {split!r} has a label file; looked for "
+                f"{label_file(next(iter(self.seen)))}, for one: it is a split without boxes"
             )
+            fix = "put the label files there; leave it so where nobody annotated the images"
+            where = Where(self.found.source.name, split)
+            self.gathered.repair(where, Kind.MISSING_ANNOTATION, reason, fix)
         return self.gathered.finish(
             name=self.found.root.name, split=split, classes=self.found.classes, source=self.found.source
         )
@@ -115,6 +117,7 @@ class _Reader:
                 continue
             if fault := name_fault(name):
                 self.gathered.drop(Where(entry, "image"), Kind.BAD_FILE_NAME, fault, "rename the file")
+                self.gathered.left_out.append(prefix + name)
                 continue
             yield Where(prefix + name, "image"), prefix + name
 
@@ -141,6 +144,7 @@ class _Reader:
             except DataError as error:
                 fix = "write the labels again; the image is not used without them"
                 self.gathered.drop(Where(file, "file"), Kind.UNREADABLE_LABELS, str(error), fix)
+                self.gathered.left_out.append(image)
                 return
         position = self.gathered.image(image, where)
         if position is None:
@@ -168,6 +172,8 @@ class _Reader:
                 f"correct the number, or add it to {self.found.source.name}",
             )
             return
+        if len(fields) > 5:
+            self.gathered.unread.add("key points" if self.found.keypoints else "polygons")
         width, height = self.gathered.sizes[position] or (1, 1)
         x1, y1, x2, y2 = shape
         self.gathered.box(position, (x1 * width, y1 * height, x2 * width, y2 * height), label, where)

@@ -75,8 +75,8 @@ def load_yolo(source: Path, image_root: Path | str | None = None) -> YoloSet:
                 absent[name] = lacking[0]
             else:
                 splits[name] = tuple(entries)
-        elif name not in OTHER_KEYS and isinstance(given, str) and _is_inside(given, root):
-            splits[name] = (clean_name(given, root, str(source)),)
+        elif name not in OTHER_KEYS and given == f"images/{name}" and _is_inside(given, root):
+            splits[name] = (given,)  # as `yolo_writing` names a split that is called otherwise
     return YoloSet(source, root, classes, labels, splits, absent, "kpt_shape" in document, tuple(faults))
 
 

@@ -16,6 +16,7 @@ from retinanet.data.coco.listing import LARGEST_ID, Entry, id_of, whole
 from retinanet.data.duplicates import drop_duplicates
 from retinanet.data.faults import FaultLog
 from retinanet.data.kinds import Kind
+from retinanet.data.policies import TRUE, in_words
 from retinanet.data.rules import LONGEST_SIDE, Box, brief, clip_box, clip_boxes, number
 from retinanet.records import Classes, Float32Array, Ignore, Int8Array, Int64Array
 
@@ -66,13 +67,14 @@ class _Checked(NamedTuple):
 
 # Every fault of an annotation, in the order in which those of one record are named.
 _Finding = Literal[
-    "image", "class", "numbers", "infinite", "empty", "reversed", "outside", "flat", "cut", "area"
+    "image", "class", "numbers", "infinite", "click", "empty", "reversed", "outside", "flat", "cut", "area"
 ]
 _FINDINGS: dict[_Finding, tuple[Literal["repaired", "dropped"], Kind]] = {
     "image": ("dropped", Kind.ORPHAN_ANNOTATION),
     "class": ("dropped", Kind.UNKNOWN_CLASS),
     "numbers": ("dropped", Kind.NOT_A_NUMBER),
     "infinite": ("dropped", Kind.NOT_FINITE),
+    "click": ("dropped", Kind.EQUAL_CORNERS),
     "empty": ("dropped", Kind.EMPTY_BOX),
     "reversed": ("repaired", Kind.REVERSED_BOX),
     "outside": ("dropped", Kind.OUTSIDE_IMAGE),
@@ -90,8 +92,8 @@ class BoxReader:
         self.log = log
         self.kept = [entry for entry in entries if entry.kept]
         self.sizes = np.array([entry.size or (LONGEST_SIDE, LONGEST_SIDE) for entry in self.kept], np.int64)
-        positions = iter(range(len(self.kept)))
-        self.images = _keys((entry.id, next(positions) if entry.kept else GONE) for entry in entries)
+        places = {id(entry): position for position, entry in enumerate(self.kept)}
+        self.images = _keys((entry.id, places.get(id(entry.same or entry), GONE)) for entry in entries)
         self.labels = _keys((category, label) for label, category in enumerate(classes.ids))
 
     def read(self) -> Boxes:
@@ -126,7 +128,7 @@ class BoxReader:
             label=np.fromiter(map(self.labels.get, labels, repeat(-1)), np.int64, count),
             box=np.fromiter(flat, np.float64, 4 * count).reshape(-1, 4),
             area=np.array(areas, np.float64),  # None becomes NaN
-            crowd=np.fromiter((value == 1 for value in crowds), bool, count),
+            crowd=np.fromiter((value in TRUE for value in crowds), bool, count),
             id=np.array([0 if value is None else value for value in ids], np.int64),
             numbered=np.array([value is not None for value in ids], bool),
         )
@@ -137,7 +139,7 @@ class BoxReader:
         live = here & (given.label >= 0)
         finite = np.isfinite(given.box).all(axis=1)
         x, y, width, height = np.where((live & finite)[:, None], given.box, (0.0, 0.0, 1.0, 1.0)).T
-        empty = (width == 0) | (height == 0)
+        click, empty = (width == 0) & (height == 0), (width == 0) | (height == 0)
         with np.errstate(over="ignore"):  # far beyond any image; cut below
             right, bottom = x + width, y + height
             corners = np.stack(
@@ -146,6 +148,7 @@ class BoxReader:
             )
             sizes = self.sizes[np.where(here, given.image, 0)]
             boxes, outside, flat, reached = clip_boxes(corners, sizes)
+        reversed_ = (width < 0) | (height < 0)
         sound = live & finite & ~empty
         kept = sound & ~outside & ~flat
         wrong_area = ~np.isnan(given.area) & ~((given.area >= 0) & (given.area <= LARGEST_AREA))
@@ -156,11 +159,12 @@ class BoxReader:
                 "class": here & (given.label < 0),
                 "numbers": live & np.isnan(given.box).any(axis=1),
                 "infinite": live & np.isinf(given.box).any(axis=1),
-                "empty": live & finite & empty,
-                "reversed": sound & ((width < 0) | (height < 0)),
+                "click": live & finite & click,
+                "empty": live & finite & empty & ~click,
+                "reversed": kept & reversed_,
                 "outside": sound & outside,
                 "flat": sound & flat,
-                "cut": kept & reached,
+                "cut": kept & reached & ~reversed_,
                 "area": kept & wrong_area,
             },
             given,
@@ -216,14 +220,16 @@ class BoxReader:
             return f"area needs a number from 0; got {brief(fields.get('area'))}; it became the box's"
         if finding in ("numbers", "infinite"):
             return f"bbox needs four finite numbers [x, y, width, height]; got {brief(bbox)}"
+        if finding == "click":
+            return f"bbox {brief(bbox)} has equal corners: a click, not a box"
         if finding == "empty":
             return f"bbox needs a width and height above 0; got {brief(bbox)}"
-        x1, y1, x2, y2 = _corners(bbox)
-        if finding == "reversed":
-            taken = ", ".join(f"{value:g}" for value in (x1, y1, x2 - x1, y2 - y1))
-            return f"bbox {brief(bbox)} is reversed, its width or height below 0; taken as [{taken}]"
         size = entry.size if entry is not None and entry.size is not None else (LONGEST_SIDE, LONGEST_SIDE)
-        return f"bbox {brief(bbox)} {clip_box((x1, y1, x2, y2), *size)[1]}"
+        box, cut = clip_box(_corners(bbox), *size)
+        if finding == "reversed" and box is not None:
+            taken = in_words((box[0], box[1], box[2] - box[0], box[3] - box[1]))
+            return f"bbox {brief(bbox)} is reversed, its width or height below 0; taken as {taken}"
+        return f"bbox {brief(bbox)} {cut}"
 
     def _once(self, found: _Checked) -> _Checked:
         """Drop boxes that stand twice."""
@@ -262,7 +268,7 @@ def _as_record(record: Fields) -> AnnotationRecord:
         category_id=id_of(record.get("category_id")),
         bbox=_numbers(record.get("bbox")),
         area=WRONG_AREA if area is None and record.get("area") is not None else area,
-        iscrowd=record.get("iscrowd") == 1,
+        iscrowd=record.get("iscrowd") in TRUE,
     )
 
 

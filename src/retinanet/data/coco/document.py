@@ -32,6 +32,12 @@ _SURROGATES = re.compile(
 )
 _NOT_NUMBERS = re.compile(rb"[^-]?(NaN|-?Infinity)")
 
+# What annotations may hold that is no box, where it is not empty.
+_BESIDE = {
+    "masks": (b'"segmentation"', re.compile(rb'"segmentation"\s*:\s*(\[\s*[\[\d-]|\{)')),
+    "key points": (b'"keypoints"', re.compile(rb'"keypoints"\s*:\s*\[\s*[\d-]')),
+}
+
 Scalar: TypeAlias = int | float | str | None
 Fields: TypeAlias = dict[str, Any]
 
@@ -60,7 +66,7 @@ RecordType = TypeVar("RecordType", ImageRecord, AnnotationRecord)
 
 
 class Document:
-    """The three lists of one file.
+    """The three lists of one file; `unread` names what annotations hold beside boxes.
 
     Raises:
         DataError: the file is not JSON or not COCO ground truth, with line and column where they are known.
@@ -69,6 +75,9 @@ class Document:
     def __init__(self, source: Path) -> None:
         self.source = source
         content = _content(source)
+        self.unread = [  # `in` is several times as fast as a pattern
+            name for name, (key, pattern) in _BESIDE.items() if key in content and pattern.search(content)
+        ]
         found = self._top(content)
         self._sections = {key: self._section(found, key) for key in SECTIONS}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class Entry:
     file: str
     size: tuple[int, int] | None
     kept: bool = True
+    same: Entry | None = None  # an earlier record of the same file, which has this one's boxes as well
 
 
 def read_classes(document: Document) -> Classes:
@@ -85,6 +87,7 @@ def read_entries(document: Document, log: FaultLog, *, needs_file: bool) -> list
     """
     source = document.source
     found: dict[str, Entry] = {}
+    by_file: dict[str, Entry] = {}
     for start, records in document.chunks("images", ImageRecord):
         for index, record in enumerate(records, start):
             given, file, width, height = _fields(record)
@@ -113,6 +116,15 @@ def read_entries(document: Document, log: FaultLog, *, needs_file: bool) -> list
                 continue
             refuse_escape(file, f"{source}: {where}: file_name")
             entry.file = file.replace("\\", "/")  # as written on Windows
+            if not needs_file:  # nothing but names: results are compared by the ids of all records
+                continue
+            entry.same = by_file.setdefault(posixpath.normpath(entry.file), entry)
+            if entry.same is entry:
+                entry.same = None
+                continue
+            entry.kept = False
+            reason = f"is the file of {entry.same.record} again; it counts once, with the boxes of both"
+            log.repair(source.name, where, reason, Kind.DUPLICATE_LISTING)
     if not any(entry.kept for entry in found.values()):
         count = len(document["images"])
         raise DataError(

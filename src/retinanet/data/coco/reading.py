@@ -28,6 +28,7 @@ def read_coco(
     without boxes count. Ids may be whole numbers or text and are compared as text. A missing `area` is the
     box's. `iscrowd: 1` becomes `Ignore.CROWD`. A negative width or height says that the corners are swapped, which is
     one rectangle all the same; a box that stands twice counts once; one that reaches beyond its image is cut.
+    Two records of one file are one image with the boxes of both.
 
     File names are relative to `image_root` or, when not given, to the first of these places that holds the
     first image that is found at all: for the JSON's folder and then its parent, the folder itself,
@@ -75,4 +76,6 @@ def _read(source: Path, split: str, image_root: Path | str | None, images: Image
         annotation_ids=boxes.ids,
         faults=log.kept,
         fault_counts=log.counts,
+        left_out=[entry.file for entry in entries if entry.file and not (entry.kept or entry.same)],
+        unread=document.unread,
     )

@@ -21,17 +21,19 @@ def write_coco(
     sizes: Sequence[tuple[int, int]],
     ground_truths: Sequence[GroundTruth],
     image_ids: Sequence[int] | Sequence[str] | None = None,
+    keep_ids: bool = False,
     info: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a COCO JSON file, whole or not at all; `read_coco` gives back equal boxes, areas and classes.
 
-    Annotations and, without `image_ids`, images are numbered from 1, categories keep `classes.ids`. Every
-    ignored box is written as `iscrowd: 1`, the only way that COCO has to say it.
+    Annotations, without `keep_ids`, and images, without `image_ids`, are numbered from 1; categories keep
+    `classes.ids`. Every ignored box is written as `iscrowd: 1`, the only way that COCO has to say it.
 
     Args:
         files: one path an image, relative to the JSON's folder or another place where `read_coco` looks.
         sizes: (width, height) in pixels.
         image_ids: one an image, distinct.
+        keep_ids: annotations keep the ids of their ground truths, which need to be distinct.
         info: plain values about the data set, which COCO keeps under `info`; left out when None.
 
     Raises:
@@ -57,11 +59,18 @@ def write_coco(
                 f"{where}: needs class indices 0..{len(classes) - 1}; got {int(truth.classes.max())}"
             )
         images.append({"id": own_id, "file_name": file, "width": int(width), "height": int(height)})
-        rows = zip(truth.boxes.tolist(), truth.classes, truth.areas.tolist(), truth.ignore, strict=True)
-        for (x1, y1, x2, y2), label, area, ignore in rows:
+        rows = zip(
+            truth.boxes.tolist(),
+            truth.classes,
+            truth.areas.tolist(),
+            truth.ignore,
+            truth.ids.tolist(),
+            strict=True,
+        )
+        for (x1, y1, x2, y2), label, area, ignore, given in rows:
             annotations.append(
                 {
-                    "id": len(annotations) + 1,
+                    "id": given if keep_ids else len(annotations) + 1,
                     "image_id": own_id,
                     "category_id": classes.ids[label],
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
