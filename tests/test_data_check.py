@@ -325,6 +325,34 @@ def test_images_may_lie_elsewhere(capsys: pytest.CaptureFixture[str], data: Path
     assert run(capsys, data, "--box-format", "xyxy")[2].endswith("COCO says itself what boxes are")
 
 
+def test_every_command_takes_images_from_elsewhere(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for split in ("train", "val"):
+        (data / split).rename(elsewhere / split)
+    (tmp_path / "found.json").write_text("[]")
+    view = ["--output", str(tmp_path / "seen.png"), "--images", "1", "--image-size", "64"]
+    train = ["--dry-run", "--pretrained", "none", "--device", "cpu", "--steps", "1"]
+    for command, rest in {
+        "data view": view,
+        "data anchors": ["--image-size", "64"],
+        "train": train,
+        "evaluate": ["--detections", str(tmp_path / "found.json")],
+    }.items():
+        start = [*command.split(), str(data), *rest]
+        for options, code, message in (
+            (["--image-root", str(elsewhere)], 0, ""),
+            (["--image-root", str(tmp_path / "no")], 2, "image_root needs a folder of images"),
+            (["--image-root", str(elsewhere), "--box-format", "xywh"], 2, "COCO says itself what boxes are"),
+        ):
+            with pytest.raises(SystemExit) as stop:
+                main([*start, *options])
+            assert (command, int(stop.value.code or 0)) == (command, code)
+            assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_modes_and_frames_are_shown(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
     turned = Image.Exif()
     turned[0x0112] = 6

@@ -65,9 +65,9 @@ def require_outside(path: Path, *data: str | Path, by_default: bool = False) -> 
     """
     real = Path(os.path.realpath(path))
     for given in data:
-        folder = Path(os.path.realpath(given))
-        folder = folder if folder.is_dir() else folder.parent
-        if real.is_relative_to(folder):
+        there = Path(os.path.realpath(given))
+        folder = there if there.is_dir() else there.parent
+        if there.exists() and real.is_relative_to(folder):
             way_out = (
                 "the working directory lies in the data: say --output FOLDER"
                 if by_default

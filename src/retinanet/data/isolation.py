@@ -50,8 +50,8 @@ def each(
         proven = True
         # Tasks begin in order, so one of the first that are not done did it; what is done is not done again.
         undone = [place for place, (_, task) in enumerate(left) if task is None]
-        suspects = undone[: max(workers, 1)]
-        last = suspects[-1] + 1 if suspects else 0
+        suspects = undone[:workers]
+        last = suspects[-1] + 1
         for chunk, task in left[:last]:
             results = task.result() if task else _one_by_one_if_it_crashes(function, chunk, crashed)
             yield from _keyed(chunk, results)
