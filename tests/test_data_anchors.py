@@ -205,7 +205,7 @@ def test_anchors_come_back_from_their_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- 1", r"needs `sizes: \[...\]`, and may have scales, ratios and image_size; got list"),
+        ("- 1", r"needs `sizes: \[...\]`, and may have scales, ratios, image_size and max_size; got list"),
         ("scales: [1.0]", "needs the field 'sizes', which is absent"),
         ("sizes: [1, 2, 3]", "sizes needs 5 numbers, one for each of P3 to P7; got 3"),
         ("sizes: [1, 2, 3, 4, -5]", "sizes needs 1 to 36 numbers above 0; got .*-5"),
@@ -303,6 +303,11 @@ def test_the_command_shows_before_and_after_and_writes(
     reached = float((best_overlaps(spec, objects) >= 0.5).mean())
     assert f"{reached:.1%} of them have an anchor of IoU 0.5, 33.3% with the usual ones." in file.read_text()
     assert reached > 0.8
+    other = tmp_path / "my anchors.yaml"
+    sizes = ("--image-size", 256, "--max-size", 300)
+    code, out, _ = run(capsys, "data", "anchors", data, *sizes, "--output", other)
+    assert f"retinanet train {data} --image-size 256 --max-size 300 --anchors '{other}'" in out
+    assert parse_anchors(str(other)).max_size == 300
     code, again, _ = run(capsys, "data", "anchors", data, "--image-size", 256, "--json")
     values = json.loads(again)
     assert values["anchors"]["sizes"] == list(asked.sizes)
@@ -323,6 +328,8 @@ def test_the_command_shows_before_and_after_and_writes(
         (["--image-size", "99", "--seed", "-1"], "--seed needs 0 or more"),
         (["--image-size", "99", "--output", "{data}/a.yaml"], "--output needs a place outside the data folder"),
         (["--image-size", "99", "--output", "{data}/a.png"], "--output needs a"),
+        (["--image-size", "99", "--image-root", "{tmp}/no"], "image_root needs a folder of images"),
+        (["--image-size", "99", "--box-format", "xywh"], "COCO says itself what boxes are"),
         (["--image-size", "99", "--output", "{tmp}/no/a.yaml"], "there is no {tmp}/no"),
         (["--image-size", "99", "--output", "{tmp}"], "--output needs a new file; {tmp} exists"),
     ],

@@ -3,7 +3,11 @@
 import hashlib
 import os
 import pickle
+import sqlite3
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinanet.data import auditing, isolation
+from retinanet.data import auditing, facts_cache, isolation
 from retinanet.data import near_duplicates as near_duplicates_module
 from retinanet.data.auditing import (
     ImageFacts,
@@ -24,8 +28,9 @@ from retinanet.data.auditing import (
     unlisted_images,
 )
 from retinanet.data.dataset import Annotation, Dataset
-from retinanet.data.facts_cache import FILE_NAME, platform_cache
+from retinanet.data.facts_cache import FILE_NAME, FactsCache
 from retinanet.data.kinds import Kind
+from retinanet.data.near_duplicates import equal_files
 from retinanet.errors import ConfigError
 from retinanet.records import Classes
 
@@ -140,6 +145,83 @@ def test_a_crash_costs_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [(0, "A"), (1, "b crashed"), (2, "C")]
 
 
+def note_and_die_of_b(path: str) -> str:
+    folder, _, name = path.rpartition("/")
+    with (Path(folder) / "log").open("a") as log:
+        log.write(name)
+    if name == "b":
+        while "d" not in (Path(folder) / "log").read_text():  # the other worker is done with its chunk
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os._exit(11)
+    return name.upper()
+
+
+def test_what_is_done_when_a_worker_crashes_is_not_done_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(isolation, "CHUNK", 2)
+    items = {number: f"{tmp_path}/{name}" for number, name in enumerate("abcdef")}
+    found = [result for _, result in isolation.each(note_and_die_of_b, items, 2, crashed=dead)]
+    assert found == ["A", f"{tmp_path}/b crashed", *"CDEF"]
+    log = (tmp_path / "log").read_text()
+    assert (log.count("c"), log.count("d")) == (1, 1)
+    assert log.count("b") == 3  # with the others, with its chunk, alone
+
+
+SCRIPT = """
+import os, sys, time
+from retinanet.data.isolation import each
+
+def slow(path):
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(path, path + ".pid")
+    time.sleep(60)
+
+{guard}
+    list(each(slow, {{i: f"{folder}/{{i}}" for i in range(32)}}, 2, crashed=repr))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc who lives")
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(guard='if __name__ == "__main__":', folder=tmp_path))
+    parent = subprocess.Popen([sys.executable, str(script)])
+    files = [tmp_path / "0.pid", tmp_path / "16.pid"]
+    wait_until(lambda: all(file.exists() for file in files))
+    workers = [int(file.read_text()) for file in files]
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def test_a_script_without_a_guard_is_told_about_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(guard="if True:", folder=tmp_path))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("retinanet.errors.ConfigError: worker processes end before they begin")
+    assert 'if __name__ == "__main__":' in last
+    assert not list(tmp_path.glob("*.pid"))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
 def test_what_was_found_is_kept_until_the_file_changes(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,22 +264,70 @@ def test_the_cache_never_lies_in_the_data_folder(data: Path, tmp_path: Path) -> 
     assert os.listdir(data) == ["a.png"]
 
 
-def test_the_platforms_place_for_caches_is_used(
+def test_the_cache_lies_where_all_that_can_be_made_again_lies(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("RETINANET_CACHE", str(tmp_path / "mine"))
     noise().save(data / "a.png")
     audit_images(dataset_of(data, a_png=(40, 30)))
-    assert (tmp_path / "xdg/retinanet" / FILE_NAME).is_file()
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert platform_cache() == Path("/home/someone/.cache/retinanet")
-    monkeypatch.setattr("sys.platform", "darwin")
-    assert platform_cache() == Path("/home/someone/Library/Caches/retinanet")
-    monkeypatch.setattr("sys.platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", "/appdata")
-    assert platform_cache() == Path("/appdata/retinanet")
+    assert (tmp_path / "mine" / "facts" / FILE_NAME).is_file()
+    with pytest.raises(
+        ConfigError, match="RETINANET_CACHE names another"
+    ):  # images elsewhere than the labels
+        audit_images(dataset_of(data, a_png=(40, 30)), data=tmp_path)
+
+
+ROW = (40, 30, 1, "RGB", 1, "digest", 7)
+
+
+def kept(folder: Path, paths: list[str]) -> list[bool]:
+    with FactsCache(folder, outside=()) as cache:
+        return [cache.get(path) == ROW for path in paths]
+
+
+def test_two_checks_do_not_wait_for_each_other(data: Path, tmp_path: Path) -> None:
+    paths = [str(data / name) for name in ("a", "b")]
+    for path in paths:
+        Path(path).write_text("")
+    start = time.perf_counter()
+    with FactsCache(tmp_path, outside=()) as first, FactsCache(tmp_path, outside=()) as second:
+        for cache, path in ((first, paths[0]), (second, paths[1])):
+            cache.get(path)
+            cache.put(path, ROW)
+    assert kept(tmp_path, paths) == [True, True]
+    assert time.perf_counter() - start < 2
+
+
+def test_a_cache_that_another_program_holds_is_given_up(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts_cache, "PATIENCE", 0.05)
+    monkeypatch.setattr(facts_cache, "WRITE_EVERY", 0.0)
+    paths = [str(data / str(number)) for number in range(40)]
+    for path in paths:
+        Path(path).write_text("")
+    with FactsCache(tmp_path, outside=()) as cache:
+        held = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
+        held.execute("BEGIN EXCLUSIVE")
+        start = time.perf_counter()
+        for path in paths:
+            assert cache.get(path) is None
+            cache.put(path, ROW)
+        assert time.perf_counter() - start < 1  # it waited once
+        held.close()
+    assert not any(kept(tmp_path, paths))
+
+
+def test_a_row_that_is_no_number_is_none(data: Path, tmp_path: Path) -> None:
+    (data / "a").write_text("")
+    with FactsCache(tmp_path, outside=()) as cache:
+        cache.get(str(data / "a"))
+        cache.put(str(data / "a"), ROW)
+    table = sqlite3.connect(tmp_path / FILE_NAME)
+    table.execute("UPDATE images SET dhash = 'no number'")
+    table.commit()
+    table.close()
+    assert kept(tmp_path, [str(data / "a")]) == [False]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -317,10 +447,9 @@ def test_near_duplicates(a: list[Any], b: list[Any], pairs: list[NearPair]) -> N
     assert near_duplicates(a, b) == pairs
 
 
-def test_near_duplicates_within_one_split_are_each_named_once() -> None:
+def test_equal_files_within_one_split_are_each_named_once() -> None:
     facts = [fact(0, BITS), fact(1, ~BITS % 2**64), fact(2, BITS ^ 1), fact(3, 0, "x"), fact(4, 0, "x")]
-    assert near_duplicates(facts, facts) == [NearPair(0, 2, False, 1), NearPair(3, 4, True, 0)]
-    assert near_duplicates(facts, facts, distance=0) == [NearPair(3, 4, True, 0)]
+    assert equal_files([*facts, None, fact(6, 1, "x")]) == [(3, 4), (3, 6)]
 
 
 def test_near_duplicates_are_those_of_a_plain_comparison(monkeypatch: pytest.MonkeyPatch) -> None:

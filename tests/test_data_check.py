@@ -19,6 +19,7 @@ from retinanet.data import Fault, anchor_fit, open_dataset, write_coco
 from retinanet.data.auditing import ImageFacts
 from retinanet.data.kinds import Kind
 from retinanet.records import Classes, GroundTruth
+from retinanet.report.data_page import _faults, _number
 from retinanet.report.histograms import Histogram, draw_histograms
 from retinanet.training import checking
 from retinanet.training.advice import exit_code, sentences
@@ -205,6 +206,10 @@ def test_nothing_is_written_into_the_data_folder(
     code, _, err = run(capsys, ".")
     assert code == 2
     assert "--output needs a place outside the data folder .; got runs/check-1" in err
+    assert "The working directory lies in the data: say --output FOLDER" in err
+    code, _, err = run(capsys, "instances_val.json")
+    assert code == 2
+    assert f"--output needs a place outside the data folder {data}; got runs/check-1" in err
     assert fingerprint(data) == before
 
 
@@ -246,6 +251,22 @@ def test_a_split_that_cannot_be_read_does_not_hide_the_others(
     said = unusable(capsys, data)
     assert "The split val could not be read: " in said
     assert "train 3 1 3 cat 2, dog 1" in said
+    assert "Every box and every image of train was readable: 3 boxes in 3 images. " in said
+    assert "left out" not in said
+
+
+def test_training_goes_on_without_a_test_split_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], data: Path
+) -> None:
+    (data / "instances_test.json").write_text("{")
+    code, out, _ = run(capsys, data)
+    assert code == 1
+    assert not out.startswith("!!")
+    assert " ! The split test could not be read: " in out
+    assert "No image stands in two of the splits that could be read." in " ".join(out.split())
+    code, _, err = run(capsys, data, "--strict")
+    assert code == 2
+    assert "splits that cannot be read, the first: " in err
 
 
 def test_no_split_that_can_be_read_is_one_message(capsys: pytest.CaptureFixture[str], data: Path) -> None:
@@ -279,6 +300,103 @@ def test_one_file_of_one_image_will_do(capsys: pytest.CaptureFixture[str], tmp_p
     assert code == 0, said
     assert "one to judge by, val; there is only val." in said
     assert "dog: no box in val, so nobody can say how well it is found." in said
+
+
+def test_one_set_is_told_how_to_make_splits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_split(tmp_path / "my data", "train", [truth((5, 5))])
+    file = tmp_path / "my data" / "annotations.json"
+    (tmp_path / "my data" / "instances_train.json").rename(file)
+    said = " ".join(run(capsys, file)[1].split())
+    assert "this is one set without splits. Make them, a fifth of the images for val: " in said
+    assert f"retinanet data convert '{file}' OUT --format coco --split-shares 0.8,0.2" in said
+
+
+def test_images_may_lie_elsewhere(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    """Where they lie nothing is written, either."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for split in ("train", "val"):
+        (data / split).rename(elsewhere / split)
+    code, out, _ = run(capsys, data, "--image-root", elsewhere)
+    assert code == 0, out
+    code, _, err = run(capsys, data, "--image-root", elsewhere, "--output", elsewhere / "train" / "report")
+    assert code == 2
+    assert f"--output needs a place outside the data folder {elsewhere}" in err
+    assert run(capsys, data, "--box-format", "xyxy")[2].endswith("COCO says itself what boxes are")
+
+
+def test_every_command_takes_images_from_elsewhere(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for split in ("train", "val"):
+        (data / split).rename(elsewhere / split)
+    (tmp_path / "found.json").write_text("[]")
+    view = ["--output", str(tmp_path / "seen.png"), "--images", "1", "--image-size", "64"]
+    train = ["--dry-run", "--pretrained", "none", "--device", "cpu", "--steps", "1"]
+    for command, rest in {
+        "data view": view,
+        "data anchors": ["--image-size", "64"],
+        "train": train,
+        "evaluate": ["--detections", str(tmp_path / "found.json")],
+    }.items():
+        start = [*command.split(), str(data), *rest]
+        for options, code, message in (
+            (["--image-root", str(elsewhere)], 0, ""),
+            (["--image-root", str(tmp_path / "no")], 2, "image_root needs a folder of images"),
+            (["--image-root", str(elsewhere), "--box-format", "xywh"], 2, "COCO says itself what boxes are"),
+        ):
+            with pytest.raises(SystemExit) as stop:
+                main([*start, *options])
+            assert (command, int(stop.value.code or 0)) == (command, code)
+            assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_modes_and_frames_are_shown(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number, (mode, exif) in enumerate([("L", None), ("I;16", None), ("RGB", turned)]):
+        with Image.open(data / f"train/{number}.png") as image:
+            changed = (
+                image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+            )
+            changed = changed.transpose(Image.Transpose.ROTATE_90) if exif else changed
+            changed.save(data / f"train/{number}.png", **({"exif": exif} if exif else {}))
+    _, out, _ = run(capsys, data, "--json", "--output", tmp_path / "report")
+    rows = {row["how"]: (row["images"], row["becomes"]) for row in json.loads(out)["stored"]}
+    assert rows == {
+        "colour, RGB": (3, "taken as it is"),
+        "grey, 8 bits": (1, "three equal channels"),
+        "grey, 16 bits": (1, "scaled to 8 bits (0..65535 becomes 0..255), three equal channels"),
+        "turned by EXIF": (1, "turned upright; labels follow the image: 1 as people see the picture"),
+    }
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<td>grey, 8 bits</td><td>1</td><td>three equal channels</td>" in page
+
+
+def test_an_image_twice_in_a_split_is_told(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    (data / "train/2.png").write_bytes((data / "train/0.png").read_bytes())
+    code, out, _ = run(capsys, data, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["doubles"] == [{"split": "train", "file": "train/0.png", "again": "train/2.png"}]
+    assert any(
+        "1 image of train is byte for byte an earlier one there under another name (train/2.png and train/0.png"
+        in one["text"]
+        for one in found["sentences"]
+    )
+
+
+def test_classes_of_val_alone_and_large_numbers_are_on_the_page(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    write_split(data, "val", [truth((1, 1))], names=("cat", "cow"))
+    run(capsys, data, "--output", tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<td>cow</td><td>0</td><td>0</td>" in page
+    assert _number(12345.6) == "12,346"
+    assert (_number(99.55), _number(0.75)) == ("99.55", "0.75")
 
 
 # ------------------------------------------------------------------------------------------------ what is said
@@ -377,14 +495,56 @@ def test_faults_are_counted_named_and_what_to_do_is_said(data: Path) -> None:
     ) in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Kind.MISSING_IMAGE, "2 of 7 images cannot be read."),
+        (Kind.UNREADABLE_IMAGE, "2 of 7 images cannot be read."),
+        (Kind.TRUNCATED_IMAGE, "2 of 7 images cannot be read."),
+        (Kind.UNREADABLE_LABELS, "2 images have labels that cannot be read."),
+    ],
+)
+def test_what_the_reader_could_not_read_is_not_readable(data: Path, kind: Kind, said: str) -> None:
+    """Its images are gone from the data set, and not among those that were decoded."""
+    whole = said_of(findings(data, [Fault(f"{name}", "image", "why", "dropped", kind) for name in "ab"]))
+    assert said in whole
+    assert "Every image was readable" not in whole
+
+
+def test_faults_that_are_only_counted_count(data: Path) -> None:
+    datasets = [open_dataset(data, split) for split in ("train", "val")]
+    kept = (Fault("a.xml", "object 2", "why", "dropped", Kind.EQUAL_CORNERS),)
+    datasets[0] = replace(datasets[0], faults=kept, fault_counts={("equal corners", "dropped"): 12_000})
+    splits = [AuditedSplit(one, facts_of(len(one), seed), ()) for seed, one in enumerate(datasets)]
+    found = check("d", splits, refused={}, others=(), frame=None, suggested={})
+    assert found.fault_total == 12_000
+    assert (
+        "12,000 boxes were left out: 12,000 x equal corners (a.xml, object 2 in train and 11,999 more)"
+        in (said_of(found))
+    )
+    values = found.to_json()
+    assert list(values["fault_counts"]) == [
+        {"split": "train", "kind": "equal corners", "action": "dropped", "count": 12_000}
+    ]
+    page = _faults(values["faults"], values["fault_counts"])
+    assert "equal corners: 12,000" in page
+    assert "There are 12,000 in all; the first 1 are shown" in page
+    of_nothing = replace(datasets[0], faults=(), fault_counts={("equal corners", "dropped"): 3})
+    found = check(
+        "d", [AuditedSplit(of_nothing, facts_of(3, 0), ())], refused={}, others=(), frame=None, suggested={}
+    )
+    assert exit_code(found) == 1
+
+
 def test_the_exit_code_says_how_it_went(data: Path) -> None:
     assert exit_code(findings(data)) == 0
     assert exit_code(findings(data, [Fault("f", "r", "why", "repaired")])) == 1
-    assert exit_code(replace(findings(data), refused={"test": "why"})) == 2
+    assert exit_code(replace(findings(data), refused={"test": "why"})) == 1
+    assert exit_code(replace(findings(data), refused={"val": "why"})) == 2
 
 
 def test_what_matters_most_comes_first(data: Path) -> None:
-    found = replace(findings(data, [Fault("f", "r", "why", "repaired")]), refused={"test": "why"})
+    found = replace(findings(data, [Fault("f", "r", "why", "repaired")]), refused={"val": "why"})
     levels = [one.level for one in sentences(found)]
     assert levels == sorted(levels, key=["stop", "look", "good"].index)
     assert set(levels) == {"stop", "look", "good"}

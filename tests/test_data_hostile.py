@@ -300,10 +300,15 @@ def test_any_xml_ends_in_a_data_set_or_a_data_error(tmp_path: Path, body: str, i
     assert len(fuzz_readers.refusal(lambda: read_voc(tmp_path, split="train", images=images))) < 4000
 
 
-def test_damaged_files_of_every_format_end_in_a_data_set_or_a_data_error() -> None:
-    seed = int(os.environ.get("FUZZ_SEED", "0"))
+@pytest.mark.parametrize(
+    ("seconds", "usual_seed"), [(3.0, "0"), pytest.param(60.0, "1", marks=pytest.mark.slow)]
+)
+def test_damaged_files_of_every_format_end_in_a_data_set_or_a_data_error(
+    seconds: float, usual_seed: str
+) -> None:
+    seed = int(os.environ.get("FUZZ_SEED", usual_seed))
     count = 0
-    for number, wrong in fuzz_readers.failures(3.0, seed):
+    for number, wrong in fuzz_readers.failures(seconds, seed):
         count += 1
         assert wrong is None, f"python tests/fuzz_readers.py --seed {seed} --only {number}\n{wrong}"
     assert count > 20

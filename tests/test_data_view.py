@@ -213,6 +213,17 @@ def test_nothing_is_written_into_the_data(data: Path, capsys: pytest.CaptureFixt
     assert not (data / "a.png").exists()
 
 
+def test_a_photograph_is_not_replaced_where_data_is_a_file(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = next(path for path in sorted(data.rglob("*")) if path.suffix in (".png", ".jpg"))
+    file = next(path for path in sorted(data.rglob("*.json")))
+    before = image.read_bytes()
+    assert result_of("data", "view", file, "--output", image) == 2
+    assert "--output needs a place outside the data" in capsys.readouterr().err
+    assert image.read_bytes() == before
+
+
 def test_options_of_train_are_the_same_here() -> None:
     """Every option of augmentation, and those of both commands with the same kinds and defaults."""
     view, train = View(data="x", output="x.png"), TrainingOptions(data="x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,18 @@ from retinanet.errors import ConfigError
 RUNS = Path("runs")
 
 
-def new_folder(output: str | None, stem: str, *, outside: str | Path | None = None) -> Path:
+def new_folder(output: str | None, stem: str, *, outside: Sequence[str | Path] = ()) -> Path:
     """Make the folder a command writes to: `output`, or the first free runs/STEM-N.
 
     Args:
-        outside: a data folder that it may not lie in.
+        outside: data sets, folders or files, that it may not lie in; see `require_outside`.
 
     Raises:
         ConfigError: the folder holds something already, or cannot be made.
     """
     path = Path(output) if output else _first_free(stem)
     require_new(path)
-    if outside is not None:
-        require_outside(path, outside)
+    require_outside(path, *outside, by_default=not output)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,12 +56,27 @@ def require_new_file(path: Path) -> None:
         raise ConfigError(f"--output needs a file in an existing folder; there is no {path.parent}")
 
 
-def require_outside(path: Path, data: str | Path) -> None:
-    """Refuse a place inside a data folder: what was read is left as it was."""
-    if Path(data).is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(data)):
-        raise ConfigError(
-            f"--output needs a place outside the data folder {data}; got {path}. Choose another"
-        )
+def require_outside(path: Path, *data: str | Path, by_default: bool = False) -> None:
+    """Refuse a place inside a data set, whose files are left as they were.
+
+    Args:
+        data: folders that it may not lie in; a file stands for the folder that holds it.
+        by_default: nobody asked for `path`: --output is then what helps.
+    """
+    real = Path(os.path.realpath(path))
+    for given in data:
+        there = Path(os.path.realpath(given))
+        folder = there if there.is_dir() else there.parent
+        if there.exists() and real.is_relative_to(folder):
+            way_out = (
+                "the working directory lies in the data: say --output FOLDER"
+                if by_default
+                else "Choose another"
+            )
+            raise ConfigError(
+                f"--output needs a place outside the data folder {given if Path(given).is_dir() else folder}; "
+                f"got {path}. {way_out[0].upper()}{way_out[1:]}"
+            )
 
 
 def _first_free(stem: str) -> Path:

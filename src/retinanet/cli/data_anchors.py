@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,7 +13,7 @@ import tyro
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import require_new_file, require_outside
 from retinanet.training.anchor_file import AskedAnchors, write_anchors
-from retinanet.training.configuration import OPTIONAL, Flag, shown
+from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag, shown
 
 if TYPE_CHECKING:
     from retinanet.data.coverage import Coverage
@@ -38,6 +39,10 @@ class Anchors:
     """Anchors a location, scales times ratios; more take longer to train."""
     seed: int = 0
     """The search follows from it."""
+    image_root: Annotated[str | None, OPTIONAL_FOLDER] = None
+    """Folder of the images, where it is another than the format says; links may lead there, nowhere else."""
+    box_format: Literal["auto", "xyxy", "xywh"] = "auto"
+    """How boxes of a Hugging Face data set are written; auto takes what they prove."""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=shown)] = None
     """New file, YAML, that `retinanet train --anchors` reads."""
     json: Flag = False
@@ -55,7 +60,9 @@ class Anchors:
         frame = Preprocessing(
             image_size=self.image_size, max_size=self.max_size or longest_of(self.image_size)
         )
-        dataset = open_dataset(self.data, self.split)
+        dataset = open_dataset(self.data, self.split, image_root=self.image_root, box_format=self.box_format)
+        if self.output:
+            require_outside(Path(self.output), dataset.root)
         objects = objects_in_network(dataset, frame)
         if not len(objects):
             raise DataError(f"{self.data}: anchors are fitted to objects; the split {self.split} has none")
@@ -73,7 +80,7 @@ class Anchors:
             name: Fit(Coverage.of(overlaps), coverage_by_class(dataset, objects.rows, overlaps))
             for name, overlaps in found.items()
         }
-        asked = AskedAnchors(fitted.sizes, fitted.scales, fitted.ratios, self.image_size)
+        asked = AskedAnchors(fitted.sizes, fitted.scales, fitted.ratios, self.image_size, self.max_size)
         if self.output:
             write_anchors(Path(self.output), asked, self._comment(rows))
         if self.json:
@@ -94,9 +101,11 @@ class Anchors:
 
     def _comment(self, rows: dict[str, Fit]) -> str:
         before, after = (rows[name].overall.at_50 or 0.0 for name in ("usual", "fitted"))
+        of_longest = f", longest at most {self.max_size}" if self.max_size else ""
         return (
             f"Anchors fitted by `retinanet data anchors` to {rows['fitted'].overall.objects:,} objects at shortest "
-            f"side {self.image_size}:\n{after:.1%} of them have an anchor of IoU 0.5, {before:.1%} with the usual ones."
+            f"side {self.image_size}{of_longest}:\n{after:.1%} of them have an anchor of IoU 0.5, {before:.1%} with "
+            "the usual ones."
         )
 
     def _show(self, asked: AskedAnchors, rows: dict[str, Fit]) -> None:
@@ -126,9 +135,19 @@ class Anchors:
         for name in ("sizes", "scales", "ratios"):
             console.print(f"{name}: [{', '.join(f'{value:g}' for value in getattr(asked, name))}]")
         file = self.output or "FILE"
-        then = f"retinanet train {self.data} --image-size {self.image_size} --anchors {file}"
+        then = shlex.join(["retinanet", "train", self.data, *self._of_train(), "--anchors", file])
         written = f"written to {file}; " if self.output else "--output FILE writes them; "
         console.print(f"\n{written}train with: {then}", soft_wrap=True)
+
+    def _of_train(self) -> list[str]:
+        """Return the options that training needs, too, for these anchors to be the right ones."""
+        given = {
+            "--image-size": self.image_size,
+            "--max-size": self.max_size,
+            "--image-root": self.image_root,
+        }
+        words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        return words + (["--box-format", self.box_format] if self.box_format != "auto" else [])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -47,6 +47,10 @@ class Check:
     would take."""
     workers: Annotated[int | None, OPTIONAL] = None
     """Processes that decode; by default one a core, at most 8."""
+    image_root: Annotated[str | None, OPTIONAL_FOLDER] = None
+    """Folder of the images, where it is another than the format says; links may lead there, nowhere else."""
+    box_format: Literal["auto", "xyxy", "xywh"] = "auto"
+    """How boxes of a Hugging Face data set are written; auto takes what they prove."""
     strict: Flag = False
     """Refuse a data set of which anything was repaired or left out: exit code 2."""
     json: Flag = False
@@ -60,15 +64,18 @@ class Check:
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"--workers needs 0 or more; got {self.workers}")
         options = self._options()
-        datasets, refused = read_splits(self.data)
-        folder = new_folder(self.output, "check", outside=self.data)
+        datasets, refused, one_set = read_splits(
+            self.data, image_root=self.image_root, box_format=self.box_format
+        )
+        roots = [dataset.root for dataset in datasets]
+        folder = new_folder(self.output, "check", outside=(self.data, *roots))
         console = plain_console()
         read = read_as(*datasets)
         console.print(read, soft_wrap=True)
         splits = [self._audited(dataset, console) for dataset in datasets]
         if console.is_terminal:
             console.print("comparing anchors ...")
-        found, frame = self._found(options, splits, refused)
+        found, frame = self._found(options, splits, refused, one_set=one_set)
         said = sentences(found)
         values = {
             **found.to_json(),
@@ -83,11 +90,9 @@ class Check:
             show(found, said)
         console.print(f"written to {folder}: open {folder / 'report.html'}", soft_wrap=True)
         code = exit_code(found)
-        if self.strict and found.faults and code < 2:
-            number = len(found.faults)
+        if self.strict and code == 1:
             raise DataError(
-                f"--strict: {self.data} has {number:,} fault{'s' * (number > 1)}, the first: {found.faults[0][1]}. "
-                f"{folder / 'report.html'} names them all"
+                f"--strict: {self.data} has {_first_problem(found)}. {folder / 'report.html'} says more"
             )
         return code
 
@@ -99,6 +104,8 @@ class Check:
             image_size=self.image_size,
             max_size=self.max_size,
             anchors=self.anchors,
+            image_root=self.image_root,
+            box_format=self.box_format,
         )
 
     def _audited(self, dataset: Dataset, console: Console) -> AuditedSplit:
@@ -111,12 +118,20 @@ class Check:
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"decoding {dataset.split}", total=len(dataset))
             facts, faults = audit_images(
-                dataset, workers=workers, progress=lambda done: progress.update(task, completed=done)
+                dataset,
+                workers=workers,
+                progress=lambda done: progress.update(task, completed=done),
+                data=self.data,
             )
-        return AuditedSplit(dataset, facts, (*dataset.faults, *faults))
+        return AuditedSplit(dataset, facts, tuple(faults))
 
     def _found(
-        self, options: TrainingOptions, splits: Sequence[AuditedSplit], refused: dict[str, str]
+        self,
+        options: TrainingOptions,
+        splits: Sequence[AuditedSplit],
+        refused: dict[str, str],
+        *,
+        one_set: bool,
     ) -> tuple[Findings, Frame | None]:
         import dataclasses
 
@@ -136,29 +151,48 @@ class Check:
             for device in ("cpu", "cuda"):
                 taken = frame_of(left_open, train, device)
                 suggested[device] = (taken.preprocessing.image_size, taken.why)
-        found = check(self.data, splits, refused=refused, others=others, frame=frame, suggested=suggested)
+        found = check(
+            self.data,
+            splits,
+            refused=refused,
+            others=others,
+            frame=frame,
+            suggested=suggested,
+            one_set=one_set,
+        )
         return found, frame
 
 
-def read_splits(data: str) -> tuple[list[Dataset], dict[str, str]]:
-    """Read every split of a data set; return those that could be read, and of the others why not.
+def _first_problem(found: Findings) -> str:
+    if not found.faults:
+        return f"splits that cannot be read, the first: {next(iter(found.refused.values()))}"
+    number = found.fault_total
+    return f"{number:,} fault{'s' * (number > 1)}, the first: {found.faults[0][1]}"
+
+
+def read_splits(
+    data: str, *, image_root: str | None, box_format: Literal["auto", "xyxy", "xywh"]
+) -> tuple[list[Dataset], dict[str, str], bool]:
+    """Read every split of a data set; return those that could be read, of the others why not, and whether it is one set
+    without splits.
 
     Raises:
         DataError: not one can be read.
     """
     from retinanet.data import available_splits, open_dataset
 
-    names = available_splits(data) or (_split_of_file(data),)
+    splits = available_splits(data, image_root=image_root)
+    names = splits or (_split_of_file(data),)
     read, refused, first = [], {}, None
     for name in names:
         try:
-            read.append(open_dataset(data, name))
+            read.append(open_dataset(data, name, image_root=image_root, box_format=box_format))
         except DataError as error:
             refused[name] = str(error)
             first = first or error
     if not read and first is not None:
         raise first
-    return read, refused
+    return read, refused, not splits
 
 
 def _split_of_file(data: str) -> str:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from retinanet.errors import ConfigError
-from retinanet.training.configuration import OPTIONAL, AugmentationOptions, TrainingOptions, option
+from retinanet.folders import require_outside
+from retinanet.training.configuration import (
+    OPTIONAL,
+    OPTIONAL_FOLDER,
+    AugmentationOptions,
+    TrainingOptions,
+    option,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,6 +53,10 @@ class _ViewOptions:
     """Images a step, which are padded to the largest of them."""
     seed: int = 0
     """Order and augmentation follow from it."""
+    image_root: Annotated[str | None, OPTIONAL_FOLDER] = None
+    """Folder of the images, where it is another than the format says; links may lead there, nowhere else."""
+    box_format: Literal["auto", "xyxy", "xywh"] = "auto"
+    """How boxes of a Hugging Face data set are written; auto takes what they prove."""
 
 
 # In this order its own options stand first in `--help`.
@@ -64,15 +75,12 @@ class View(AugmentationOptions, _ViewOptions):
             raise ConfigError(f"--output needs a file named .png or .jpg; got {self.output!r}")
 
     def run(self) -> int:
-        from retinanet.data import open_dataset
         from retinanet.drawing import contact_sheet, save_image
 
-        data, output = Path(self.data).resolve(), Path(self.output).resolve()
-        if data.is_dir() and output.is_relative_to(data):
-            raise ConfigError(
-                f"--output needs a place outside the data, which is left as it is; got {self.output}"
-            )
-        shown = open_dataset(self.data, self.split)
+        require_outside(Path(self.output), self.data)
+        shown = self._open(self.split)
+        require_outside(Path(self.output), shown.root)
+        output = Path(self.output).resolve()
         plan = self._plan(shown)
         tiles: list[Image.Image] = []
         captions: list[str] = []
@@ -91,6 +99,11 @@ class View(AugmentationOptions, _ViewOptions):
             print(f"retinanet: left out: {failure}", file=sys.stderr)
         return 1 if failed else 0
 
+    def _open(self, split: str) -> Dataset:
+        from retinanet.data import open_dataset
+
+        return open_dataset(self.data, split, image_root=self.image_root, box_format=self.box_format)
+
     def _title(self, plan: Plan, shown: Dataset) -> str:
         reasons = {setting: value for setting, value, _ in plan.reasons}
         alone = f"; every box: {shown.classes.names[0]}" if len(shown.classes) == 1 else ""
@@ -103,7 +116,7 @@ class View(AugmentationOptions, _ViewOptions):
         """Return the plan that `train` would make, but without asking for the weights that a recipe needs."""
         from dataclasses import replace
 
-        from retinanet.data import available_splits, open_dataset
+        from retinanet.data import available_splits
         from retinanet.training import recipes
         from retinanet.training.planning import plan_run
 
@@ -122,8 +135,8 @@ class View(AugmentationOptions, _ViewOptions):
             return replace(named(shown.classes, options.backbone_name(), None), freeze="none")
 
         train = shown
-        if self.split != "train" and "train" in available_splits(self.data):
-            train = open_dataset(self.data, "train")
+        if self.split != "train" and "train" in available_splits(self.data, image_root=self.image_root):
+            train = self._open("train")
         return plan_run(options, train, as_named if named else None)
 
     def _batches(self, plan: Plan, shown: Dataset) -> list[Batch]:

@@ -74,6 +74,7 @@ def audit_images(
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
     cache: Path | None = None,
+    data: str | Path | None = None,
 ) -> tuple[list[ImageFacts | None], list[Fault]]:
     """Decode every image and compare it with its annotations.
 
@@ -85,8 +86,9 @@ def audit_images(
         workers: processes that decode; 0 decodes in this one. A decoder that crashes costs a worker its image, which
             is named, and this process its life.
         progress: called with the number of images done so far.
-        cache: folder of what was found before, by path, size and time of change of a file; the platform's
-            place for caches when not given. It may not lie in the data folder.
+        cache: folder of what was found before, by path, size and time of change of a file; see
+            `folders.cache_folder` for the place when not given. It may not lie in the data folder.
+        data: the folder that the data set was read from, where it is another than that of the images.
 
     Returns:
         One entry an image, None where it could not be decoded; and what is wrong, in the order of the images.
@@ -97,7 +99,8 @@ def audit_images(
     facts: list[ImageFacts | None] = [None] * len(dataset)
     refused: dict[int, Fault] = {}
     done = 0
-    with FactsCache(cache, outside=dataset.root) as known:
+    folders = [dataset.root, *([Path(data)] if data is not None and Path(data).is_dir() else [])]
+    with FactsCache(cache, outside=folders) as known:
         todo: dict[int, str] = {}
         for index in range(len(dataset)):
             path = str(dataset.path(index))

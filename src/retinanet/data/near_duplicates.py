@@ -32,20 +32,19 @@ def near_duplicates(
 
     Byte-equal files come before files that only look alike: those whose difference hashes differ in at most
     `distance` of 64 bits. Flat pictures, whose hash tells nothing, are compared by their bytes only. Of equals the
-    first of a is given. With the same facts on both sides an image is compared with those before it.
+    first of a is given.
 
     Returns:
         At most one pair an image of b, in the order of b.
     """
     a, b = ([fact for fact in facts if fact is not None] for facts in (facts_a, facts_b))
-    same = facts_a is facts_b
     first: dict[str, int] = {}
     for place, fact in enumerate(a):
         first.setdefault(fact.digest, place)
     pairs: dict[int, NearPair] = {}
     for place, fact in enumerate(b):
         twin = first.get(fact.digest)
-        if twin is not None and not (same and twin == place):
+        if twin is not None:
             pairs[place] = NearPair(a[twin].index, fact.index, True, 0)
     open_b = np.array(
         [i for i, fact in enumerate(b) if i not in pairs and not _is_flat(fact.dhash)], np.int64
@@ -54,11 +53,21 @@ def near_duplicates(
     signs_a, signs_b = (
         _signs([side[i].dhash for i in places]) for side, places in ((a, open_a), (b, open_b))
     )
-    nearest = _nearest(signs_a, signs_b, open_a, open_b, same=same)
+    nearest = _nearest(signs_a, signs_b, open_a)
     for place, (twin, bits) in zip(open_b.tolist(), nearest, strict=True):
         if bits <= distance:
             pairs[place] = NearPair(a[twin].index, b[place].index, False, bits)
     return [pairs[place] for place in sorted(pairs)]
+
+
+def equal_files(facts: Sequence[ImageFacts | None]) -> list[tuple[int, int]]:
+    """Find byte-equal files in one data set: (the first, another one), in the order of the latter."""
+    first: dict[str, int] = {}
+    return [
+        (known, fact.index)
+        for fact in facts
+        if fact is not None and (known := first.setdefault(fact.digest, fact.index)) != fact.index
+    ]
 
 
 def _is_flat(dhash: int) -> bool:
@@ -72,12 +81,7 @@ def _signs(hashes: Sequence[int]) -> NDArray[np.float32]:
 
 
 def _nearest(
-    a: NDArray[np.float32],
-    b: NDArray[np.float32],
-    places_a: NDArray[np.int64],
-    places_b: NDArray[np.int64],
-    *,
-    same: bool,
+    a: NDArray[np.float32], b: NDArray[np.float32], places_a: NDArray[np.int64]
 ) -> list[tuple[int, int]]:
     """Return (place in a, differing bits) for each row of b, 65 bits where there is none to compare with.
 
@@ -88,11 +92,7 @@ def _nearest(
         rows = slice(row, row + BLOCK[0])
         for column in range(0, len(a), BLOCK[1]):
             columns = slice(column, column + BLOCK[1])
-            if same and places_a[column] >= places_b[rows][-1]:
-                break
             agreement = b[rows] @ a[columns].T  # 64 - 2 x differing bits, exact in float32
-            if same:
-                agreement[places_a[columns][None] >= places_b[rows][:, None]] = -66
             top = agreement.argmax(axis=1)
             value = agreement[np.arange(len(top)), top]
             better = value > best[rows]

@@ -47,8 +47,9 @@ def write_data_page(
     blocks = [
         f'<ul class="said">{said}</ul>',
         _contents(found),
+        _stored(found["stored"]),
         _pictures(found, pictures),
-        _faults(found["faults"]),
+        _faults(found["faults"], found["fault_counts"]),
         _leaks(found["leaks"]),
         _anchors(found["anchors"]) if found["anchors"] else "",
         _measures(found["spreads"], pictures),
@@ -88,7 +89,9 @@ def _contents(found: Mapping[str, Any]) -> str:
         ]
         for split in splits
     ]
-    names = sorted(found["classes"], key=lambda name: -sum(s["per_class"].get(name, 0) for s in splits))
+    # A split may have classes of its own, which is a fault, and just what one wants to see then.
+    known = dict.fromkeys([*found["classes"], *(name for split in splits for name in split["per_class"])])
+    names = sorted(known, key=lambda name: -sum(s["per_class"].get(name, 0) for s in splits))
     of_classes = [
         [name, *(f"{split['per_class'].get(name, 0):,}" for split in splits)]
         for name in names[:CLASSES_SHOWN]
@@ -105,6 +108,17 @@ def _contents(found: Mapping[str, Any]) -> str:
     )
 
 
+def _stored(stored: Sequence[Mapping[str, Any]]) -> str:
+    if not stored:
+        return ""
+    rows = [[row["how"], f"{row['images']:,}", row["becomes"]] for row in stored]
+    return (
+        "<h3>How images are stored</h3><p>The network sees three channels, red, green and blue, of 8 bits each, and "
+        "every picture as a viewer shows it.</p>"
+        + _table(["stored as", "images", "what becomes of it"], rows, "listed")
+    )
+
+
 def _pictures(found: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, Literal["png", "jpeg"]]]) -> str:
     if "boxes" not in pictures:
         return ""
@@ -117,10 +131,13 @@ def _pictures(found: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, Lite
     )
 
 
-def _faults(faults: Sequence[Mapping[str, Any]]) -> str:
-    if not faults:
+def _faults(faults: Sequence[Mapping[str, Any]], counts: Sequence[Mapping[str, Any]]) -> str:
+    if not counts:
         return ""
-    kinds = Counter(fault["kind"] for fault in faults).most_common()
+    of_kinds: Counter[str] = Counter()
+    for of in counts:
+        of_kinds[of["kind"]] += of["count"]
+    kinds = of_kinds.most_common()
     # Every kind has its first rows on the page, however many there are of another.
     room = max(3, FAULTS_SHOWN // len(kinds))
     blocks = []
@@ -134,14 +151,21 @@ def _faults(faults: Sequence[Mapping[str, Any]]) -> str:
             f"<details{' open' if len(kinds) < 5 else ''}><summary>{escape(kind)}: {count:,}</summary>"
             + (f"<p>What to do: {escape(fix)}.</p>" if fix else "")
             + _table(["file", "where in it", "what is wrong", "what was done"], rows, "listed")
-            + _more(count - room, f"rows in report.json, kind {kind}")
+            + _more(min(len(own), count) - room, f"rows in report.json, kind {kind}")
             + "</details>"
         )
     return (
         "<h2>What was repaired or left out</h2><p>An entry with one possible meaning was repaired, one without any was "
         "dropped: training and evaluation go on without it. Your files were not changed.</p>"
+        + _cut(len(faults), of_kinds.total())
         + "".join(blocks)
     )
+
+
+def _cut(kept: int, total: int) -> str:
+    if kept == total:
+        return ""
+    return f"<p>There are {total:,} in all; the first {kept:,} are shown, here or in report.json.</p>"
 
 
 def _leaks(leaks: Sequence[Mapping[str, Any]]) -> str:
@@ -231,7 +255,7 @@ def _measures(
     rows = [
         [
             names[name],
-            *(f"{of[part]:.4g}" for part in ("least", "quarter", "half", "three_quarters", "most")),
+            *(_number(of[part]) for part in ("least", "quarter", "half", "three_quarters", "most")),
         ]
         for name, of in spreads.items()
         if of
@@ -239,10 +263,15 @@ def _measures(
     drawn = pictures.get("histograms")
     image = "" if drawn is None else f'<img alt="Histograms of the same" src="{data_url(*drawn)}">'
     return (
-        "<h2>Sizes and shapes</h2><p>Half of all values lie between the second and the fourth column.</p>"
+        "<h2>Sizes and shapes</h2><p>Half of all values lie between those under <i>a quarter below</i> and <i>three "
+        "quarters below</i>.</p>"
         + _table(["", "smallest", "a quarter below", "half below", "three quarters below", "largest"], rows)
         + image
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value > 100 else f"{value:.4g}"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:

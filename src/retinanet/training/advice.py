@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
@@ -45,6 +46,10 @@ ABOUT_IMAGES = frozenset(
         Kind.ROTATED_LABELS,
     }
 )
+# Images of which there is nothing to look at, and labels of which there is nothing to read.
+LOST_IMAGES = frozenset({Kind.MISSING_IMAGE, Kind.UNREADABLE_IMAGE, Kind.TRUNCATED_IMAGE, Kind.HUGE_IMAGE})
+# Splits that training cannot do without.
+NEEDED = ("train", "val")
 
 
 def sentences(found: Findings) -> list[Sentence]:
@@ -53,6 +58,7 @@ def sentences(found: Findings) -> list[Sentence]:
         *_about_splits(found),
         *_about_faults(found),
         *_about_leaks(found),
+        *_about_doubles(found),
         *_about_classes(found),
         *_about_crowds(found),
         *(about_anchors(found.data, found.anchors) if found.anchors else ()),
@@ -63,20 +69,20 @@ def sentences(found: Findings) -> list[Sentence]:
 
 
 def exit_code(found: Findings) -> int:
-    """Return 2 where the data set cannot be used, 1 where something was repaired or dropped, else 0."""
+    """Return 2 where the data set cannot be used, 1 where something was repaired, dropped or not read, else 0."""
     if any(sentence.level == "stop" for sentence in _about_splits(found)):
         return 2
-    return 1 if found.faults else 0
+    return 1 if found.fault_total or found.refused else 0
 
 
 def _about_splits(found: Findings) -> Iterator[Sentence]:
     for name, reason in found.refused.items():
-        yield Sentence("stop", f"The split {name} could not be read: {reason}")
+        yield Sentence(_level_of(name), f"The split {name} could not be read: {reason}")
     names = [split.split for split in found.splits]
     for split in found.splits:
         if split.unreadable == split.images:
-            yield Sentence("stop", f"No image of the split {split.split} can be read.")
-        if not split.objects and split.split in ("train", "val"):
+            yield Sentence(_level_of(split.split), f"No image of the split {split.split} can be read.")
+        if not split.objects and split.split in NEEDED:
             yield Sentence(
                 "stop",
                 f"The split {split.split} has no box in {_of(split.images, 'image')}: there is nothing to learn "
@@ -91,44 +97,78 @@ def _about_splits(found: Findings) -> Iterator[Sentence]:
                 f"The splits have different classes: {of_a} in {a.split}, {of_b} in {b.split}. Training needs the same "
                 "ones in both, with the same ids.",
             )
-    if not {"train", "val"} <= {*names, *found.refused}:
+    there = {*names, *found.refused}
+    if not there.issuperset(NEEDED):
+        has = (
+            "this is one set without splits"
+            if found.one_set and "train" in there
+            else f"there is only {' and '.join(sorted(there))}"
+        )
+        divide = (
+            " Make them, a fifth of the images for val: retinanet data convert "
+            f"{shlex.quote(found.data)} OUT --format coco --split-shares 0.8,0.2"
+        )
+        can_divide = len(there) == 1 or "val" not in there
         yield Sentence(
             "look",
-            f"Training needs a split to learn from, train, and one to judge by, val; there is only "
-            f"{' and '.join(names)}.",
+            f"Training needs a split to learn from, train, and one to judge by, val; {has}."
+            + divide * can_divide,
         )
+
+
+def _level_of(split: str) -> Level:
+    return "stop" if split in NEEDED else "look"
 
 
 def _about_faults(found: Findings) -> Iterator[Sentence]:
     boxes = sum(split.objects + split.ignored for split in found.splits)
     images = sum(split.images for split in found.splits)
-    unreadable = sum(split.unreadable for split in found.splits)
-    if not found.faults:
+    if not found.fault_total:
+        whose = f" of {' and '.join(split.split for split in found.splits)}" if found.refused else ""
         yield Sentence(
             "good",
-            f"Every box and every image was readable: {_of(boxes, 'box')} in {_of(images, 'image')}. "
-            "Nothing was repaired or left out.",
+            f"Every box and every image{whose} was readable: {_of(boxes, 'box')} in {_of(images, 'image')}."
+            + ("" if found.refused else " Nothing was repaired or left out."),
         )
         return
-    read = (
-        f"{unreadable:,} of {images:,} images cannot be read." if unreadable else "Every image was readable."
-    )
+    read = _how_readable(found, images)
     for action, done in (
         ("dropped", "left out"),
         ("repaired", "repaired, as only one thing can have been meant"),
     ):
-        pairs = [pair for pair in found.faults if pair[1].action == action]
-        if not pairs:
+        counts: Counter[str] = Counter()
+        for of in found.fault_counts:
+            counts[of.kind] += of.count * (of.action == action)
+        counts = +counts
+        if not counts:
             continue
-        kinds = [kind for kind, _ in Counter(fault.kind for _, fault in pairs).most_common()]
-        listed = "; ".join(_of_kind(kind, [p for p in pairs if p[1].kind == kind]) for kind in kinds[:NAMED])
+        kinds = [kind for kind, _ in counts.most_common()]
+        kept = {
+            kind: [p for p in found.faults if (p[1].kind, p[1].action) == (kind, action)] for kind in kinds
+        }
+        listed = "; ".join(_of_kind(kind, counts[kind], kept[kind]) for kind in kinds[:NAMED])
         more = f"; and {len(kinds) - NAMED} more kinds" if len(kinds) > NAMED else ""
-        fix = f" What to do: {pairs[0][1].fix}." if len(kinds) == 1 and pairs[0][1].fix else ""
-        was = "was" if len(pairs) == 1 else "were"
+        fixes = [fault.fix for _, fault in kept[kinds[0]][:1] if fault.fix and len(kinds) == 1]
+        fix = f" What to do: {fixes[0]}." if fixes else ""
+        number = counts.total()
+        was = "was" if number == 1 else "were"
         yield Sentence(
-            "look", f"{read} {_of(len(pairs), _noun(kinds))} {was} {done}: {listed}{more}.{fix}".strip()
+            "look", f"{read} {_of(number, _noun(kinds))} {was} {done}: {listed}{more}.{fix}".strip()
         )
         read = ""
+
+
+def _how_readable(found: Findings, images: int) -> str:
+    """Say whether images and labels could be read, whoever found out: the reader, which drops, or the decoder."""
+    lost = sum(of.count for of in found.fault_counts if of.kind in LOST_IMAGES)
+    labels = sum(of.count for of in found.fault_counts if of.kind == Kind.UNREADABLE_LABELS)
+    parts = []
+    if lost:
+        still_counted = sum(split.unreadable for split in found.splits)
+        parts.append(f"{lost:,} of {images + max(0, lost - still_counted):,} images cannot be read.")
+    if labels:
+        parts.append(f"{_of(labels, 'image')} {'has' if labels == 1 else 'have'} labels that cannot be read.")
+    return " ".join(parts) or "Every image was readable."
 
 
 def _noun(kinds: list[str]) -> str:
@@ -139,10 +179,12 @@ def _noun(kinds: list[str]) -> str:
     return "entry"
 
 
-def _of_kind(kind: str, pairs: list[tuple[str, Fault]]) -> str:
+def _of_kind(kind: str, number: int, pairs: list[tuple[str, Fault]]) -> str:
     named = ", ".join(f"{_place(split, fault)}" for split, fault in pairs[:NAMED])
-    more = f" and {len(pairs) - NAMED:,} more" if len(pairs) > NAMED else ""
-    return f"{len(pairs):,} x {kind} ({named}{more})"
+    if not named:  # counted only: others came first
+        return f"{number:,} x {kind}"
+    more = f" and {number - len(pairs[:NAMED]):,} more" if number > len(pairs[:NAMED]) else ""
+    return f"{number:,} x {kind} ({named}{more})"
 
 
 def _place(split: str, fault: Fault) -> str:
@@ -164,7 +206,19 @@ def _about_leaks(found: Findings) -> Iterator[Sentence]:
             f"compare them by eye, and keep pictures of one scene in one split.",
         )
     if len(found.splits) > 1 and not found.leaks:
-        yield Sentence("good", "No image stands in two splits.")
+        which = "the splits that could be read" if found.refused else "splits"
+        yield Sentence("good", f"No image stands in two {'of ' * bool(found.refused)}{which}.")
+
+
+def _about_doubles(found: Findings) -> Iterator[Sentence]:
+    for name in dict.fromkeys(double.split for double in found.doubles):
+        own = [double for double in found.doubles if double.split == name]
+        have = "is byte for byte an earlier one" if len(own) == 1 else "are byte for byte earlier ones"
+        yield Sentence(
+            "look",
+            f"{_of(len(own), 'image')} of {name} {have} there under another name ({own[0].again} and {own[0].file}, "
+            "for one). Such a picture counts several times, and boxes that differ contradict each other: keep one.",
+        )
 
 
 def _about_classes(found: Findings) -> Iterator[Sentence]:

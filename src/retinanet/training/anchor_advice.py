@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from retinanet.training.findings import AnchorFindings, ClassFit
@@ -68,8 +69,8 @@ def _what_to_do(data: str, at: AnchorFindings) -> str:
     if fitted[at.image_size] > here + WORTH_SAYING:
         ways.append(
             f"anchors fitted to your boxes reach {share(fitted[at.image_size])} of all objects instead of "
-            f"{share(here)} (retinanet data anchors {data} --image-size {at.image_size} --output anchors.yaml, "
-            "then train with --anchors anchors.yaml)"
+            f"{share(here)} (retinanet data anchors {shlex.quote(data)} --image-size {at.image_size} "
+            "--output anchors.yaml, then train with --anchors anchors.yaml)"
         )
     larger = [side for side in kept if side > at.image_size and kept[side] > here + WORTH_SAYING]
     if larger:

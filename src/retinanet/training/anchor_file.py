@@ -3,12 +3,13 @@
 The file is YAML (JSON is YAML, too), as `retinanet data anchors` writes it:
 
     image_size: 512
+    max_size: 640
     sizes: [11.4, 22.8, 45.5, 91.1, 182.2]
     scales: [1.0, 1.53, 2.31]
     ratios: [0.36, 0.88, 2.18]
 
-`scales` and `ratios` are the usual ones where they are left out; `image_size`, which may be left out as well, is the
-shortest side of the network input that the rest was fitted at. No torch.
+`scales` and `ratios` are the usual ones where they are left out; `image_size` and `max_size`, which may be left out as
+well, are the shortest and the longest side of the network input that the rest was fitted at. No torch.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class AskedAnchors:
 
     Args:
         image_size: shortest side that they were fitted at; None where nobody says.
+        max_size: longest side that they were fitted at, where it was not what training takes by itself.
     """
 
     sizes: tuple[float, ...]
     scales: tuple[float, ...] | None = None
     ratios: tuple[float, ...] | None = None
     image_size: int | None = None
+    max_size: int | None = None
 
 
 def parse_anchors(text: str) -> AskedAnchors:
@@ -67,8 +70,8 @@ def parse_anchors(text: str) -> AskedAnchors:
 def write_anchors(path: Path, anchors: AskedAnchors, comment: str) -> None:
     """Write a file that `parse_anchors` reads. `comment` may have several lines."""
     lines = [f"# {line}" for line in comment.splitlines()]
-    if anchors.image_size is not None:
-        lines.append(f"image_size: {anchors.image_size}")
+    sides = {"image_size": anchors.image_size, "max_size": anchors.max_size}
+    lines += [f"{name}: {side}" for name, side in sides.items() if side is not None]
     for name in ("sizes", "scales", "ratios"):
         values = getattr(anchors, name)
         if values is not None:
@@ -93,7 +96,7 @@ def _read(path: Path) -> AskedAnchors:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{where} needs `sizes: [...]`, and may have scales, ratios and image_size; "
+            f"{where} needs `sizes: [...]`, and may have scales, ratios, image_size and max_size; "
             f"got {type(values).__name__}"
         )
     anchors = from_plain(AskedAnchors, {str(key): value for key, value in values.items()}, where)
@@ -107,8 +110,10 @@ def _read(path: Path) -> AskedAnchors:
             raise ConfigError(
                 f"{where}: {name} needs 1 to {MOST_VALUES} numbers above 0; got {str(list(given))[:100]}"
             )
-    if anchors.image_size is not None and anchors.image_size < 1:
-        raise ConfigError(f"{where}: image_size needs 1 or more; got {anchors.image_size}")
+    for name in ("image_size", "max_size"):
+        side = getattr(anchors, name)
+        if side is not None and side < 1:
+            raise ConfigError(f"{where}: {name} needs 1 or more; got {side}")
     return anchors
 
 

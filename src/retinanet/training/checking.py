@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,6 +26,8 @@ from retinanet.data.coverage import (
     coverage_by_size,
     objects_in_network,
 )
+from retinanet.data.faults import FAULTS_KEPT
+from retinanet.data.near_duplicates import equal_files
 from retinanet.images import Geometry, Preprocessing
 from retinanet.matching import match_anchors
 from retinanet.records import Ignore
@@ -33,6 +36,8 @@ from retinanet.training.findings import (
     AnchorFindings,
     ClassFit,
     CoverageAt,
+    Double,
+    FaultCount,
     Findings,
     Leak,
     Positives,
@@ -42,6 +47,7 @@ from retinanet.training.findings import (
 )
 from retinanet.training.recipes import Recipe, small
 from retinanet.training.sizing import anchor_choices, choose_anchors, choose_batch, choose_preprocessing
+from retinanet.training.storage import images_as_stored, label_frames_of
 
 # Shortest sides that are looked at beside the one that training would take.
 SIDES = (256, 512)
@@ -51,7 +57,7 @@ MOST_OBJECTS, MOST_IMAGES = 200_000, 64
 
 @dataclass(frozen=True, eq=False)
 class AuditedSplit:
-    """A split that was read and whose images were decoded; `faults` are of both."""
+    """A split that was read and whose images were decoded; `faults` are those of decoding."""
 
     dataset: Dataset
     facts: Sequence[ImageFacts | None]
@@ -60,6 +66,14 @@ class AuditedSplit:
     @property
     def name(self) -> str:
         return self.dataset.split
+
+    def kept_faults(self) -> tuple[Fault, ...]:
+        """Return the faults of reading and of decoding, of very many the first of either."""
+        return (*self.dataset.faults, *self.faults[:FAULTS_KEPT])
+
+    def fault_counts(self) -> Counter[tuple[str, str]]:
+        """Count all of them by (kind, action)."""
+        return Counter(self.dataset.fault_counts) + _by_kind(self.faults)
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ def check(
     others: Sequence[Fault],
     frame: Frame | None,
     suggested: Mapping[str, tuple[int, str]],
+    one_set: bool = False,
 ) -> Findings:
     """Compose what was found.
 
@@ -88,17 +103,28 @@ def check(
         refused: splits that could not be read, and why.
         others: faults that belong to no split.
         frame: what anchors are judged by, on the split that is trained on; None where that has no object.
+        one_set: the data set has no splits.
     """
     trained = of_training(splits)
     anchors = None if frame is None else _anchor_findings(trained.dataset, frame, suggested)
-    faults = [(split.name, fault) for split in splits for fault in split.faults]
+    faults = [(split.name, fault) for split in splits for fault in split.kept_faults()]
+    counts = {**{split.name: split.fault_counts() for split in splits}, "": _by_kind(others)}
+    decoded = [(split.dataset, split.facts) for split in splits]
+    frames = label_frames_of(decoded)
     return Findings(
         data=data,
+        one_set=one_set,
         classes=trained.dataset.classes.names,
         splits=tuple(_counts(split) for split in splits),
         refused=dict(refused),
-        faults=(*faults, *(("", fault) for fault in others)),
+        faults=(*faults, *(("", fault) for fault in others[:FAULTS_KEPT])),
+        fault_counts=tuple(
+            FaultCount(split, *of, number) for split, found in counts.items() for of, number in found.items()
+        ),
         leaks=tuple(leak for a, b in combinations(splits, 2) for leak in _leaks(a, b)),
+        doubles=tuple(double for split in splits for double in _doubles(split)),
+        stored=images_as_stored(decoded, frames),
+        label_frames=frames,
         spreads={name: Spread.of(values) for name, values in measures(splits).items()},
         anchors=anchors,
     )
@@ -188,6 +214,15 @@ def _leaks(a: AuditedSplit, b: AuditedSplit) -> list[Leak]:
         )
         for pair in near_duplicates(a.facts, b.facts)
     ]
+
+
+def _doubles(split: AuditedSplit) -> list[Double]:
+    files = split.dataset.files
+    return [Double(split.name, str(files[a]), str(files[b])) for a, b in equal_files(split.facts)]
+
+
+def _by_kind(faults: Sequence[Fault]) -> Counter[tuple[str, str]]:
+    return Counter((str(fault.kind), str(fault.action)) for fault in faults)
 
 
 def _anchor_findings(

@@ -194,13 +194,17 @@ class _RunOptions:
         None
     )
     """Run to go on with, as if it had never stopped; needs nothing else, and takes --workers alone."""
+    image_root: Annotated[str | None, OPTIONAL_FOLDER] = None
+    """Folder of the images, where it is another than the format says; links may lead there, nowhere else."""
+    box_format: Literal["auto", "xyxy", "xywh"] = "auto"
+    """How boxes of a Hugging Face data set are written; auto takes what they prove."""
     strict: Flag = False
     """Refuse a data set of which anything has to be repaired or dropped."""
     dry_run: Flag = False
     """Print what would be done, and stop."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "weights", "pretrained"):
+        for name in ("data", "output", "weights", "pretrained", "image_root"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         for name, least in (

@@ -16,6 +16,16 @@ from retinanet.data.coverage import Coverage
 
 
 @dataclass(frozen=True)
+class FaultCount:
+    """How many faults of a kind a split has ("" for the whole set), of which perhaps only the first are kept."""
+
+    split: str
+    kind: str
+    action: str
+    count: int
+
+
+@dataclass(frozen=True)
 class SplitCounts:
     """How much there is. `objects` are boxes that count, `ignored` those that do not (crowds, difficult ones);
     `class_ids` are the data set's own, in the order of `per_class`.
@@ -43,6 +53,24 @@ class Leak:
     file_b: str
     equal: bool
     bits: int
+
+
+@dataclass(frozen=True)
+class Double:
+    """An image of a split whose file has the same bytes as an earlier one of it."""
+
+    split: str
+    file: str
+    again: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How some of the images are stored, how many, and what becomes of their pixels."""
+
+    how: str
+    images: int
+    becomes: str
 
 
 @dataclass(frozen=True)
@@ -124,18 +152,30 @@ class Spread:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything. `faults` are pairs of a split's name ("" for the whole set) and a fault; `refused` splits could not
-    be read at all, with the reason.
+    """Everything. `faults` are pairs of a split's name ("" for the whole set) and a fault, of very many the first;
+    `fault_counts` count them all. `refused` splits could not be read at all, with the reason. `one_set`: the data set
+    has no splits. `label_frames` count what the labels of EXIF-turned images follow, see
+    `retinanet.data.auditing.label_frames`.
     """
 
     data: str
+    one_set: bool
     classes: tuple[str, ...]
     splits: tuple[SplitCounts, ...]
     refused: Mapping[str, str]
     faults: tuple[tuple[str, Fault], ...]
+    fault_counts: tuple[FaultCount, ...]
     leaks: tuple[Leak, ...]
+    doubles: tuple[Double, ...]
+    stored: tuple[Stored, ...]
+    label_frames: Mapping[str, int]
     spreads: Mapping[str, Spread | None]
     anchors: AnchorFindings | None
+
+    @property
+    def fault_total(self) -> int:
+        """How many faults there are, kept or only counted."""
+        return sum(of.count for of in self.fault_counts)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from rich.console import Console
@@ -205,7 +206,9 @@ def _prepare(
         stored: the plan of the run that goes on.
     """
     began = time.monotonic()
-    train_set, val_set = open_splits(options.data, strict=options.strict)
+    train_set, val_set = open_splits(
+        options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
+    )
     console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
     for dataset in (train_set, val_set):
         _tell(dataset, console)
@@ -283,19 +286,31 @@ def _report(plan: Plan, best: Validation, val_set: Dataset, folder: RunFolder) -
     )
 
 
-def open_splits(data: str, *, strict: bool = False) -> tuple[Dataset, Dataset]:
-    """Open `train` and `val` of a data set; both must be there, with the same classes and some objects."""
-    splits = available_splits(data)
-    train_set = open_dataset(
-        data, "train", strict=strict
-    )  # what cannot be opened has a better message of its own
+def open_splits(
+    data: str,
+    *,
+    image_root: str | None = None,
+    box_format: Literal["auto", "xyxy", "xywh"] = "auto",
+    strict: bool = False,
+) -> tuple[Dataset, Dataset]:
+    """Open `train` and `val` of a data set; both must be there, with the same classes and some objects.
+
+    Args:
+        image_root, box_format, strict: as in `open_dataset`.
+    """
+
+    def opened(split: str) -> Dataset:
+        return open_dataset(data, split, image_root=image_root, box_format=box_format, strict=strict)
+
+    splits = available_splits(data, image_root=image_root)
+    train_set = opened("train")  # what cannot be opened has a better message of its own
     if "val" not in splits:
         has = f"has {', '.join(splits)}" if splits else "is one set without splits"
         raise DataError(
             f"training needs the splits train and val; {data} {has}. Make them, a fifth of the images for val: "
-            f"retinanet data convert {data} OUT --format coco --split-shares 0.8,0.2"
+            f"retinanet data convert {shlex.quote(data)} OUT --format coco --split-shares 0.8,0.2"
         )
-    val_set = open_dataset(data, "val", strict=strict)
+    val_set = opened("val")
     if train_set.classes != val_set.classes:
         raise DataError(
             f"{data} needs the same classes in train and val; got {', '.join(train_set.classes.names)} "

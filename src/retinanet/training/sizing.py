@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -225,6 +226,8 @@ def choose_anchors(
         asked = options.asked_anchors()
         if asked and asked.image_size not in (None, preprocessing.image_size):
             why += f" and fitted at shortest side {asked.image_size}, not {preprocessing.image_size}"
+        if asked and asked.max_size not in (None, preprocessing.max_size):
+            why += f" and fitted at longest side {asked.max_size}, not {preprocessing.max_size}"
         for name in ("scales", "ratios"):
             if asked and getattr(asked, name):
                 sizes += f"; {name} " + ", ".join(f"{value:g}" for value in getattr(asked, name))
@@ -235,7 +238,7 @@ def choose_anchors(
                 "anchors miss",
                 missed,
                 f"no anchor reaches IoU 0.5 with them; below {POORLY_COVERED:.0%} of a class, a larger "
-                f"--image-size or fitted anchors help: retinanet data anchors {options.data} "
+                f"--image-size or fitted anchors help: retinanet data anchors {shlex.quote(options.data)} "
                 f"--image-size {preprocessing.image_size} --output anchors.yaml, then --anchors anchors.yaml",
             )
         )
