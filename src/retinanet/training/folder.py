@@ -148,7 +148,7 @@ class RunFolder:
 def from_anywhere(options: TrainingOptions) -> TrainingOptions:
     """Return the options with absolute paths: a run may be resumed from another working directory."""
     paths: dict[str, Any] = {"data": options.data, "weights": options.weights}
-    for name in ("pretrained", "anchors", "output"):
+    for name in ("pretrained", "anchors", "output", "image_root"):
         value = getattr(options, name)
         if value is not None and Path(value).exists():  # else it is no path, or no matter
             paths[name] = value
