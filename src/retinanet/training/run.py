@@ -6,6 +6,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -112,6 +113,9 @@ def run_training(
         # Nothing is in the folder of a run that never began that the same command would not write again.
         if folder is not None and not folder.plan.exists() and not isinstance(error, Stopped):
             shutil.rmtree(folder.path, ignore_errors=True)
+            if not options.output:
+                with suppress(OSError):  # runs/, where nothing else is in it
+                    folder.path.parent.rmdir()
         raise
 
 
