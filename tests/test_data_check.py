@@ -37,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A fit of few generations, at no size but that of training; the cache and runs/ somewhere of their own."""
     monkeypatch.setattr(anchor_fit, "GENERATIONS", 2)
     monkeypatch.setattr(checking, "SIDES", ())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RETINANET_CACHE", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
