@@ -241,7 +241,7 @@ def test_the_memory_of_workers_stays_flat_over_epochs(opening: ModuleType, tmp_p
     from retinanet.images import Preprocessing
 
     opening.generate(tmp_path, images=400, boxes=200_000, polygons=False)
-    Image.new("RGB", (64, 48)).save(tmp_path / "one.jpg")
+    Image.new("RGB", (640, 480)).save(tmp_path / "one.jpg")
     for path in (tmp_path / "train").iterdir():
         path.write_bytes((tmp_path / "one.jpg").read_bytes())
     dataset = open_dataset(tmp_path, "train")
