@@ -426,6 +426,25 @@ def test_a_trained_run_without_a_sound_state_is_left_as_it_is(
     assert load_model(run / "best").training["ap"] is not None
 
 
+def test_the_command_goes_on_with_a_run(
+    data: Path,
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    for arguments in (
+        ["--resume", str(run), "--workers", "1"],
+        [f"--resume={run}"],
+    ):  # the second reports again
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *arguments])
+        assert stop.value.code == 0
+        assert "resuming at epoch" in capsys.readouterr().err
+    assert_the_same(run, whole[0])
+
+
 def test_one_process_trains_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = stopped_run(data, tmp_path / "run", monkeypatch)
     with RunFolder.existing(run).held(), pytest.raises(ConfigError, match="another process is training"):

@@ -21,10 +21,13 @@ class Train(TrainingOptions):
     """
 
     def run(self) -> int:
+        if self.resume is not None:
+            from retinanet.training.run import resume_training
+
+            resume_training(Path(self.resume), workers=self.workers)
+            return 0
         # Before torch is imported: a run that is killed from now on can be started again by its folder.
-        folder = None
-        if not (self.dry_run or self.resume):
-            folder = RunFolder.create(self.output, self)
+        folder = None if self.dry_run else RunFolder.create(self.output, self)
         from retinanet.training.run import run_training
 
         run_training(self, folder=folder)
