@@ -37,7 +37,7 @@ class Train(TrainingOptions):
 def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
     """Take `--config FILE` out of the arguments; return the rest, and the file's options as defaults for it.
 
-    With `--resume RUN` these are the run's own, and nothing but --workers may be given beside it.
+    With `--resume RUN`, whose options are the run's own, nothing but --workers may be given beside it, not even DATA.
     """
     rest = list(arguments)
     named = [argument.partition("=")[0] for argument in arguments]
@@ -51,8 +51,8 @@ def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
         _, equals, run = arguments[place].partition("=")
         run = run if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
         if run and not run.startswith("--"):  # else it is told below that a value is missing
-            config = RunFolder.existing(Path(run)).path / "config.yaml"
-            return rest, Train(**{"data": tyro.MISSING, **read_config(config), "workers": None})
+            RunFolder.existing(Path(run))
+            return rest, Train(data="")
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != "--config":
