@@ -1,6 +1,7 @@
 """torchvision's detectors beside ours, a loss of one's own in every table, and the pyramid against the last map."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from retinanet.paper import running, speed
 from retinanet.paper.comparison import difference
 from retinanet.paper.measuring import measure, timed, without_defaults
 from retinanet.paper.own_loss import load_own_loss, name_of_own_loss
-from retinanet.paper.peers import WEIGHTS, build_peer, load_peer, seconds_of, train_peer
+from retinanet.paper.peers import WEIGHTS, build_peer, judge, load_peer, seconds_of, train_peer
 from retinanet.paper.results import Request, what_is_known
 from retinanet.paper.running import Job, Store, job_of, run_one
 from retinanet.paper.settings import SCALES, Setting, change_of, options_of
@@ -149,6 +150,17 @@ def test_a_peer_trains_for_the_time_it_is_given(data: Path, tmp_path: Path) -> N
     image = np.full((96, 96, 3), 40, np.uint8)
     assert np.array_equal(again.detect(image).boxes, done.peer.detect(image).boxes)
     assert (tmp_path / "run" / WEIGHTS).exists()
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_a_peers_figures(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    val = open_dataset(tmp_path / "data", "val")
+    val.path(1).write_bytes(b"no image")
+    found = judge(build_peer("ssd", spec_of(data)), val, 100)
+    assert found.images == len(val) - 1
+    assert "left out of the validation" in capsys.readouterr().out
 
 
 def test_the_clock_of_a_cpu_stands_while_others_run() -> None:

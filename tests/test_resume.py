@@ -34,7 +34,7 @@ from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import resume_training, run_training
-from retinanet.training.state import State, newest_state, read_state
+from retinanet.training.state import State, newest_state, read_state, save_state
 from retinanet.training.step import TrainingStep
 
 IMAGES, BATCH, STEPS = 6, 2, 9  # three steps an epoch, three epochs
@@ -443,6 +443,19 @@ def test_the_command_goes_on_with_a_run(
         assert stop.value.code == 0
         assert "resuming at epoch" in capsys.readouterr().err
     assert_the_same(run, whole[0])
+
+
+def test_a_state_of_another_network_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    state, _ = newest_state(run / "checkpoints")
+    assert state is not None
+    network = {f"other.{name}": tensor for name, tensor in state.parts["network"].items()}
+    shutil.rmtree(run / "checkpoints")
+    save_state(run / "checkpoints", State(state.step, {**state.parts, "network": network}, state.values))
+    with pytest.raises(CheckpointError, match="needs the state of this very network and optimiser"):
+        resume_training(run, quiet())
 
 
 def test_one_process_trains_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from retinanet.batches import Batch
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
 from retinanet.devices import Precision, autocast
-from retinanet.errors import DivergedError
+from retinanet.errors import DivergedError, ImageError
 from retinanet.evaluation import Metrics, evaluate_detections
 from retinanet.images import Preprocessing, UInt8Array, decode
 from retinanet.model import ModelSpec

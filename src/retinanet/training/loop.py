@@ -15,7 +15,7 @@ from torch import Tensor
 from retinanet.checkpoint import Model, find_model, load_model, save_model
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
-from retinanet.errors import DivergedError, Stopped
+from retinanet.errors import CheckpointError, DivergedError, Stopped
 from retinanet.folders import write_json
 from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
