@@ -31,7 +31,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,supervision]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,all]"
 	@touch $@
 
 clean:

@@ -29,7 +29,7 @@ from retinanet.bench.items import Settings, run
 from retinanet.bench.measuring import Contest, machine, shown
 from retinanet.bench.step import cases
 
-ITEMS = ("loss", "matching", "nms", "postprocess", "convolution", "import", "step")
+ITEMS = ("loss", "matching", "nms", "postprocess", "convolution", "data", "import", "step")
 IDLE_LOAD = 0.3
 DOCS = Path(__file__).parent.parent / "docs"
 # What each item is to reach at least (project goals), by a part of its case and its peer.
@@ -44,6 +44,7 @@ GOALS = {
     ("nms", "5,000 boxes, 80", "torchvision"): 5.0,
     ("postprocess", "trained-like", "torchvision"): 10.0,
     ("postprocess", "early training", "torchvision"): 3.0,
+    ("data", "x 800", "Pillow and NumPy"): 2.0,
     ("step", "fp32, peak memory", "torchvision"): 1 / 0.7,
     ("step", "fp32", "torchvision"): 1.3,
     ("import", "", "torchvision"): 1.0,
@@ -54,6 +55,7 @@ TITLES = {
     "nms": "Per-class NMS at 0.5",
     "postprocess": "Logits and deltas to detections",
     "convolution": "A 3x3 convolution, forward and backward; 64 channels and 8 x 8 are left to torch's",
+    "data": "From JPEG files to a batch on one core: decode, flip, resize, normalise, pad",
     "import": "A fresh process from its start to the first boxes, caches warm",
     "step": "A training step: forward, losses, backward, SGD; the same compiled; and its peak memory",
 }
@@ -149,9 +151,10 @@ def goal_of(row: dict[str, Any]) -> float | None:
 
 
 def with_least(row: dict[str, Any], side: str, unit: str) -> str:
-    """Return a median, and the least value in brackets where one was kept."""
-    least = row.get(f"{side}_min_{unit.lower()}")
-    return shown(row[f"{side}_{unit.lower()}"], unit) + (f" ({shown(least, unit)})" if least else "")
+    """Return a median, the least value in brackets where one was kept, and images a second where they are counted."""
+    least, rate = row.get(f"{side}_min_{unit.lower()}"), row.get(f"{side}_images_per_second")
+    value = shown(row[f"{side}_{unit.lower()}"], unit) + (f" ({shown(least, unit)})" if least else "")
+    return value + (f", {rate:.0f} images/s" if rate else "")
 
 
 def page(rows: list[dict[str, Any]], facts: dict[str, Any], growth: list[Growth]) -> str:

@@ -204,7 +204,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "Made by `python bench/recipes.py` from `bench/recipes.jsonl`. Every row changes one thing of the recipe",
         "`small` as it was then, which the heading says; AP is COCO's on the split val, mean and half the range over",
-        "seeds; minutes are of the whole process, on a machine that also did other work where they seem long.",
+        "seeds; minutes are of whole processes that had the machine to themselves, where there were any.",
         "",
     ]
     groups = dict.fromkeys((row["recipe"], row["data"], row["images"]) for row in reversed(rows))
@@ -223,13 +223,15 @@ def page(rows: list[dict[str, Any]]) -> str:
             found = [row for row in of_group if row["variant"] == name]
             ap = statistics.mean(row["ap"] for row in found)
             against = f"{ap - statistics.mean(base):+.3f}" if base and name != BASE else ""
+            # A run that others' work delayed says how good, not how long.
+            timed = [row["seconds"] for row in found if row.get("timed", True)]
             cells = [
                 f"{name}: {found[-1]['what']}",
                 str(len(found)),
                 spread([row["ap"] for row in found]),
                 against,
                 spread([row["ap50"] for row in found]),
-                f"{statistics.mean(row['seconds'] for row in found) / 60:.1f}",
+                f"{statistics.mean(timed) / 60:.1f}" if timed else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

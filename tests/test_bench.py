@@ -14,6 +14,7 @@ from retinanet import kernels
 from retinanet.anchors import CPU, anchors_of_image
 from retinanet.bench import (
     convolution,
+    data,
     inputs,
     loss,
     matching,
@@ -176,6 +177,44 @@ def test_opencv_itself(monkeypatch):
         assert contest.equal == {"torchvision": True, "opencv": True}
 
 
+PEERS_OF_DATA = ("Pillow and NumPy", "torchvision", "torchvision, uint8")
+
+
+@pytest.mark.parametrize(("side", "of_reference"), [(128, True), (32, None)])
+def test_loaders_give_the_same_pixels_on_one_core(side, of_reference):
+    threads = torch.get_num_threads()
+    used = []
+    for contest in data.contests((side,), 3, (96, 64)):
+        assert contest.equal == dict.fromkeys(PEERS_OF_DATA, True) | {"torchvision": of_reference}
+        assert contest.images == 3
+        for call in (contest.ours, *contest.peers.values()):
+            batch = call()
+            assert batch.shape == (3, 3, side, -(-(side * 96 // 64) // 32) * 32)
+        used.append(torch.get_num_threads())
+    assert used == [threads]
+
+
+def test_a_loader_with_other_pixels_is_not_equal(monkeypatch):
+    def brighter(files, flipped, frame):
+        return data.of_uint8(files, flipped, frame) + 0.001
+
+    monkeypatch.setattr(data, "plain", brighter)
+    monkeypatch.setattr(
+        data, "reference", lambda files, flipped, frame: data.of_uint8(files, [False] * 3, frame)
+    )
+    for contest in data.contests((128,), 3, (96, 64)):
+        assert contest.equal == {"Pillow and NumPy": False, "torchvision": False, "torchvision, uint8": True}
+
+
+def test_loaders_are_timed_in_images_a_second():
+    row = Row("data", "c", "Pillow and NumPy", 40.0, 100.0, True, images=8)
+    assert table([row])[0][3:5] == ("40 ms, 200/s", "100 ms, 80/s")
+    said = row.to_json()
+    assert (said["ours_images_per_second"], said["peer_images_per_second"]) == (200.0, 80.0)
+    contest = Contest("data", "c", lambda: None, {"p": lambda: None}, {}, images=5)
+    assert [row.images for row in measure(contest, repeats=1, seconds=60)] == [5]
+
+
 def test_postprocess_has_work_to_do():
     for contest in postprocess.contests(side=256, classes=20):
         assert len(contest.ours()[0].scores) > 20
@@ -280,7 +319,7 @@ def test_the_command_hands_its_device_on(monkeypatch, capsys):
         monkeypatch.setattr(module, "contests", lambda *, device: seen.append(device) or iter(()))
     for contests in ("contests", "compiled_contests"):
         monkeypatch.setattr(step, contests, lambda _, *, device: seen.append(device) or iter(()))
-    list(run([item for item in ALL if item != "import"], Settings(device=CUDA)))
+    list(run([item for item in ALL if item not in ("import", "data")], Settings(device=CUDA)))
     assert seen == [CUDA] * 7
     monkeypatch.setattr("retinanet.bench.items.run", lambda _, settings: seen.append(settings.device) or ())
     assert result_of("bench", "nms", "--device", "cpu") == 0
@@ -362,6 +401,7 @@ def test_the_matrix_rate(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     (row,) = memory.rows([TINY])
     assert row.unit == "MiB"

@@ -197,7 +197,7 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         ([*train, "--backbone", "vit_tiny_patch16_224"], "feature maps at strides 8, 16 and 32"),
         ([*train, "--freeze", "stem"], "--freeze stem keeps a stage as loaded"),
         ([*train, "--batch-sise", "4"], "train has no option --batch-sise. Did you mean '--batch-size'?"),
-        ([*train, "--frobnicate"], "train has no option --frobnicate. See `retinanet train --help`"),
+        ([*train, "--xyzzy"], "train has no option --xyzzy. See `retinanet train --help`"),
         ([*train, "--lr", "fast"], "--lr needs a number; got 'fast'"),
         ([*train, "--steps=1.5"], "--steps needs a whole number; got '1.5'"),
         ([*train, "--optimizer", "sgdd"], "one of sgd, adamw, muon; got 'sgdd'. Did you mean 'sgd'?"),
@@ -242,8 +242,11 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         (["predict", model, tmp / "empty"], "holds none"),
         (["predict", model, tmp, "--threshold", "2"], "--threshold needs a number in [0, 1]; got 2.0"),
         (["predict", tmp / "nomodel", data / "images" / "val"], "does not exist"),
-        (["data"], "a command is required: shapes; none was given. See `retinanet data --help`"),
-        (["data", "circles"], "a command is required: shapes; got 'circles'"),
+        (
+            ["data"],
+            "a command is required: check, view, anchors, convert, shapes; none was given. See `retinanet data --help`",
+        ),
+        (["data", "circles"], "a command is required: check, view, anchors, convert, shapes; got 'circles'"),
         (
             ["data", "shapes"],
             "data shapes needs --output; none was given. See `retinanet data shapes --help`",
@@ -363,7 +366,9 @@ def test_a_value_may_begin_with_a_hyphen() -> None:
     assert (command.output, command.freeze) == ("-x", "--y")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo", "data shapes", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "predict", "demo", "data check", "data anchors", "data shapes", "doctor"]
+)
 def test_help_shows_no_default_that_says_nothing(capsys: pytest.CaptureFixture[str], command: str) -> None:
     _, out, _ = run(capsys, *command.split(), "--help")
     said = " ".join(out.replace("│", " ").split())
@@ -389,7 +394,10 @@ def test_help_of_train_names_every_option_and_its_default(
     assert "(default: 0.5)" in " ".join(out.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "demo", "data shapes", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "evaluate", "predict", "demo", "data check", "data anchors", "data shapes", "doctor"],
+)
 def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0

@@ -219,9 +219,11 @@ def test_validation_names_what_it_cannot_read(data: Path, tmp_path: Path) -> Non
     shutil.copytree(data, tmp_path / "data")
     dataset = open_dataset(tmp_path / "data", "val")
     dataset.path(2).write_bytes(b"")
+    Image.new("RGB", (50, 60)).save(dataset.path(4))  # not the size that its boxes were drawn on
     found = validate(Detector(make_model(), device="cpu"), dataset)
-    assert list(found.failed) == [str(dataset.files[2])]
-    assert found.metrics.images == len(dataset) - 1
+    assert list(found.failed) == [str(dataset.files[2]), str(dataset.files[4])]
+    assert "as annotated; got 50 x 60" in found.failed[str(dataset.files[4])]
+    assert found.metrics.images == len(dataset) - 2
     assert len(found.detections) == len(dataset)
     for index in range(len(dataset)):
         dataset.path(index).write_bytes(b"")

@@ -55,6 +55,28 @@ def test_own_colours_replace_the_palette():
     assert drawn.getpixel((50, 60)) == (1, 2, 3)
 
 
+def test_what_is_ignored_is_grey_and_hatched_and_can_be_seen_through():
+    image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    boxes = np.array([[50, 60, 200, 300], [300, 100, 500, 400]], np.float32)
+    drawn = np.asarray(draw_boxes(image, boxes, groups=[0, 1], ignored=np.array([True, False])))
+    assert drawn[60, 50].tolist() == list(drawing.IGNORED)
+    assert drawn[100, 300].tolist() == list(SKY)
+    inside = slice(110, 290), slice(60, 190)
+    assert (drawn[inside] != image[inside]).any(axis=2).mean() > 0.9
+    # Stripes cover more than what is between them, and neither covers all.
+    for covered, shade in ((170, 2), (70, 4)):
+        share = (np.abs(drawn[inside] - (image[inside] + (128.0 - image[inside]) * covered / 255)) < 1).all(
+            axis=2
+        )
+        assert share.mean() == pytest.approx(shade / 6, abs=0.05)
+    np.testing.assert_array_equal(drawn[150:350, 320:480], image[150:350, 320:480])
+
+
+def test_ignored_is_said_of_every_box():
+    with pytest.raises(DataError, match="draw_boxes needs one ignored a box; got"):
+        draw_boxes(grey(64, 48), np.array([[5, 6, 20, 30]], np.float32), ignored=np.array([True, False]))
+
+
 def test_the_best_box_is_on_top():
     boxes = np.array([[50, 60, 200, 300]] * 2, np.float32)
     assert draw_boxes(grey(640, 480), boxes, groups=[1, 0]).getpixel((50, 60)) == SKY

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from retinanet.errors import ConfigError, ImageError
-from retinanet.images import BACKGROUND, Geometry, Preprocessing, decode, pad_to, read_size, stack
+from retinanet.images import BACKGROUND, Geometry, Preprocessing, decode, examine, pad_to, read_size, stack
 
 RED, GREEN, GREY = (200, 30, 10), (20, 180, 60), 100
 
@@ -194,6 +194,84 @@ FILES = [
 @pytest.mark.parametrize(("form", "image", "options", "colour", "why"), FILES, ids=[c[4] for c in FILES])
 def test_files_keep_colours_and_transparency(form, image, options, colour, why):
     assert decode(encoded(image, form, **options))[1, 1].tolist() == list(colour), why
+
+
+STORED = [
+    ("PNG", Image.new("RGB", (4, 2), RED), {}, "RGB", 1),
+    ("PNG", Image.new("L", (4, 2), GREY), {}, "L", 1),
+    ("PNG", palette(None), {}, "P", 1),
+    ("PNG", with_alpha("RGBA", (*RED, 9)), {}, "RGBA", 1),
+    ("PNG", sixteen_bit("I;16", 0x1234), {}, "I;16", 1),
+    ("TIFF", Image.new("CMYK", (4, 2), (0, 255, 255, 0)), {}, "CMYK", 1),
+    ("JPEG", Image.new("CMYK", (4, 2), (0, 255, 255, 0)), {}, "CMYK", 1),
+    ("GIF", palette(None), {}, "P", 1),
+    (
+        "GIF",
+        Image.new("L", (4, 2)),
+        {"save_all": True, "append_images": [Image.new("L", (4, 2), GREY)]},
+        "P",
+        2,
+    ),
+    (
+        "PNG",
+        Image.new("RGB", (4, 2)),
+        {"save_all": True, "append_images": [Image.new("RGB", (4, 2), RED)]},
+        "RGB",
+        2,
+    ),
+    (
+        "WEBP",
+        Image.new("RGB", (4, 2)),
+        {"save_all": True, "append_images": [Image.new("RGB", (4, 2), RED)]},
+        "RGB",
+        2,
+    ),
+    ("TIFF", Image.new("L", (4, 2)), {"save_all": True, "append_images": [Image.new("L", (4, 2))]}, "L", 2),
+    (
+        "MPO",
+        Image.new("RGB", (4, 2)),
+        {"save_all": True, "append_images": [Image.new("RGB", (4, 2), RED)]},
+        "RGB",
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "image", "options", "mode", "frames"), STORED)
+def test_examining_says_how_an_image_is_stored(tmp_path, form, image, options, mode, frames):
+    path = tmp_path / "image"
+    path.write_bytes(encoded(image, form, **options))
+    found = examine(path)
+    assert (found.orientation, found.mode, found.frames) == (1, mode, frames)
+    assert found.pixels.tolist() == decode(path).tolist()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_examining_says_how_an_image_was_turned(tmp_path, form, orientation):
+    path = tmp_path / "image"
+    path.write_bytes(encoded(Image.fromarray(picture(6, 4)), form, exif=exif(orientation)))
+    found = examine(path)
+    assert found.orientation == orientation
+    assert found.pixels.shape == ((6, 4, 3) if orientation > 4 else (4, 6, 3))
+
+
+def test_examining_refuses_what_decoding_refuses(tmp_path):
+    (tmp_path / "large.png").write_bytes(png_claiming(300, 200))
+    with pytest.raises(ImageError, match="300 x 200 pixels are more than max_pixels = 5000"):
+        examine(tmp_path / "large.png", max_pixels=5000)
+    (tmp_path / "half.jpg").write_bytes(encoded(Image.fromarray(picture(40, 30)), "JPEG")[:-300])
+    with pytest.raises(
+        ImageError, match=r"half.jpg: damaged, truncated or unreadable \(image file is truncated"
+    ):
+        examine(tmp_path / "half.jpg")
+
+
+def test_colours_of_16_bits_keep_their_high_byte(tmp_path):
+    rows = b"".join(b"\0" + struct.pack(">3H", 0x1234, 0xABCD, 0xFFFF) * 2 for _ in range(2))
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    data = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    assert decode(b"\x89PNG\r\n\x1a\n" + data)[1, 1].tolist() == [0x12, 0xAB, 0xFF]
 
 
 def test_an_animation_gives_its_first_frame():
@@ -421,6 +499,16 @@ def test_resizing_and_normalising_commute():
     defaults = Preprocessing()
     expected = (resized - np.reshape(defaults.mean, (3, 1, 1))) / np.reshape(defaults.std, (3, 1, 1))
     np.testing.assert_allclose(resized_first, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("channel_order", ["rgb", "bgr"])
+def test_a_networks_input_can_be_looked_at(channel_order):
+    image = picture(40, 30)
+    preprocessing = Preprocessing(image_size=45, max_size=80, channel_order=channel_order)
+    resized = np.asarray(Image.fromarray(image).resize((60, 45), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(preprocessing.restore(preprocessing.prepare(image)[0]), resized)
+    padding = preprocessing.restore(np.zeros((3, 1, 1), np.float32))
+    assert padding.tolist() == [[[124, 116, 104]]]  # the mean colour
 
 
 @pytest.mark.parametrize("resize", ["antialias", "linear"])

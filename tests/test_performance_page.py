@@ -57,6 +57,7 @@ def page(performance, *rows, growth=()):
         ("step", "resnet18, 512 px, batch 2, 10 boxes, fp32", 1.3),
         ("step", "resnet18, 512 px, batch 2, 10 boxes, fp32, peak memory", 1 / 0.7),
         ("convolution", "64 to 64 channels", None),
+        ("data", "8 JPEGs, 640 x 480 to 1066 x 800", None),  # beside torchvision
     ],
 )
 def test_goals_are_found_by_item_and_case(performance, item, case, goal):
@@ -86,6 +87,14 @@ def test_memory_has_no_least(performance):
     memory = {"ours_mib": 500.0, "peer_mib": 900.0, "ratio": 1.8, "item": "step", "equal": None}
     memory |= {"case": "resnet18, fp32, peak memory", "peer": "torchvision", "ours_min_mib": None}
     assert "| 500 MiB | 900 MiB | 1.80 | 1.4 | - |" in page(performance, memory)
+
+
+def test_loaders_are_shown_with_their_rates(performance):
+    rates = {"ours_images_per_second": 200.4, "peer_images_per_second": 50.0}
+    said = page(
+        performance, row("data", "8 JPEGs, 640 x 480 to 1066 x 800", 4.0, peer="Pillow and NumPy", **rates)
+    )
+    assert "| 1.5 ms (1.25 ms), 200 images/s | 6 ms (30 ms), 50 images/s | 4.00 | 2 | yes |" in said
 
 
 def test_growth_compares_time_with_work(performance):

@@ -51,7 +51,10 @@ def test_the_readmes_python_runs_on_a_model(tmp_path: Path, monkeypatch: pytest.
     assert names["report"].metrics.images == 2  # type: ignore[attr-defined]
 
 
-def test_the_readmes_commands_parse() -> None:
+def test_the_readmes_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)  # a run that one of them resumes
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("data: DATA")
     commands = re.findall(r"^    (retinanet .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(commands) >= 4
     for command in commands:

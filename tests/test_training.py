@@ -28,8 +28,9 @@ import retinanet
 from retinanet.anchors import CPU
 from retinanet.batches import RawPredictions
 from retinanet.checkpoint import load_model
-from retinanet.data import open_dataset, write_coco
+from retinanet.data import Dataset, open_dataset, write_coco
 from retinanet.data.loading import training_batches
+from retinanet.data.sampling import epoch_length
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.data.transforms import Augmentation
 from retinanet.errors import ConfigError, DataError, TrainingError
@@ -47,11 +48,13 @@ from retinanet.training.configuration import (
     read_config,
     write_config,
 )
+from retinanet.training.folder import RunFolder
 from retinanet.training.muon import Muon
 from retinanet.training.objectives import settings_of
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
 from retinanet.training.planning import Plan, choose_rate, plan_run
 from retinanet.training.run import run_training
+from retinanet.training.signals import StopRequest
 from retinanet.training.sizing import (
     anchor_choices,
     choose_batch,
@@ -98,6 +101,8 @@ def test_the_run_folder_is_complete(run: object) -> None:
         "metrics.json",
         "best",
         "last",
+        "checkpoints",
+        ".lock",
         "curves.png",
         "pictures.png",
         "report.html",
@@ -190,6 +195,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_images(data: Path, tm
         ({"loss": "fl-star", "gamma": 0.0}, "--loss fl-star needs --gamma above 0; got 0"),
         ({"anchors": "1,2,3"}, "--anchors needs five positive sizes"),
         ({"anchors": "a,b,c,d,e"}, "--anchors needs five positive sizes"),
+        ({"mosaic": 1.5}, r"--mosaic needs a number in \[0, 1\]; got 1.5"),
+        ({"repeat_rare": float("nan")}, r"--repeat-rare needs a number in \[0, 1\]; got nan"),
+        ({"zoom": "2"}, "--zoom needs two factors, the smaller first, such as 0.8,1.4; got '2'"),
+        ({"zoom": "1.4,0.8"}, "--zoom needs two factors, the smaller first"),
+        ({"zoom": "0,1"}, "--zoom needs numbers above 0 with commas, such as 0.8,1; got '0,1'"),
+        ({"scales": "large"}, "--scales needs numbers above 0 with commas"),
     ],
 )
 def test_impossible_options_are_refused(options: dict, message: str) -> None:
@@ -249,6 +260,14 @@ MOVED = [
     ("workers", 5, lambda plan: plan.workers),
     ("validate_every_steps", 9, lambda plan: plan.validate_every),
     ("recipe", "small", lambda plan: plan.recipe.name),
+    ("flip", 0.25, lambda plan: plan.augmentation.flip),
+    ("flip_vertical", 0.25, lambda plan: plan.augmentation.flip_vertical),
+    ("quarter_turn", 0.25, lambda plan: plan.augmentation.quarter_turn),
+    ("zoom", "0.5,2", lambda plan: "{:g},{:g}".format(*plan.augmentation.zoom)),
+    ("scales", "0.5,0.7,1", lambda plan: ",".join(f"{scale:g}" for scale in plan.augmentation.scales)),
+    ("photometric", 0.25, lambda plan: plan.augmentation.photometric),
+    ("mosaic", 0.25, lambda plan: plan.augmentation.mosaic),
+    ("repeat_rare", 0.25, lambda plan: plan.recipe.repeat_rare),
 ]
 
 
@@ -314,9 +333,9 @@ def test_batches_are_pinned_for_cuda_alone(data: Path, monkeypatch: pytest.Monke
 
     for module in (loop, timing):
         monkeypatch.setattr(module, "training_batches", batches)
-    monkeypatch.setattr(TrainingStep, "of", lambda *_: None)
+    monkeypatch.setattr(TrainingStep, "of", lambda *_: SimpleNamespace(shipped=None))
     with pytest.raises(InterruptedError):
-        loop.train_network(plan, None, train, val, None, None)  # type: ignore[arg-type]
+        loop.train_network(plan, None, train, val, RunFolder(data), None, StopRequest())  # type: ignore[arg-type]
     with pytest.raises(InterruptedError):
         timing._step_seconds(plan, None, train, 1.0)  # type: ignore[arg-type]
     assert asked == [kind == "cuda"] * 2
@@ -612,12 +631,72 @@ def test_the_plan_says_no_more_than_there_is_to_say(data: Path) -> None:
     assert said["held in check by"][0] == "weight decay 0.02, gradient norm 10, average of weights 0.998"
 
 
+def test_augmentation_asked_for_is_kept_and_named(data: Path) -> None:
+    """Also where a short run would not zoom by itself."""
+    train = open_dataset(data, "train")
+    options = TrainingOptions(data=str(data), **{**TINY, "zoom": "0.5,2", "mosaic": 0.5})  # type: ignore[arg-type]
+    short = plan_run(options, train).lasting(1, "asked for")
+    assert short.augmentation == Augmentation(zoom=(0.5, 2.0), mosaic=0.5)
+    words = "flip 0.5, mosaic 0.5, zoom 0.5 to 2"
+    assert ("augmentation", words, "asked for: mosaic, zoom; else recipe small") in short.reasons
+
+
+def test_repeats_make_an_epoch_longer(data: Path) -> None:
+    train = open_dataset(data, "train")
+    times = epoch_length(train, 1.0) / len(train)
+    assert times > 1
+    plans = [
+        plan_run(
+            TrainingOptions(data=str(data), epochs=20, device="cpu", batch_size=2, repeat_rare=share), train
+        )
+        for share in (None, 1.0)
+    ]
+    assert plans[1].steps == math.ceil(20 * epoch_length(train, 1.0) / 2) > plans[0].steps
+    assert plans[1].train_images == epoch_length(train, 1.0)
+    why = "classes in fewer than 1 of the images are seen more often"
+    assert ("epoch", f"{epoch_length(train, 1.0)} images of 6", why) in plans[1].reasons
+    assert "epoch" not in [setting for setting, *_ in plans[0].reasons]
+
+
+@pytest.mark.parametrize(
+    ("module", "begin"),
+    [
+        (
+            loop,
+            lambda plan, train: loop.train_network(
+                plan, None, train, train, RunFolder(Path("run")), None, StopRequest()
+            ),
+        ),
+        (timing, lambda plan, train: timing._step_seconds(plan, None, train, 1.0)),
+    ],
+)
+def test_the_stream_of_a_run_is_the_plans(
+    data: Path, monkeypatch: pytest.MonkeyPatch, module: object, begin: Any
+) -> None:
+    train = open_dataset(data, "train")
+    options = TrainingOptions(data=str(data), **{**TINY, "repeat_rare": 0.5, "mosaic": 1.0})  # type: ignore[arg-type]
+    plan = plan_run(options, train)
+    asked: list[object] = []
+
+    def batches(_: Dataset, __: Preprocessing, augmentation: Augmentation, **given: object) -> object:
+        asked.extend([augmentation.mosaic, given["repeat_rare"]])
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "training_batches", batches)
+    monkeypatch.setattr(TrainingStep, "of", lambda *_: SimpleNamespace(shipped=None))
+    with pytest.raises(InterruptedError):
+        begin(plan, train)
+    assert asked == [1.0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("augmentation", "words"),
     [
         (Augmentation(flip=0), "none"),
         (Augmentation(flip=0, zoom=(0.5, 2)), "zoom 0.5 to 2"),
         (Augmentation(scales=(0.8, 1.0)), "flip 0.5, size times 0.8 to 1"),
+        (Augmentation(flip=0, flip_vertical=0.5, quarter_turn=0.25), "flip vertical 0.5, quarter turn 0.25"),
+        (Augmentation(photometric=1, mosaic=0.1), "flip 0.5, photometric 1, mosaic 0.1"),
     ],
 )
 def test_an_augmentation_is_named_by_what_it_does(data: Path, augmentation: Augmentation, words: str) -> None:
@@ -754,7 +833,7 @@ def test_coverage_by_hand(tmp_path: Path) -> None:
 
 
 def test_splits_must_be_there(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one file"):
+    with pytest.raises(DataError, match=r"is one set without splits\. Make them"):
         run_training(TrainingOptions(data=str(data / "annotations" / "instances_train.json")))
     with pytest.raises(DataError):
         run_training(TrainingOptions(data=str(tmp_path / "nowhere")))
@@ -777,6 +856,7 @@ def test_training_without_any_box_is_refused(tmp_path: Path) -> None:
 # --- signals ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_the_run_after_saving(data: Path, tmp_path: Path, number: int, code: int) -> None:
     output = tmp_path / "run"

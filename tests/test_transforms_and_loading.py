@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from retinanet.batches import Batch
 from retinanet.data import Dataset, loading, open_dataset
-from retinanet.data.loading import Requests, generator, training_batches
+from retinanet.data.loading import Requests, training_batches
+from retinanet.data.sampling import Epochs, generator
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.data.transforms import Augmentation, cut, flip, zoom
 from retinanet.errors import ConfigError, DataError
@@ -94,7 +97,7 @@ def test_impossible_augmentation_is_refused(options: dict, field: str) -> None:
 
 
 def test_every_epoch_is_a_permutation_and_epochs_differ() -> None:
-    requests = Requests(7, batch_size=3, seed=5, image_sizes=(64,), steps=14)
+    requests = Requests(Epochs(7, 5), batch_size=3, image_sizes=(64,), steps=14)
     stream = [request for step in requests for request in step]
     epochs = [[r.index for r in stream if r.epoch == epoch] for epoch in range(6)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
@@ -102,15 +105,17 @@ def test_every_epoch_is_a_permutation_and_epochs_differ() -> None:
 
 
 def test_a_run_that_starts_in_the_middle_sees_what_it_would_have_seen() -> None:
-    whole = list(Requests(7, batch_size=3, seed=5, image_sizes=(64, 96), steps=10))
-    assert list(Requests(7, batch_size=3, seed=5, image_sizes=(64, 96), steps=10, first_step=4)) == whole[4:]
-    assert list(Requests(7, batch_size=3, seed=6, image_sizes=(64, 96), steps=10)) != whole
+    whole = list(Requests(Epochs(7, 5), batch_size=3, image_sizes=(64, 96), steps=10))
+    assert (
+        list(Requests(Epochs(7, 5), batch_size=3, image_sizes=(64, 96), steps=10, first_step=4)) == whole[4:]
+    )
+    assert list(Requests(Epochs(7, 6), batch_size=3, image_sizes=(64, 96), steps=10)) != whole
 
 
 def test_processes_share_each_step() -> None:
-    whole = list(Requests(7, batch_size=4, seed=5, image_sizes=(64,), steps=6))
+    whole = list(Requests(Epochs(7, 5), batch_size=4, image_sizes=(64,), steps=6))
     halves = [
-        list(Requests(7, batch_size=2, seed=5, image_sizes=(64,), steps=6, rank=rank, processes=2))
+        list(Requests(Epochs(7, 5), batch_size=2, image_sizes=(64,), steps=6, rank=rank, processes=2))
         for rank in (0, 1)
     ]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
@@ -189,8 +194,6 @@ def test_a_picture_changes_from_epoch_to_epoch(shapes: Path) -> None:
 
 def test_an_unreadable_image_is_named_and_replaced(shapes: Path, tmp_path: Path) -> None:
     data = tmp_path / "broken"
-    import shutil
-
     shutil.copytree(shapes, data)
     dataset = open_dataset(data, "train")
     dataset.path(3).write_bytes(b"no image")
@@ -204,6 +207,21 @@ def test_an_unreadable_image_is_named_and_replaced(shapes: Path, tmp_path: Path)
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"^training needs images that can be read; none of 10 can"):
             batches(dataset, workers=workers)
+
+
+def test_an_image_of_another_size_than_annotated_is_named_and_replaced(shapes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "other"
+    shutil.copytree(shapes, data)
+    dataset = open_dataset(data, "train")
+    with Image.open(dataset.path(3)) as image:
+        smaller = image.resize((image.width // 2, image.height))
+    smaller.save(dataset.path(3))
+    side = dataset.size(3)[0]
+    named = {name for batch in batches(dataset) for name in batch.failed}
+    assert named == {
+        f"{dataset.path(3)}: needs {side} x {side} pixels, as annotated; got {side // 2} x {side}. "
+        "`retinanet data check` says more"
+    }
 
 
 def test_scales_become_input_sizes_of_whole_cells() -> None:

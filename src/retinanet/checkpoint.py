@@ -56,6 +56,8 @@ def save_model(path: str | Path, model: Model) -> Path:
     try:
         save_file(state, beside, metadata)
         beside.chmod(0o644)  # safetensors makes files that only their owner can read
+        with beside.open("rb") as written:
+            os.fsync(written.fileno())  # or a power cut leaves the new name with nothing in it
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the model cannot be written to {path}: {error}") from None

@@ -43,6 +43,7 @@ INK = (32, 33, 36)
 FRAME = (205, 207, 211)
 LARGEST_CELL = 720
 LARGEST_ENLARGED = 2048
+IGNORED = (128, 128, 128)
 MOST_COVERED = 0.2
 """The part of a picture that captions may cover."""
 
@@ -64,6 +65,7 @@ def draw_boxes(
     captions: Sequence[str] | None = None,
     groups: Sequence[int] | NDArray[np.int64] | None = None,
     colours: Sequence[Colour] | None = None,
+    ignored: NDArray[np.bool_] | None = None,
     min_side: int = 480,
 ) -> Image.Image:
     """Return a picture of an image with outlined boxes and captions.
@@ -78,6 +80,7 @@ def draw_boxes(
         captions: a line of text for each box; an empty one is not drawn.
         groups: a class index for each box, which decides its colour; all 0 when not given.
         colours: RGB of group 0, 1, ...; `class_colour` when not given.
+        ignored: boxes that are grey and hatched, whatever their group; none when not given.
         min_side: an image whose shortest side is below this many pixels is enlarged by a whole factor
             (and its boxes with it), so that captions are legible and do not bury it. Its longest side
             stays within 2048.
@@ -87,6 +90,8 @@ def draw_boxes(
     """
     boxes = np.asarray(boxes, np.float64)
     _check(image, boxes, captions, groups, colours)
+    if ignored is not None and np.shape(ignored) != (len(boxes),):
+        raise DataError(f"draw_boxes needs one ignored a box; got {np.shape(ignored)} for {len(boxes)} boxes")
     factor = _enlargement(image.shape[1], image.shape[0], min_side)
     picture = Image.fromarray(image)
     if factor > 1:
@@ -95,6 +100,9 @@ def draw_boxes(
     indices = [0] * len(boxes) if groups is None else [int(group) for group in groups]
     paints = [class_colour(group) if colours is None else colours[group] for group in indices]
     outlines = [_outline(box, line, picture.size) for box in boxes * factor]
+    for index in [] if ignored is None else np.flatnonzero(ignored).tolist():
+        paints[index] = IGNORED
+        _hatch(picture, outlines[index], line)
     draw = ImageDraw.Draw(picture, "RGBA")
     for outline, paint in zip(reversed(outlines), reversed(paints), strict=True):
         _draw_outline(draw, outline, line, paint)
@@ -228,6 +236,15 @@ def _draw_outline(draw: ImageDraw.ImageDraw, outline: Rectangle, line: int, pain
     draw.rectangle((left - 1, top - 1, right, bottom), outline=shade)
     if right - left > 2 * line + 2 and bottom - top > 2 * line + 2:
         draw.rectangle((left + line, top + line, right - line - 1, bottom - line - 1), outline=shade)
+
+
+def _hatch(picture: Image.Image, outline: Rectangle, line: int) -> None:
+    """Cover a rectangle with a grey veil and diagonal stripes, through which the image can be seen."""
+    left, top, right, bottom = outline
+    # Stripes of neighbours lie on the same diagonals.
+    diagonal = np.add.outer(np.arange(top, bottom), np.arange(left, right)) % (6 * line)
+    veil = np.where(diagonal < 2 * line, np.uint8(170), np.uint8(70))
+    picture.paste(IGNORED, outline, Image.fromarray(veil))
 
 
 def _draw_captions(

@@ -1,4 +1,4 @@
-"""One tree of errors: everything this library raises on purpose is a `RetinaNetError`.
+"""One tree of errors: everything this library raises on purpose is a `RetinaNetError`, but for `Stopped`.
 
 A message says who speaks, what is required, what came, where, and what to do. The command line
 prints it on one line and exits with 2; a traceback means a defect of ours.
@@ -32,8 +32,15 @@ class TrainingError(RetinaNetError):
     """A run cannot go on."""
 
 
-class Stopped(RetinaNetError):
-    """A run was stopped by a signal, after saving; `exit_code` is 128 + the signal's number."""
+class DivergedError(TrainingError):
+    """The loss or the weights of a run are no longer finite."""
+
+
+class Stopped(BaseException):
+    """A run was stopped by a signal, after saving; `exit_code` is 128 + the signal's number.
+
+    No error, as KeyboardInterrupt is none: what handles errors (an image that cannot be read, say) must not take it.
+    """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

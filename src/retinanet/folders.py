@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ from retinanet.errors import ConfigError
 RUNS = Path("runs")
 
 
-def new_folder(output: str | None, stem: str) -> Path:
+def new_folder(output: str | None, stem: str, *, outside: Sequence[str | Path] = ()) -> Path:
     """Make the folder a command writes to: `output`, or the first free runs/STEM-N.
+
+    Args:
+        outside: data sets, folders or files, that it may not lie in; see `require_outside`.
 
     Raises:
         ConfigError: the folder holds something already, or cannot be made.
     """
     path = Path(output) if output else _first_free(stem)
     require_new(path)
+    require_outside(path, *outside, by_default=not output)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -27,10 +32,51 @@ def new_folder(output: str | None, stem: str) -> Path:
     return path
 
 
+def cache_folder(name: str) -> Path:
+    """Return the folder for what can be made again: $RETINANET_CACHE/NAME, else ~/.cache/retinanet/NAME.
+
+    It is not made. $XDG_CACHE_HOME stands for ~/.cache where it is set.
+    """
+    given = os.environ.get("RETINANET_CACHE")
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinanet"
+    return Path(os.path.abspath(given or usual)) / name
+
+
 def require_new(path: Path) -> None:
     """Refuse a folder that holds something, or a file."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--output needs a new folder; {path} exists and is not empty. Choose another name")
+
+
+def require_new_file(path: Path) -> None:
+    """Refuse a file that exists, and one in a folder that does not."""
+    if path.exists():
+        raise ConfigError(f"--output needs a new file; {path} exists. Choose another name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output needs a file in an existing folder; there is no {path.parent}")
+
+
+def require_outside(path: Path, *data: str | Path, by_default: bool = False) -> None:
+    """Refuse a place inside a data set, whose files are left as they were.
+
+    Args:
+        data: folders that it may not lie in; a file stands for the folder that holds it.
+        by_default: nobody asked for `path`: --output is then what helps.
+    """
+    real = Path(os.path.realpath(path))
+    for given in data:
+        there = Path(os.path.realpath(given))
+        folder = there if there.is_dir() else there.parent
+        if there.exists() and real.is_relative_to(folder):
+            way_out = (
+                "the working directory lies in the data: say --output FOLDER"
+                if by_default
+                else "Choose another"
+            )
+            raise ConfigError(
+                f"--output needs a place outside the data folder {given if Path(given).is_dir() else folder}; "
+                f"got {path}. {way_out[0].upper()}{way_out[1:]}"
+            )
 
 
 def _first_free(stem: str) -> Path:
@@ -49,7 +95,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file beside its place and move it there, so that it is never seen half-written."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut leaves the new name with nothing in it
         os.replace(beside, path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
@@ -60,3 +109,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write indented JSON; see `write_text`."""
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object that `write_json` wrote."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} needs a JSON object; got {type(values).__name__}")
+    return values

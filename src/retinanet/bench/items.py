@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 
 from retinanet.anchors import CPU
-from retinanet.bench import convolution, importing, loss, matching, memory, nms, postprocess, step
+from retinanet.bench import convolution, data, importing, loss, matching, memory, nms, postprocess, step
 from retinanet.bench.measuring import Contest, Row, measure
 from retinanet.devices import Precision
 
@@ -41,6 +41,7 @@ def run(items: Sequence[str], settings: Settings) -> Iterator[Row]:
             step.contests(settings.step_cases(), device=device),
             step.compiled_contests(settings.step_cases(), device=device),
         ),
+        "data": data.contests,
         "import": importing.contests,
     }
     for item in items:

@@ -26,6 +26,7 @@ PACKAGES = (
     "numba",
     "triton",
     "numpy",
+    "pillow",
     "fvcore",
     "opencv-python",
     "opencv-python-headless",
@@ -37,7 +38,8 @@ OURS = "retinanet"
 class Row:
     """One comparison: medians (and minima) of ours and a peer's, in `unit`.
 
-    `equal` says whether outputs agreed before the timing; None where there is nothing to compare.
+    `equal` says whether outputs agreed before the timing; None where there is nothing to compare. For `images` see
+    `Contest`.
     """
 
     item: str
@@ -49,6 +51,7 @@ class Row:
     our_least: float | None = None
     their_least: float | None = None
     unit: Literal["ms", "MiB"] = "ms"
+    images: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -58,6 +61,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Return the row of `--json`: the keys end in `_ms`, or in `_mib` where memory is compared."""
         unit = self.unit.lower()
+        rates = {"ours_images_per_second": self.ours, "peer_images_per_second": self.theirs}
         return {
             "item": self.item,
             "case": self.case,
@@ -68,6 +72,11 @@ class Row:
             "equal": self.equal,
             f"ours_min_{unit}": self.our_least,
             f"peer_min_{unit}": self.their_least,
+            **(
+                {name: round(per_second(self.images, ms), 1) for name, ms in rates.items()}
+                if self.images
+                else {}
+            ),
         }
 
 
@@ -78,6 +87,7 @@ class Contest:
     Args:
         ours, peers: calls without arguments. Each does all of the work anew.
         equal: by peer; missing or None where there is nothing to compare.
+        images: how many a call gives, where images a second are of interest.
     """
 
     item: str
@@ -85,6 +95,7 @@ class Contest:
     ours: Callable[[], object]
     peers: Mapping[str, Callable[[], object]]
     equal: Mapping[str, bool | None]
+    images: int | None = None
 
 
 def measure(contest: Contest, *, repeats: int, seconds: float, device: torch.device = CPU) -> list[Row]:
@@ -114,6 +125,7 @@ def measure(contest: Contest, *, repeats: int, seconds: float, device: torch.dev
             contest.equal.get(peer),
             min(taken[OURS]),
             min(taken[peer]),
+            images=contest.images,
         )
         for peer in contest.peers
     ]
@@ -181,13 +193,23 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             row.item,
             row.case,
             row.peer,
-            shown(row.ours, row.unit),
-            shown(row.theirs, row.unit),
+            with_rate(row.ours, row.unit, row.images),
+            with_rate(row.theirs, row.unit, row.images),
             f"{row.ratio:.2f}x" if row.ratio < 10 else f"{row.ratio:.0f}x",
             words[row.equal],
         )
         for row in rows
     ]
+
+
+def with_rate(value: float, unit: str, images: int | None) -> str:
+    """Return a time or a size, and how many images a second that is where it is the time of images."""
+    return shown(value, unit) + (f", {per_second(images, value):.0f}/s" if images else "")
+
+
+def per_second(images: int, ms: float) -> float:
+    """Return the rate of so many images in that time."""
+    return images / ms * 1e3
 
 
 def shown(value: float, unit: str) -> str:

@@ -8,6 +8,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from retinanet.cli.data_anchors import Anchors
+from retinanet.cli.data_check import Check
+from retinanet.cli.data_convert import Convert
+from retinanet.cli.data_view import View
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
@@ -61,20 +66,27 @@ class Shapes:
         }
 
 
-DATA_SETS: dict[str, type] = {"shapes": Shapes}
-
-
-# tyro makes a subcommand only of a union; the suppressed half of `command` goes when there is a second one. (A comment
-# right above a field would become its help text.)
+DATA_SETS: dict[str, type] = {
+    "check": Check,
+    "view": View,
+    "anchors": Anchors,
+    "convert": Convert,
+    "shapes": Shapes,
+}
 
 
 @dataclass(frozen=True)
 class Data:
-    """Make data sets."""
+    """Check data sets, look at them, fit anchors to them, convert and make them."""
 
-    command: Annotated[Shapes, tyro.conf.subcommand("shapes")] | Annotated[None, tyro.conf.Suppress]
-    """What to make."""
+    command: (
+        Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[View, tyro.conf.subcommand("view")]
+        | Annotated[Anchors, tyro.conf.subcommand("anchors")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Shapes, tyro.conf.subcommand("shapes")]
+    )
+    """What to do."""
 
     def run(self) -> int:
-        assert self.command is not None  # tyro requires a subcommand
         return self.command.run()

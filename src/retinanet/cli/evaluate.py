@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import new_folder, write_json
 from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag, shown
+
+if TYPE_CHECKING:
+    from retinanet.data import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,12 @@ class Evaluate:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """auto: bf16 where the device computes it natively."""
+    image_root: Annotated[str | None, OPTIONAL_FOLDER] = None
+    """Folder of the images, where it is another than the format says; links may lead there, nowhere else."""
+    box_format: Literal["auto", "xyxy", "xywh"] = "auto"
+    """How boxes of a Hugging Face data set are written; auto takes what they prove."""
+    strict: Flag = False
+    """Refuse a data set of which anything has to be repaired or dropped."""
     json: Flag = False
     """Print metrics.json instead of the table."""
 
@@ -69,12 +78,24 @@ class Evaluate:
             problem = f"got {len(self.inputs)} paths: {', '.join(self.inputs)}"
         raise ConfigError(f"retinanet {form} is required; {problem}")
 
+    def _open(self, data: str, images: Literal["required", "absent"] = "required") -> Dataset:
+        from retinanet.data import open_dataset
+
+        return open_dataset(
+            data,
+            self.split,
+            images=images,
+            image_root=self.image_root,
+            box_format=self.box_format,
+            strict=self.strict,
+        )
+
     def _judge_model(self) -> int:
         from rich.console import Console
         from rich.progress import Progress
 
         from retinanet.checkpoint import load_model
-        from retinanet.data import open_dataset
+        from retinanet.data import read_as
         from retinanet.evaluation import write_results
         from retinanet.inference import Detector, check_classes, validate
 
@@ -85,7 +106,8 @@ class Evaluate:
             precision=self.precision,
             max_detections=self.max_detections,
         )
-        dataset = open_dataset(data, self.split)
+        dataset = self._open(data)
+        print(read_as(dataset), file=sys.stderr)
         check_classes(detector, dataset)
         folder = new_folder(self.output, "evaluate")
         console = Console(stderr=True)
@@ -114,10 +136,11 @@ class Evaluate:
         return 1 if found.failed else 0
 
     def _judge_file(self, results: str) -> int:
-        from retinanet.data import open_dataset
+        from retinanet.data import read_as
         from retinanet.evaluation import evaluate_detections, read_results
 
-        dataset = open_dataset(self.inputs[0], self.split, images="absent")
+        dataset = self._open(self.inputs[0], images="absent")
+        print(read_as(dataset), file=sys.stderr)
         sizes = [dataset.size(i) for i in range(len(dataset))]
         ids = dataset.image_ids.tolist()
         found = read_results(results, image_ids=ids, sizes=sizes, classes=dataset.classes)

@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         print(f"retinanet: {error}", file=sys.stderr)
-        code = error.exit_code if isinstance(error, Stopped) else WRONG
+        code = WRONG
+    except Stopped as stop:
+        print(f"retinanet: {stop}", file=sys.stderr)
+        code = stop.exit_code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE

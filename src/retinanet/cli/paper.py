@@ -139,7 +139,7 @@ class Paper:
 
         from retinanet.errors import ConfigError
         from retinanet.paper.measuring import check_rows
-        from retinanet.paper.own_loss import load_own_loss
+        from retinanet.paper.own_loss import load_own_loss, name_of_own_loss
         from retinanet.paper.results import Request
         from retinanet.paper.settings import SCALES
 
@@ -150,8 +150,11 @@ class Paper:
         scale = SCALES[self.scale or "tiny"]
         if self.pretrained is not None and scale.options["recipe"] == "small":
             raise ConfigError(f"--pretrained belongs to --scale paper; {scale.name} starts from scratch")
+        own_loss = None
         if self.own_loss is not None:
-            load_own_loss(Path(self.own_loss))
+            file = Path(self.own_loss).resolve()
+            load_own_loss(file)
+            own_loss = (str(file), name_of_own_loss(file))
         rows = tuple(part.strip() for part in (self.rows or "").split(";") if part.strip())
         if self.data is None and scale.shapes is None:
             raise ConfigError(
@@ -169,7 +172,7 @@ class Paper:
             pretrained=self.pretrained or "auto",
             model=self.model,
             peers=self.peers,
-            own_loss=Path(self.own_loss).resolve() if self.own_loss else None,
+            own_loss=own_loss,
         )
         check_rows(studies, request)
         return request

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
 from retinanet.errors import ConfigError
 from retinanet.training.configuration import TrainingOptions, read_config
+from retinanet.training.folder import RunFolder
 
 LENGTHS = ("--epochs", "--steps", "--time")
 
@@ -19,15 +21,38 @@ class Train(TrainingOptions):
     """
 
     def run(self) -> int:
+        if self.resume is not None:
+            from retinanet.training.run import resume_training
+
+            resume_training(Path(self.resume), workers=self.workers)
+            return 0
+        # Before torch is imported: a run that is killed from now on can be started again by its folder.
+        folder = None if self.dry_run else RunFolder.create(self.output, self)
         from retinanet.training.run import run_training
 
-        run_training(self)
+        run_training(self, folder=folder)
         return 0
 
 
 def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
-    """Take `--config FILE` out of the arguments; return the rest, and the file's options as defaults for it."""
+    """Take `--config FILE` out of the arguments; return the rest, and the file's options as defaults for it.
+
+    With `--resume RUN`, whose options are the run's own, nothing but --workers may be given beside it, not even DATA.
+    """
     rest = list(arguments)
+    named = [argument.partition("=")[0] for argument in arguments]
+    if "--resume" in named:
+        others = _beside_resume(arguments[1:])
+        if others:
+            raise ConfigError(
+                f"--resume goes on with the run's own settings and takes --workers alone; got {others[0]}"
+            )
+        place = named.index("--resume")
+        _, equals, run = arguments[place].partition("=")
+        run = run if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
+        if run and not run.startswith("--"):  # else it is told below that a value is missing
+            RunFolder.existing(Path(run))
+            return rest, Train(data="")
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != "--config":
@@ -41,3 +66,17 @@ def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
             options = {name: value for name, value in options.items() if f"--{name}" not in LENGTHS}
         return rest, Train(**{"data": tyro.MISSING, **options})
     return rest, None
+
+
+def _beside_resume(arguments: list[str]) -> list[str]:
+    """Return the arguments that are neither --resume nor --workers nor a value of these."""
+    others, is_value = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name in ("--resume", "--workers"):
+            is_value = not equals
+        elif is_value and not argument.startswith("--"):
+            is_value = False
+        else:
+            others.append(argument)
+    return others

@@ -6,19 +6,23 @@ as soon as their reference counts are touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retinanet.errors import DataError
+from retinanet.errors import DataError, ImageError
 from retinanet.records import Classes, Float32Array, GroundTruth, Int8Array, Int64Array
 
 Int32Array: TypeAlias = NDArray[np.int32]
 StrArray: TypeAlias = NDArray[np.str_]
+Action: TypeAlias = Literal["repaired", "dropped"]
 
 CLASSES_IN_SUMMARY = 12
 
@@ -40,7 +44,7 @@ class Fault:
     file: str
     record: str
     reason: str
-    action: Literal["repaired", "dropped"]
+    action: Action
     kind: str = "fault"
     fix: str = ""
 
@@ -77,7 +81,11 @@ class Dataset:
         areas: `[M]` float32 annotated areas in square pixels.
         ignore: `[M]` int8 values of `retinanet.records.Ignore`.
         annotation_ids: `[M]` int64.
-        faults: what the reader repaired or dropped.
+        faults: what the reader repaired or dropped; of very many the first.
+        fault_counts: how many there were of each (kind, action), those of `faults` when not given.
+        format: what it was read as, "COCO", "YOLO" ...; empty where nothing was recognised.
+        left_out: files, relative to `root`, of images that were listed but could not be used.
+        unread: what the annotations hold beside boxes, in plain words: "masks", "key points", "polygons".
     """
 
     name: str
@@ -95,6 +103,10 @@ class Dataset:
     ignore: Int8Array
     annotation_ids: Int64Array
     faults: tuple[Fault, ...] = ()
+    fault_counts: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    format: str = ""
+    left_out: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, boxes = len(self.files), len(self.boxes)
@@ -117,6 +129,8 @@ class Dataset:
                 raise DataError(f"Dataset.{column} needs shape {list(shape)}; got {list(values.shape)}")
             values.setflags(write=False)
             object.__setattr__(self, column, values)
+        counts = self.fault_counts or Counter((str(fault.kind), fault.action) for fault in self.faults)
+        object.__setattr__(self, "fault_counts", dict(counts))
         self._check()
 
     def _check(self) -> None:
@@ -156,28 +170,85 @@ class Dataset:
         sizes: Sequence[tuple[int, int]],
         annotations: Sequence[Annotation],
         faults: Iterable[Fault] = (),
+        fault_counts: Mapping[tuple[str, str], int] | None = None,
+        left_out: Iterable[str] = (),
+        unread: Iterable[str] = (),
     ) -> Dataset:
         """Make a data set from one entry an image and boxes in any order (kept within an image)."""
-        owners = np.array([a.image for a in annotations], np.int64)
+        return cls.from_columns(
+            name=name,
+            split=split,
+            root=root,
+            classes=classes,
+            files=files,
+            image_ids=image_ids,
+            sizes=np.array(sizes, np.int32).reshape(-1, 2),
+            owners=np.array([a.image for a in annotations], np.int64),
+            boxes=np.array([a.box for a in annotations], np.float32).reshape(-1, 4),
+            labels=np.array([a.label for a in annotations], np.int64),
+            areas=np.array([a.area for a in annotations], np.float32),
+            ignore=np.array([a.ignore for a in annotations], np.int8),
+            annotation_ids=np.array([a.id for a in annotations], np.int64),
+            faults=faults,
+            fault_counts=fault_counts,
+            left_out=left_out,
+            unread=unread,
+        )
+
+    @classmethod
+    def from_columns(
+        cls,
+        *,
+        name: str,
+        split: str,
+        root: Path,
+        classes: Classes,
+        files: Sequence[str],
+        image_ids: Sequence[int] | Sequence[str],
+        sizes: NDArray[Any],
+        owners: Int64Array,
+        boxes: Float32Array,
+        labels: Int64Array,
+        areas: Float32Array,
+        ignore: Int8Array,
+        annotation_ids: Int64Array,
+        faults: Iterable[Fault] = (),
+        fault_counts: Mapping[tuple[str, str], int] | None = None,
+        left_out: Iterable[str] = (),
+        unread: Iterable[str] = (),
+    ) -> Dataset:
+        """Make a data set from columns, a row a box in any order (kept within an image).
+
+        Args:
+            sizes: `[N, 2]` width and height.
+            owners: `[M]` the position of each box's image.
+        """
         order = np.argsort(owners, kind="stable")
-        shape = np.array(sizes, np.int32).reshape(-1, 2)
         return cls(
             name=name,
             split=split,
             root=root,
             classes=classes,
             files=np.array(files, np.str_),
-            widths=shape[:, 0],
-            heights=shape[:, 1],
+            widths=sizes[:, 0],
+            heights=sizes[:, 1],
             image_ids=np.array(image_ids),
             offsets=np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(files)))]),
-            boxes=np.array([a.box for a in annotations], np.float32).reshape(-1, 4)[order],
-            labels=np.array([a.label for a in annotations], np.int64)[order],
-            areas=np.array([a.area for a in annotations], np.float32)[order],
-            ignore=np.array([a.ignore for a in annotations], np.int8)[order],
-            annotation_ids=np.array([a.id for a in annotations], np.int64)[order],
+            boxes=boxes[order],
+            labels=labels[order],
+            areas=areas[order],
+            ignore=ignore[order],
+            annotation_ids=annotation_ids[order],
             faults=tuple(faults),
+            fault_counts=fault_counts or {},
+            left_out=tuple(left_out),
+            unread=tuple(unread),
         )
+
+    @property
+    def fault_total(self) -> int:
+        """How many faults there were, kept or only counted."""
+        return sum(self.fault_counts.values())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -190,6 +261,19 @@ class Dataset:
         """Return (width, height) in pixels."""
         return int(self.widths[index]), int(self.heights[index])
 
+    def require_size(self, index: int, width: int, height: int) -> None:
+        """Refuse an image of another size than its boxes were drawn on: they would lie beside their objects.
+
+        Raises:
+            ImageError: `width` and `height` are not the annotated ones.
+        """
+        if (width, height) != self.size(index):
+            annotated = " x ".join(map(str, self.size(index)))
+            raise ImageError(
+                f"{self.path(index)}: needs {annotated} pixels, as annotated; got {width} x {height}. "
+                "`retinanet data check` says more"
+            )
+
     def ground_truth(self, index: int) -> GroundTruth:
         """Return the boxes of one image."""
         index = range(len(self))[index]
@@ -201,6 +285,21 @@ class Dataset:
             ignore=self.ignore[own],
             ids=self.annotation_ids[own],
         )
+
+    def digest(self) -> str:
+        """Return a short name of the images and annotations: the same as long as none of them changes."""
+        found = hashlib.sha256(json.dumps([self.classes.names, self.classes.ids]).encode())
+        for values in (
+            self.files,
+            self.widths,
+            self.heights,
+            self.offsets,
+            self.boxes,
+            self.labels,
+            self.ignore,
+        ):
+            found.update(np.ascontiguousarray(values).tobytes())
+        return found.hexdigest()[:16]
 
     def index_of_image_id(self) -> dict[str, int]:
         """Map the text of an image's id to its position: 7 and "7" are the same id everywhere."""
@@ -240,21 +339,25 @@ class Dataset:
             ignore=self.ignore[rows],
             annotation_ids=self.annotation_ids[rows],
             faults=self.faults,
+            fault_counts=self.fault_counts,
+            format=self.format,
+            left_out=self.left_out,
+            unread=self.unread,
         )
 
     def summary(self) -> str:
         """Return two lines for people: images, empty images, faults; boxes by class, ignored boxes."""
         empty = int((np.diff(self.offsets) == 0).sum())
         ignored = int((self.ignore != 0).sum())
-        dropped = sum(fault.action == "dropped" for fault in self.faults)
-        repaired = len(self.faults) - dropped
+        total = self.fault_total
+        dropped = sum(number for (_, action), number in self.fault_counts.items() if action == "dropped")
         counts = np.bincount(self.labels[self.ignore == 0], minlength=len(self.classes))
         shown = [f"{name} {count:,}" for name, count in zip(self.classes.names, counts.tolist(), strict=True)]
         if len(shown) > CLASSES_IN_SUMMARY:
             shown[CLASSES_IN_SUMMARY:] = [f"and {len(shown) - CLASSES_IN_SUMMARY} more classes"]
         return (
             f"{self.name}, {self.split}: {_count(len(self), 'image')}, {empty:,} without boxes; "
-            f"{_count(len(self.faults), 'fault')} ({dropped:,} dropped, {repaired:,} repaired)\n"
+            f"{_count(total, 'fault')} ({dropped:,} dropped, {total - dropped:,} repaired)\n"
             f"{_count(int(counts.sum()), 'box')}: {', '.join(shown)}; {ignored:,} more to be ignored"
         )
 

@@ -1,88 +1,100 @@
-"""Which format a folder or file has, which splits, and the one function that opens them all.
-
-Looked for in this order; the first layout with at least one split is taken:
-
-- Pascal VOC: `Annotations` and `ImageSets/Main/{split}.txt`
-- COCO: `annotations/instances_{split}.json`; the same with a year, `instances_{split}2017.json`
-- COCO: `instances_{split}.json` in the folder itself, with a year or without
-- COCO as Roboflow writes it: `{split}/_annotations.coco.json`
-
-`instances_train2017.json` is the split "train" unless another year is there too; then only "train2017"
-names it. "valid" and "validation" are "val".
-"""
+"""The one function that opens a data set of any format that `layouts` recognises."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
 
-from retinanet.data.coco import read_coco
 from retinanet.data.dataset import Dataset
+from retinanet.data.hugging_face import BoxFormat
+from retinanet.data.layouts import LAYOUTS, Opened, Reading, recognised
 from retinanet.data.rules import ImageFiles
-from retinanet.data.voc import LISTS, main_splits, read_voc, split_lists
 from retinanet.errors import DataError, did_you_mean
 
-ROBOFLOW = "_annotations.coco.json"
-READ = "COCO JSON and Pascal VOC are read"
+FORMATS = ", ".join(layout.format for layout in LAYOUTS)
+READ = f"Read are: {FORMATS}"
 ENTRIES_SHOWN = 8
 FOLDERS_TRIED = 50
-
-Opener: TypeAlias = Callable[[ImageFiles], Dataset]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The splits of a folder: those that count every image once, and every name that is understood."""
-
-    splits: tuple[str, ...]
-    names: dict[str, Path]
-    is_voc: bool
+FAULTS_SHOWN = 3
 
 
-def open_dataset(data: str | Path, split: str, *, images: ImageFiles = "required") -> Dataset:
-    """Read one split of a data set, whatever its format.
+def open_dataset(
+    data: str | Path,
+    split: str,
+    *,
+    images: ImageFiles = "required",
+    image_root: str | Path | None = None,
+    box_format: BoxFormat = "auto",
+    strict: bool = False,
+) -> Dataset:
+    """Read one split of a data set, whatever its format; `Dataset.format` says what it was read as.
 
-    A single COCO JSON file answers to every split's name; `available_splits` is empty for it.
+    A data set without splits, such as a single COCO JSON file, answers to every split's name; `available_splits` is
+    empty for it.
 
     Args:
-        data: a folder in one of the layouts above, or a COCO JSON file.
-        images: "absent" reads annotations only and looks at no image file.
+        data: a folder in one of the layouts of `layouts`, or the file that describes the data set: COCO JSON, YOLO's
+            `data.yaml`, a CSV or parquet file.
+        images: "absent" needs no image file. YOLO and Open Images, whose boxes are shares of their images, need
+            them all the same; CSV takes the sizes that it lacks from those that are there.
+        image_root: the folder that the images are in, where it is another than the format says; see each reader. It
+            stands for VOC's `JPEGImages` and for the `path` of a `data.yaml`.
+        box_format: how the boxes of a Hugging Face data set are to be read; "auto" takes what they prove.
+        strict: refuse a data set of which anything had to be repaired or dropped.
 
     Raises:
         DataError: nothing is there, the format is not recognised, the split is absent, or its reader refuses.
     """
-    path = _existing(data)
-    if path.is_file():
-        return read_coco(path, split=split, images=images)
-    layout = _layout(path)
-    if split not in layout.names:
+    path, root = _existing(data), _folder(image_root)
+    opened = _opened(path, root)
+    if opened.splits and split not in opened.names:
         raise DataError(
-            f"{data}: has no split {split!r}; there are: {', '.join(layout.splits)}."
-            + did_you_mean(split, layout.names)
+            f"{data}: has no split {split!r}; there are: {', '.join(opened.splits)}."
+            + did_you_mean(split, opened.names)
         )
-    if layout.is_voc:
-        return read_voc(path, split=split, images=images)
-    return replace(
-        read_coco(layout.names[split], split=split, images=images), name=path.resolve().name or str(path)
-    )
+    if box_format != "auto" and opened.format != "Hugging Face":
+        raise DataError(
+            f"{data}: box_format is for Hugging Face data sets; {opened.format} says itself what boxes are"
+        )
+    dataset = opened.read(split, Reading(images, root, box_format))
+    name = os.path.basename(os.path.abspath(path)) if path.is_dir() else dataset.name
+    dataset = replace(dataset, name=name or str(path), format=opened.format)
+    if strict and dataset.faults:
+        count = dataset.fault_total
+        first = "; ".join(map(str, dataset.faults[:FAULTS_SHOWN]))
+        more = f"; and {count - FAULTS_SHOWN:,} more" if count > FAULTS_SHOWN else ""
+        raise DataError(
+            f"{data}: strict reading refuses {_count(count, 'fault')} of split {split!r}: {first}{more}"
+        )
+    return dataset
 
 
-def available_splits(data: str | Path) -> tuple[str, ...]:
+def available_splits(data: str | Path, *, image_root: str | Path | None = None) -> tuple[str, ...]:
     """Return the splits that together count every image once, train, val and test first.
 
-    Empty for a single JSON file. VOC's `trainval` is not among them where `train` or `val` is; it can be
+    Empty for a data set without splits. VOC's `trainval` is not among them where `train` or `val` is; it can be
     opened by name.
+
+    Args:
+        image_root: as in `open_dataset`.
 
     Raises:
         DataError: nothing is there or the format is not recognised.
     """
-    path = _existing(data)
-    return () if path.is_file() else _layout(path).splits
+    return _opened(_existing(data), _folder(image_root)).splits
+
+
+def read_as(*splits: Dataset) -> str:
+    """Say what a data set was read as: "read as YOLO: 2 splits, 5 classes, 1,204 images"."""
+    images, classes = sum(len(split) for split in splits), len(splits[0].classes)
+    counts = [_count(len(splits), "split"), _count(classes, "class"), _count(images, "image")]
+    return f"read as {splits[0].format}: {', '.join(counts)}"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _existing(data: str | Path) -> Path:
@@ -93,17 +105,19 @@ def _existing(data: str | Path) -> Path:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{path}: cannot be read: {reason}") from None
-    if is_folder and not empty:
-        return path
     if empty:
         raise DataError(f"{path}: is an empty folder; a data set is required. {READ}")
-    if not is_file:
+    if not is_folder and not is_file:
         there = "is neither a folder nor a file" if path.exists() else "does not exist"
         hint = "" if path.exists() else did_you_mean(path.name, _siblings(path))
-        raise DataError(f"{path}: {there}; a folder or a COCO JSON file is required.{hint}")
-    if path.suffix.lower() == ".json":
-        return path
-    raise DataError(f"{path}: {_unread(path.name) or 'is not a data set that can be read'}; {READ}")
+        raise DataError(f"{path}: {there}; a folder or a file that describes a data set is required.{hint}")
+    return path
+
+
+def _folder(image_root: str | Path | None) -> Path | None:
+    if image_root is not None and not os.path.isdir(image_root):
+        raise DataError(f"image_root needs a folder of images; there is none at {image_root}")
+    return None if image_root is None else Path(os.path.abspath(image_root))
 
 
 def _siblings(path: Path) -> list[str]:
@@ -113,65 +127,38 @@ def _siblings(path: Path) -> list[str]:
         return []
 
 
-def _unread(name: str) -> str | None:
-    suffix = Path(name).suffix.lower()
-    if suffix in (".yaml", ".yml"):
-        return f"{name} (YOLO) is not read yet"
-    if suffix == ".csv":
-        return f"{name} (CSV) is not read yet"
-    return None
-
-
-def _layout(folder: Path) -> _Layout:
-    found = _recognised(folder)
+def _opened(path: Path, image_root: Path | None) -> Opened:
+    try:
+        found = recognised(path, image_root)
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     if found is not None:
         return found
-    entries = sorted(folder.iterdir())
+    if path.is_file():
+        raise DataError(
+            f"{path}: is not a data set that can be read; a COCO JSON, a YOLO data.yaml, a CSV file of boxes "
+            f"(path,x1,y1,x2,y2,class) or a parquet file can be. {READ}"
+        )
+    entries = sorted(path.iterdir())
     shown = [entry.name + "/" * os.path.isdir(entry) for entry in entries[:ENTRIES_SHOWN]]
     more = f" and {len(entries) - ENTRIES_SHOWN} more" if len(entries) > ENTRIES_SHOWN else ""
-    hints = [text for entry in entries if (text := _unread(entry.name))][:1]
-    if os.path.isdir(folder / "Annotations"):
-        hints.append(f"{LISTS}/*.txt, the lists of splits of Pascal VOC, are missing")
-    inner = [entry for entry in entries if os.path.isdir(entry)][:FOLDERS_TRIED]
-    hints += [f"Did you mean {entry}?" for entry in inner if _recognised(entry)][:1]
-    hints += [f"One JSON file can be named itself: {entry}" for entry in entries if entry.suffix == ".json"][
-        :1
-    ]
+    looked_for = "; ".join(f"{layout.looked_for} ({layout.format})" for layout in LAYOUTS)
+    hints = "".join(f" {hint}" for hint in _hints(entries))
     raise DataError(
-        f"{folder}: no data set is recognised. Looked for: Annotations with {LISTS}/{{split}}.txt "
-        f"(Pascal VOC), annotations/instances_{{split}}.json, instances_{{split}}.json, "
-        f"{{split}}/{ROBOFLOW} (COCO). Found: {', '.join(shown)}{more}. "
-        + "".join(f"{hint}{'' if hint.endswith('?') else '.'} " for hint in hints)
-        + READ
+        f"{path}: no data set is recognised. Looked for: {looked_for}. Found: {', '.join(shown)}{more}.{hints}"
     )
 
 
-def _recognised(folder: Path) -> _Layout | None:
-    if os.path.isdir(folder / "Annotations") and (lists := split_lists(folder)):
-        return _Layout(_ordered(main_splits(lists)), lists, is_voc=True)
-    for files in (
-        _instances(folder / "annotations"),
-        _instances(folder),
-        {path.parent.name: path for path in sorted(folder.glob(f"*/{ROBOFLOW}"))},
-    ):
-        if files:
-            return _with_aliases(files)
-    return None
+def _hints(entries: list[Path]) -> list[str]:
+    """Return what may have been meant: a folder inside, or a file that can be named itself."""
+    inner = [entry for entry in entries if os.path.isdir(entry)][:FOLDERS_TRIED]
+    hints = [f"Did you mean {entry}?" for entry in inner if _is_data_set(entry)][:1]
+    files = [entry for entry in entries if entry.suffix.lower() in (".json", ".csv")]
+    return hints + [f"One {file.suffix[1:].upper()} file can be named itself: {file}." for file in files][:1]
 
 
-def _instances(folder: Path) -> dict[str, Path]:
-    return {path.stem.removeprefix("instances_"): path for path in sorted(folder.glob("instances_*.json"))}
-
-
-def _with_aliases(files: dict[str, Path]) -> _Layout:
-    """Name each file without its year, and "val" whatever it is called, where no other file is meant."""
-    plain = {name: re.sub(r"(?<=[a-z])(19|20)\d\d$", "", name) for name in files}
-    plain = {name: "val" if short in ("valid", "validation") else short for name, short in plain.items()}
-    uses = Counter(plain.values())
-    names = {plain[name] if uses[plain[name]] == 1 else name: path for name, path in files.items()}
-    return _Layout(_ordered(list(names)), {**files, **names}, is_voc=False)
-
-
-def _ordered(splits: list[str]) -> tuple[str, ...]:
-    usual = ("train", "val", "test")
-    return tuple(sorted(splits, key=lambda name: (usual.index(name) if name in usual else len(usual), name)))
+def _is_data_set(folder: Path) -> bool:
+    try:
+        return recognised(folder) is not None
+    except (DataError, OSError):
+        return False

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from retinanet.errors import DataError
 
@@ -32,8 +33,8 @@ def brief(value: Any) -> str:
     return _brief.repr(value)
 
 
-def read_bytes(path: Path, *, limit: int | None = None) -> bytes:
-    """Return the bytes of a regular file of at most `limit` bytes; `DataError` otherwise.
+def read_bytes(path: Path, *, limit: int | None = None, first: int = -1) -> bytes:
+    """Return the bytes of a regular file of at most `limit` bytes, or the `first` of them; `DataError` otherwise.
 
     A pipe or a device would block or never end.
     """
@@ -43,10 +44,19 @@ def read_bytes(path: Path, *, limit: int | None = None) -> bytes:
             raise DataError(f"{path}: needs a file; it is a folder or a device")
         if limit is not None and found.st_size > limit:
             raise DataError(f"{path}: needs at most {limit:,} bytes; got {found.st_size:,}")
-        return path.read_bytes()
+        with path.open("rb") as stream:
+            return stream.read(first)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{path}: cannot be read: {reason}") from None
+
+
+def read_text_lines(path: Path, limit: int) -> list[str]:
+    """Return the lines of a text file in UTF-8, with a byte order mark or without; see `read_bytes`."""
+    try:
+        return read_bytes(path, limit=limit).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: needs text in UTF-8; {error}") from None
 
 
 def number(value: Any) -> float | None:
@@ -95,7 +105,7 @@ class Fence:
         self._real = Path(os.path.realpath(folder))
         self._inside: dict[str, bool] = {}  # by parent: one lstat a file instead of one a path component
 
-    def holds_file(self, path: Path) -> bool:
+    def holds_file(self, path: Path | str) -> bool:
         """Return whether a regular file is there; raise `DataError` if it lies outside."""
         try:
             mode = os.lstat(path).st_mode
@@ -103,16 +113,35 @@ class Fence:
             if parent not in self._inside:
                 self._inside[parent] = self._covers(parent)
             if not self._inside[parent] or (linked and not self._covers(str(path))):
-                raise DataError(
-                    f"{path}: is a symbolic link, or in a linked folder, that leaves the data folder "
-                    f"{self.folder}; put the file itself there"
-                )
+                raise DataError(_leaves(path, self.folder))
             return stat.S_ISREG(os.stat(path).st_mode if linked else mode)
         except (OSError, ValueError):
             return False
 
+    def require_inside(self, folder: str) -> None:
+        """Raise `DataError` if a folder lies outside."""
+        if folder not in self._inside:
+            self._inside[folder] = self._covers(folder)
+        if not self._inside[folder]:
+            raise DataError(_leaves(folder, self.folder))
+
+    def holds_folder(self, path: Path) -> bool:
+        """Return whether a folder is there; raise `DataError` if it lies outside."""
+        if not os.path.isdir(path):
+            return False
+        if not self._covers(str(path)):
+            raise DataError(_leaves(path, self.folder, "folder"))
+        return True
+
     def _covers(self, path: str) -> bool:
         return Path(os.path.realpath(path)).is_relative_to(self._real)
+
+
+def _leaves(path: Path | str, folder: Path, what: str = "file") -> str:
+    return (
+        f"{path}: is a symbolic link, or in a linked folder, that leaves the data folder {folder}; "
+        f"put the {what} itself there"
+    )
 
 
 def clip_box(box: Box, width: int, height: int) -> tuple[Box | None, str | None]:
@@ -143,3 +172,22 @@ def smallest_size(boxes: list[Box]) -> tuple[int, int]:
         max((int(np.ceil(box[2])) for box in boxes), default=1),
         max((int(np.ceil(box[3])) for box in boxes), default=1),
     )
+
+
+def clip_boxes(
+    boxes: NDArray[np.float64], sizes: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Cut boxes `[N, 4]` to their images `[N, 2]` (width, height) as `clip_box` does one.
+
+    Returns:
+        The boxes, cut; and which of them lie outside, have no area left in single precision, or lost more than
+        `ROUNDING`: of the three at most one.
+    """
+    edges = np.concatenate([sizes, sizes], axis=1).astype(np.float64)
+    outside = np.logical_or((boxes[:, :2] >= edges[:, :2]).any(axis=1), (boxes[:, 2:] <= 0).any(axis=1))
+    over = np.maximum(-boxes[:, :2], boxes[:, 2:] - edges[:, 2:]).max(axis=1, initial=-np.inf)
+    cut = np.clip(boxes, 0, edges)
+    single = cut.astype(np.float32)
+    flat = np.logical_and((single[:, 2:] <= single[:, :2]).any(axis=1), ~outside)
+    reached = np.logical_and(over > ROUNDING, ~(outside | flat))
+    return cut, outside, flat, reached

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from retinanet.data.photometric import jitter
 from retinanet.errors import ConfigError
 from retinanet.images import UInt8Array
 from retinanet.records import GroundTruth, Ignore
@@ -32,18 +33,28 @@ class Augmentation:
             (`Ignore.CUT`), neither an object nor background; one of which nothing is left disappears.
         scales: factors on the network input's size, of which each batch draws one, rounded to multiples of 32
             pixels.
+        flip_vertical: probability of an upside-down flip, for pictures without an above and below: micrographs,
+            aerial photographs.
+        quarter_turn: probability of a turn by 90 degrees, for the same pictures; with both flips all eight views of
+            a picture occur.
+        photometric: probability that brightness, contrast, saturation and hue change; see `photometric.jitter`.
+        mosaic: probability that a picture becomes one of four: see `mosaic`.
     """
 
     flip: float = 0.5
     zoom: tuple[float, float] = (1.0, 1.0)
     min_visible: float = 0.3
     scales: tuple[float, ...] = (1.0,)
+    flip_vertical: float = 0.0
+    quarter_turn: float = 0.0
+    photometric: float = 0.0
+    mosaic: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("flip", "min_visible"):
+        for name in ("flip", "min_visible", "flip_vertical", "quarter_turn", "photometric", "mosaic"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"Augmentation.{name} needs [0, 1]; got {getattr(self, name)}")
-        if not 0 < self.zoom[0] <= self.zoom[1]:
+        if not 0 < self.zoom[0] <= self.zoom[1] < float("inf"):
             raise ConfigError(f"Augmentation.zoom needs 0 < least <= most; got {self.zoom}")
         if not self.scales or not all(0 < scale < float("inf") for scale in self.scales):
             raise ConfigError(f"Augmentation.scales needs numbers above 0; got {self.scales}")
@@ -58,9 +69,10 @@ class Augmentation:
     def __call__(
         self, image: UInt8Array, truth: GroundTruth, random: np.random.Generator
     ) -> tuple[UInt8Array, GroundTruth]:
-        """Return the augmented image and its ground truth."""
+        """Return the augmented image, which may be a view, and its ground truth."""
         # Always the same number of draws, so that one setting does not move the others' choices.
         mirrored, position, place_x, place_y = random.random(4)
+        upended, turned, jittered, *shades = random.random(7)
         if self.zoom != (1.0, 1.0):
             least, most = np.log(self.zoom)
             image, truth = zoom(
@@ -70,15 +82,34 @@ class Augmentation:
                 place=(place_x, place_y),
                 min_visible=self.min_visible,
             )
+        if jittered < self.photometric:
+            image = jitter(image, *shades)
+        if turned < self.quarter_turn:
+            image, truth = quarter_turn(image, truth)
+        if upended < self.flip_vertical:
+            image, truth = flip_vertical(image, truth)
         return flip(image, truth) if mirrored < self.flip else (image, truth)
 
 
 def flip(image: UInt8Array, truth: GroundTruth) -> tuple[UInt8Array, GroundTruth]:
-    """Mirror an image and its boxes left to right."""
+    """Mirror an image, as a view, and its boxes left to right."""
     width = image.shape[1]
     x1, y1, x2, y2 = truth.boxes.T
-    boxes = np.stack([width - x2, y1, width - x1, y2], axis=1)
-    return np.ascontiguousarray(image[:, ::-1]), moved(truth, boxes)
+    return image[:, ::-1], moved(truth, np.stack([width - x2, y1, width - x1, y2], axis=1))
+
+
+def flip_vertical(image: UInt8Array, truth: GroundTruth) -> tuple[UInt8Array, GroundTruth]:
+    """Turn an image, as a view, and its boxes upside down, left staying left."""
+    height = image.shape[0]
+    x1, y1, x2, y2 = truth.boxes.T
+    return image[::-1], moved(truth, np.stack([x1, height - y2, x2, height - y1], axis=1))
+
+
+def quarter_turn(image: UInt8Array, truth: GroundTruth) -> tuple[UInt8Array, GroundTruth]:
+    """Turn an image, as a view, and its boxes to the left: what was its right edge is on top."""
+    width = image.shape[1]
+    x1, y1, x2, y2 = truth.boxes.T
+    return np.rot90(image), moved(truth, np.stack([y1, width - x2, y2, width - x1], axis=1))
 
 
 def zoom(

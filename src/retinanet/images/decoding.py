@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,42 @@ def read_size(path: str | Path) -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
+class Examined(NamedTuple):
+    """An image file, really decoded: its pixels `[H, W, 3]` as a person sees them, and how it was stored.
+
+    `orientation` is EXIF's, 1 to 8; from 5 on the stored picture is `H` wide and `W` high. `mode` is Pillow's name of
+    the stored pixels, e.g. "L", "P", "CMYK", "I;16". `frames` counts the pictures of an animation or a
+    multi-page file, of which the first is seen.
+    """
+
+    pixels: UInt8Array
+    orientation: int
+    mode: str
+    frames: int
+
+
+def examine(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Examined:
+    """Decode an image file as `decode` does, and say how it was stored.
+
+    Raises:
+        ImageError: as `decode`.
+    """
+    with _opened(path) as (image, name):
+        _require_pixels(image, name, max_pixels)
+        mode, orientation = image.mode, _orientation(image)  # before Pillow turns a TIFF
+        pixels = _from_pil(image, name, max_pixels)
+        return Examined(pixels, orientation, mode, _frames(image))
+
+
+def _frames(image: Image.Image) -> int:
+    if image.format == "MPO":  # a JPEG with previews behind it, as telephones write it
+        return 1
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # a damaged second frame does not concern the first
+        return 1
+
+
 @contextmanager
 def _opened(source: str | Path | bytes) -> Iterator[tuple[Image.Image, str]]:
     if not isinstance(source, str | Path | bytes):
@@ -135,7 +171,7 @@ def _failures_named(name: str) -> Iterator[None]:
         ) from error
 
 
-def _from_pil(image: Image.Image, name: str, max_pixels: int) -> UInt8Array:
+def _require_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{name}: an image needs at least one pixel; got {width} x {height}")
@@ -144,6 +180,10 @@ def _from_pil(image: Image.Image, name: str, max_pixels: int) -> UInt8Array:
             f"{name}: {width} x {height} pixels are more than max_pixels = {max_pixels}; "
             "scale it down, or raise max_pixels if you trust it"
         )
+
+
+def _from_pil(image: Image.Image, name: str, max_pixels: int) -> UInt8Array:
+    _require_pixels(image, name, max_pixels)
     image.load()
     # Not ImageOps.exif_transpose: it copies upright images, and writes EXIF back, which fails on odd tags.
     turn = _TRANSPOSE.get(_orientation(image))

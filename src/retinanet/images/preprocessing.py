@@ -106,26 +106,48 @@ class Preprocessing:
         Returns:
             `[3, h, w]` float32, contiguous, not padded; and the geometry that leads back.
         """
+        geometry = self.geometry(image)
+        pixels: NDArray[Any] = image
+        if geometry.resized != geometry.original and self.resize == "antialias":
+            pixels = np.asarray(Image.fromarray(image).resize(geometry.resized, Image.Resampling.BILINEAR))
+        elif geometry.resized != geometry.original:
+            pixels = _resize_linear(image, *geometry.resized)
+        return self._normalise(pixels), geometry
+
+    def geometry(self, image: UInt8Array) -> Geometry:
+        """Return the size of a decoded image before and after.
+
+        Raises:
+            ImageError: it is not `[H, W, 3]` uint8.
+        """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise ImageError(
                 f"prepare needs a decoded image, uint8 [H, W, 3]; got {image.dtype} {list(image.shape)}"
             )
         original = (image.shape[1], image.shape[0])
-        resized = self.resized_size(*original)
-        pixels: NDArray[Any] = image
-        if resized != original and self.resize == "antialias":
-            pixels = np.asarray(Image.fromarray(image).resize(resized, Image.Resampling.BILINEAR))
-        elif resized != original:
-            pixels = _resize_linear(image, *resized)
-        return self._normalise(pixels), Geometry(original, resized)
+        return Geometry(original, self.resized_size(*original))
+
+    def normalisation(self) -> tuple[Float32Array, Float32Array]:
+        """Return factor and offset `[3]` of each channel of the network's input: (x - mean) / std."""
+        order = [0, 1, 2] if self.channel_order == "rgb" else [2, 1, 0]
+        factor = [1 / self.std[channel] for channel in order]
+        offset = [-self.mean[channel] / self.std[channel] for channel in order]
+        return np.array(factor, np.float32), np.array(offset, np.float32)
+
+    def restore(self, pixels: Float32Array) -> UInt8Array:
+        """Return the picture `[H, W, 3]` uint8 RGB that a network's input `[3, H, W]` shows: x std + mean, rounded."""
+        planes = pixels if self.channel_order == "rgb" else pixels[::-1]
+        picture = np.moveaxis(planes, 0, 2) * np.array(self.std) + np.array(self.mean)
+        rounded: UInt8Array = picture.round().clip(0, 255).astype(np.uint8)
+        return rounded
 
     def _normalise(self, pixels: NDArray[Any]) -> Float32Array:
         planes = np.empty((3, *pixels.shape[:2]), np.float32)
-        order = (0, 1, 2) if self.channel_order == "rgb" else (2, 1, 0)
-        for plane, channel in zip(planes, order, strict=True):
-            plane[:] = pixels[:, :, channel]
-            plane *= np.float32(1 / self.std[channel])
-            plane += np.float32(-self.mean[channel] / self.std[channel])
+        channels = np.moveaxis(pixels if self.channel_order == "rgb" else pixels[:, :, ::-1], 2, 0)
+        for plane, channel, factor, offset in zip(planes, channels, *self.normalisation(), strict=True):
+            plane[:] = channel
+            plane *= factor
+            plane += offset
         return planes
 
 

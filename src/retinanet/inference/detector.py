@@ -17,9 +17,10 @@ from retinanet.anchors import anchors_of_image
 from retinanet.checkpoint import Model, load_model
 from retinanet.devices import Precision, autocast, choose_device
 from retinanet.errors import ConfigError, ImageError
-from retinanet.images import Geometry, ImageSource, decode, stack
+from retinanet.images import Geometry, ImageSource, decode
 from retinanet.inference.post_processing import Found, post_process
 from retinanet.model import PostProcessing
+from retinanet.preparing import prepare_batch
 from retinanet.records import Detections, Float32Array
 
 Input: TypeAlias = ImageSource | Tensor
@@ -152,21 +153,20 @@ class Detector:
 
     def _prepare(self, image: Input, bgr: bool) -> _Prepared:
         pixels = decode(_to_array(image) if isinstance(image, Tensor) else image, bgr=bgr)
-        return self.spec.preprocessing.prepare(pixels)
+        images, (geometry,) = prepare_batch([pixels], self.spec.preprocessing)
+        return images, geometry
 
     def _detect_batch(
         self, prepared: list[_Prepared | ImageError], options: PostProcessing
     ) -> list[Detections | ImageError]:
         """Run images of equal padded size together, so that no image's padding depends on its neighbours."""
         results: list[Detections | ImageError | None] = [None] * len(prepared)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        divisor = self.spec.preprocessing.divisor
+        groups: dict[torch.Size, list[int]] = {}
         for i, item in enumerate(prepared):
             if isinstance(item, ImageError):
                 results[i] = item
             else:
-                padded = tuple(-(-side // divisor) for side in item[0].shape[1:])
-                groups.setdefault(padded, []).append(i)
+                groups.setdefault(item[0].shape, []).append(i)
         for members in groups.values():
             items = [cast(_Prepared, prepared[i]) for i in members]
             for i, found in zip(members, self._detect_group(items, options), strict=True):
@@ -175,7 +175,7 @@ class Detector:
 
     @torch.no_grad()
     def _detect_group(self, items: list[_Prepared], options: PostProcessing) -> list[Detections]:
-        images = torch.from_numpy(stack([pixels for pixels, _ in items], self.spec.preprocessing.divisor))
+        images = items[0][0] if len(items) == 1 else torch.cat([image for image, _ in items])
         images = images.to(self.device, memory_format=torch.channels_last)
         self.network.eval()
         with autocast(self.device, self.precision):
@@ -202,7 +202,8 @@ class Detector:
         )
 
 
-_Prepared: TypeAlias = tuple[NDArray[np.float32], Geometry]
+# An image [1, 3, H, W] with its padding, and the way back from it.
+_Prepared: TypeAlias = tuple[Tensor, Geometry]
 
 
 def _result(future: Future[_Prepared]) -> _Prepared | ImageError:

@@ -61,6 +61,11 @@ def validate(
     failed: dict[str, str] = {}
     paths = (dataset.path(i) for i in range(len(dataset)))
     for i, one in enumerate(detector.detect_all(paths, batch_size=batch_size)):
+        if not isinstance(one, ImageError):
+            try:
+                dataset.require_size(i, one.width, one.height)
+            except ImageError as error:
+                one = error
         if isinstance(one, ImageError):
             failed[str(dataset.files[i])] = str(one)
             width, height = dataset.size(i)

@@ -6,7 +6,8 @@ Each does what a plain function above does, is tested equal to it, and is called
 - `match`: anchors to boxes (`matching.match_anchors`);
 - `select`: threshold and top-k on logits (`inference.post_process`);
 - `nms`: per-class NMS (`boxes.nms`);
-- `convolve3x3`: the convolution of heads, pyramid and residual blocks on a CPU (`model.convolution`).
+- `convolve3x3`: the convolution of heads, pyramid and residual blocks on a CPU (`model.convolution`);
+- `prepare_images`: resize, normalise and pad (`preparing.prepare_batch`).
 
 Nothing is compiled at import: numba's first call of a kernel compiles it and keeps the result on disk.
 """
@@ -18,9 +19,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from retinanet.images import Preprocessing, UInt8Array
 
 SLOW = "{problem}: losses, matching and NMS run many times slower, with the same results"
 
@@ -276,3 +280,19 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_kep
     from retinanet.kernels.cpu.nms import nms as on_device
 
     return on_device(boxes, scores, labels, threshold, max_kept)
+
+
+def prepare_images(
+    images: Sequence[UInt8Array], sizes: Sequence[tuple[int, int]], preprocessing: Preprocessing
+) -> Tensor:
+    """Return the padded batch float32 `[B, 3, H, W]`, channels_last, of images resized ("antialias") to (width, height)
+    of `sizes`."""
+    from retinanet.kernels.cpu.resampling import fill
+
+    if preprocessing.channel_order == "bgr":
+        images = [image[:, :, ::-1] for image in images]
+    divisor = preprocessing.divisor
+    width, height = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
+    batch = np.empty((len(images), height, width, 3), np.float32)
+    fill(batch, list(images), list(sizes), *preprocessing.normalisation())
+    return torch.from_numpy(batch).permute(0, 3, 1, 2)

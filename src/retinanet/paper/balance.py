@@ -61,6 +61,7 @@ def sampling() -> Page:
     axes.set(xlabel="share of the loss, %", xlim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    easy = float(groups["easy background"].double().mean())
     rows = [
         (way, f"{int((loss > 0).sum()):,}", f"{int(((loss > 0) & positive).sum()):,}", *_percent(shares[way]))
         for way, loss in ways.items()
@@ -78,8 +79,9 @@ def sampling() -> Page:
             "Balanced sampling draws a minibatch in which a quarter are objects: an alpha that depends on how many "
             "there happen to be, and hardly any of the hard background is drawn, as it is rare. Mining finds it, and "
             "forgets the rest: which anchors are hard, and how many, changes from step to step. The focal loss keeps "
-            "every anchor and weighs it by what the detector knows of it already: the easy ones, 99.8 % of all, keep "
-            "half of the loss (Sections 2 and 3.4 of the paper).",
+            "every anchor and weighs it by what the detector knows of it already: the easy ones, "
+            f"{easy:.1%} of all, keep {shares['all, focal loss'][2]:.0%} of the loss (Sections 2 and 3.4 "
+            "of the paper).",
         ),
         {"shares": {way: dict(zip(groups, share, strict=True)) for way, share in shares.items()}},
     )
@@ -136,7 +138,8 @@ def start() -> Page:
             f"of which {POSITIVES} scores are an object's, the loss (divided by the number of objects, as in "
             "training) is that of the background alone when scores begin at 0.5: the first steps throw the network to "
             "and fro, and with cross entropy the paper's training diverged. At 0.01 the background costs 70 times "
-            "less; and under the focal loss the objects make up most of the first step. `retinanet paper prior` trains "
+            "less under cross entropy; under the focal loss the objects make up most of the first step. "
+            "`retinanet paper prior` trains "
             "with both.",
             Picture(figure, "Loss of the first step over the prior. The line marks the paper's 0.01."),
             Table(("prior", "CE, background", "CE, objects", "FL, background", "FL, objects"), rows),

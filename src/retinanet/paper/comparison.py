@@ -58,7 +58,9 @@ class Difference:
         if self.low is None or self.high is None:
             return f"{points}, of one seed, so how certain that is is unknown."
         verdict = (
-            "which are not told apart" if self.low <= 0 <= self.high else "which is more than seeds explain"
+            "which are not told apart"
+            if self.low <= 0 <= self.high
+            else "which the seeds alone do not explain"
         )
         return f"{points} (95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}), {verdict}."
 

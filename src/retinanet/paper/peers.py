@@ -29,7 +29,8 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from retinanet.batches import Batch
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
-from retinanet.errors import TrainingError
+from retinanet.devices import Precision, autocast
+from retinanet.errors import DivergedError, ImageError
 from retinanet.evaluation import Metrics, evaluate_detections
 from retinanet.images import Preprocessing, UInt8Array, decode
 from retinanet.model import ModelSpec
@@ -105,6 +106,11 @@ class AsGiven(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision is
         resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)  # SSD has one size
         return resized
 
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """Return the batch in the memory format that our convolutions run in."""
+        batch: Tensor = super().batch_images(images, size_divisible)
+        return batch.contiguous(memory_format=torch.channels_last)
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -122,7 +128,7 @@ class Peer:
     first_label: int
     outputs: Sequence[nn.Module]
 
-    def loss(self, batch: Batch, device: torch.device) -> Tensor:
+    def loss(self, batch: Batch, device: torch.device, precision: Precision = "fp32") -> Tensor:
         """Return the sum of its losses. Boxes to be ignored are left out: torchvision knows none."""
         images = batch.images.to(device)
         targets = []
@@ -132,8 +138,9 @@ class Peer:
             real = (boxes[:, 2] > boxes[:, 0]) & ~ignored
             labels = classes[real] + self.first_label
             targets.append({"boxes": boxes[real].to(device), "labels": labels.to(device)})
-        losses: dict[str, Tensor] = self.model.train()(list(images), targets)
-        return torch.stack(list(losses.values())).sum()
+        with autocast(device, precision):
+            losses: dict[str, Tensor] = self.model.train()(list(images), targets)
+        return torch.stack([value.float() for value in losses.values()]).sum()
 
     @torch.inference_mode()
     def detect(self, image: UInt8Array) -> Detections:
@@ -249,7 +256,7 @@ def train_peer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peer = build_peer(name, plan.spec, plan.weights_file)
-    peer.model.to(plan.device)
+    peer.model.to(plan.device, memory_format=torch.channels_last)
     peer.model.backbone.body.freeze(recipe.freeze)
     trial = copy.deepcopy(peer)
     step = _Step(trial, plan)
@@ -276,16 +283,26 @@ def train_peer(
         if number % 50 == 0 or number == steps - 1:
             print(f"step {number} of {steps}: loss {float(loss):.3f}", flush=True)
             if not torch.isfinite(loss):
-                raise TrainingError(f"the loss is {float(loss)} at step {number}")
+                raise DivergedError(f"the loss is {float(loss)} at step {number}")
     shipped = step.shipped
-    found = [shipped.detect(decode(val.path(i))) for i in range(len(val))]
-    truths = [val.ground_truth(i) for i in range(len(val))]
-    metrics = evaluate_detections(
-        truths, found, val.classes, max_detections=plan.spec.post_processing.max_detections
-    )
     run.mkdir(parents=True, exist_ok=True)
     save_model(shipped.model, str(run / WEIGHTS))
-    return Trained(shipped, metrics, steps)
+    return Trained(shipped, judge(shipped, val, plan.spec.post_processing.max_detections), steps)
+
+
+def judge(peer: Peer, val: Dataset, max_detections: int) -> Metrics:
+    """Return COCO's figures of a peer over the images that can be read, as `inference.validate` does ours."""
+    truths, found = [], []
+    for index in range(len(val)):
+        try:
+            image = decode(val.path(index))
+            val.require_size(index, image.shape[1], image.shape[0])
+        except ImageError as error:
+            print(f"left out of the validation: {error}", flush=True)
+            continue
+        truths.append(val.ground_truth(index))
+        found.append(peer.detect(image))
+    return evaluate_detections(truths, found, val.classes, max_detections=max_detections)
 
 
 def seconds_of(device: torch.device) -> Callable[[], float]:
@@ -300,6 +317,7 @@ class _Step:
     def __init__(self, peer: Peer, plan: Plan) -> None:
         recipe = plan.recipe
         self.peer, self.device, self.clip_norm = peer, plan.device, recipe.clip_norm
+        self.precision: Precision = plan.options.precision
         self.optimizers = build_optimizers(
             peer.model,
             outputs=peer.outputs,
@@ -313,7 +331,7 @@ class _Step:
             self.average = WeightAverage(copy.deepcopy(peer.model), recipe.average_decay)
 
     def __call__(self, batch: Batch, lr: float) -> Tensor:
-        loss = self.peer.loss(batch, self.device)
+        loss = self.peer.loss(batch, self.device, self.precision)
         loss.backward()
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.peer.model.parameters(), self.clip_norm, foreach=True)

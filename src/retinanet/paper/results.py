@@ -22,7 +22,7 @@ class Request:
         seeds: how many; the first chooses the rate.
         model: for figure 4, instead of a row's.
         peers: train torchvision's detectors beside ours in Table 2.
-        own_loss: a file with a loss that becomes a row of every table.
+        own_loss: a loss that becomes a row of every table, as of `Setting`.
         about_data, conditions: what `prepare` finds: the data in words, and what tells results apart.
     """
 
@@ -35,7 +35,7 @@ class Request:
     pretrained: str = "auto"
     model: str | None = None
     peers: bool = False
-    own_loss: Path | None = None
+    own_loss: tuple[str, str] | None = None
     about_data: str = ""
     conditions: str = ""
 
@@ -62,7 +62,11 @@ class Measured:
     @property
     def seconds(self) -> float | None:
         """Mean time of the runs at the best rate, by the clock that peers are given as much of; None if unknown."""
-        known = [result["own_seconds"] for result in self.results if "own_seconds" in result]
+        known = [
+            result["own_seconds"]
+            for result in self.results
+            if "own_seconds" in result and "diverged" not in result  # that ended before its time
+        ]
         return sum(known) / len(known) if known else None
 
     def of(self, figure: str) -> Interval | None:

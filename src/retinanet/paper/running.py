@@ -23,8 +23,9 @@ import torch
 from rich.console import Console
 
 from retinanet.devices import choose_device
-from retinanet.errors import RetinaNetError, TrainingError
+from retinanet.errors import ConfigError, DivergedError, RetinaNetError, Stopped
 from retinanet.folders import write_json
+from retinanet.paper.own_loss import name_of_own_loss
 from retinanet.paper.peers import seconds_of, train_peer
 from retinanet.paper.settings import SCALES, ScaleName, Setting, change_of, options_of
 from retinanet.training.configuration import TrainingOptions
@@ -208,19 +209,26 @@ def run_one(job: Job, store: Store) -> None:
     result: dict[str, Any] = {"setting": asdict(job.setting), "rate": job.rate, "seed": job.seed}
     try:
         result |= _train(job, options) if job.setting.peer is None else _train_peer(job, options)
-    except TrainingError as error:
+    except DivergedError as error:
         result |= {**dict.fromkeys(FIGURES, 0.0), "diverged": str(error)}
     result |= {
         "seconds": round(time.monotonic() - began, 1),
         "own_seconds": round(clock() - own, 1),
         "torch": str(torch.__version__),
     }
-    shutil.rmtree(folder / "last", ignore_errors=True)
+    for name in ("last", "checkpoints"):  # tables need neither
+        shutil.rmtree(folder / name, ignore_errors=True)
     store.file(job).parent.mkdir(parents=True, exist_ok=True)
     write_json(store.file(job), result)
 
 
 def _train(job: Job, options: TrainingOptions) -> dict[str, Any]:
+    if job.setting.own_loss is not None:
+        file, name = job.setting.own_loss
+        if name_of_own_loss(Path(file)) != name:
+            raise ConfigError(
+                f"--own-loss {file} was edited since the tables were begun: give the command again"
+            )
     run = run_training(options, Console(width=200), change_of(job.setting, job.rate))
     assert run is not None  # no dry run
     return {name: run.metrics[name] for name in FIGURES}
@@ -240,6 +248,8 @@ def job_of(text: str) -> Job:
     values = json.loads(text)
     setting = values.pop("setting")
     setting["told"] = tuple((name, value) for name, value in setting["told"])
+    if setting.get("own_loss") is not None:
+        setting["own_loss"] = tuple(setting["own_loss"])
     return Job(setting=Setting(**setting), **values)
 
 
@@ -250,6 +260,9 @@ def main(arguments: Sequence[str]) -> int:
     except RetinaNetError as error:
         print(f"retinanet: {error}", flush=True)
         return 2
+    except Stopped as stop:
+        print(f"retinanet: {stop}", flush=True)
+        return stop.exit_code
     return 0
 
 

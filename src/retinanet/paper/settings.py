@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retinanet.data.shapes import ShapesSpec
-from retinanet.paper.own_loss import load_own_loss, name_of_own_loss
+from retinanet.paper.own_loss import load_own_loss
 from retinanet.training.configuration import LossName, TrainingOptions
 from retinanet.training.recipes import Recipe
 
@@ -31,7 +31,8 @@ class Setting:
         jitter: scale jitter and 1.5 times as long (Table 2).
         last_map: the backbone's last map in the place of the pyramid, with the anchors of all levels on it.
         peer: a detector of torchvision's in the place of ours, trained for as long as ours was.
-        own_loss: a file with a class loss of one's own in the place of `loss` (`paper.own_loss`).
+        own_loss: a file with a class loss of one's own in the place of `loss`, and the name of what was in it
+            (`paper.own_loss.name_of_own_loss`).
     """
 
     loss: LossName = "focal"
@@ -44,7 +45,7 @@ class Setting:
     jitter: bool = False
     last_map: bool = False
     peer: PeerName | None = None
-    own_loss: str | None = None
+    own_loss: tuple[str, str] | None = None
 
     @property
     def key(self) -> str:
@@ -54,7 +55,7 @@ class Setting:
         changed = [name for name in numbers if getattr(self, name) != getattr(usual, name)]
         numbered = [f"{name}-{getattr(self, name):g}" for name in changed]
         flags = [name.replace("_", "-") for name in ("deep", "jitter", "last_map") if getattr(self, name)]
-        loss = [self.loss, *told] if self.own_loss is None else [name_of_own_loss(Path(self.own_loss))]
+        loss = [self.loss, *told] if self.own_loss is None else [self.own_loss[1]]
         return "_".join((*([self.peer] if self.peer else loss), *numbered, *flags))
 
     @property
@@ -197,7 +198,7 @@ def change_of(setting: Setting, rate: float) -> Any:
             scales=tuple(2 ** (k / setting.scales) for k in range(octaves * setting.scales)),
             ratios=(0.5, 1.0, 2.0) if setting.ratios == 3 else (1.0,),
         )
-        own = None if setting.own_loss is None else load_own_loss(Path(setting.own_loss))
+        own = None if setting.own_loss is None else load_own_loss(Path(setting.own_loss[0]))
         augmentation = recipe.augmentation
         if setting.jitter:
             augmentation = replace(augmentation, scales=tuple(s / 800 for s in range(640, 801, 32)))

@@ -75,6 +75,7 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
                 ],
             ),
         ]
+        parts += _at_the_edge(tried, known, request)
     numbers["rows"] = [
         {
             "name": row.name,
@@ -123,6 +124,17 @@ def _measured(found: Measured | None, figures: Sequence[str]) -> list[str]:
 
 def _rate(found: Measured, rate: float) -> str:
     return f"{100 * found.rates[rate]:.1f}" if rate in found.rates else "not yet"
+
+
+def _at_the_edge(rows: Sequence[Row], known: dict[str, Measured], request: Request) -> list[str]:
+    """Return a sentence on rows whose best rate is the least or the greatest that was tried."""
+    edges = (min(request.scale.rates), max(request.scale.rates))
+    names = [row.name for row in rows if known[row.name].rate in edges]
+    if not names:
+        return []
+    return [
+        f"The best rate is at the edge of what was tried, and one beyond might be better, of: {'; '.join(names)}."
+    ]
 
 
 def _steps(peer: Measured) -> str:

@@ -240,13 +240,15 @@ def with_peers(study: Study) -> Study:
 OF_PEERS = (
     "Beside it torchvision's Faster R-CNN with FPN (two stages), SSD and FCOS, trained here for as long as ours on the "
     "same images, with the same backbone, augmentation, optimiser, averaged weights and rates to choose from; heads, "
-    "anchors, sampling, losses and post-processing are torchvision's. The other rows are published values."
+    "anchors, sampling, losses and post-processing are torchvision's, without our fast paths for them, so that in the "
+    "same time a step of ours may be one of several. SSD sees all images as squares. The other rows are "
+    "published values."
 )
 
 
-def with_own_loss(study: Study, file: Path) -> Study:
-    """Return a study with a loss of one's own as its last row."""
-    row = Row(f"yours: {file.stem}", replace(focal(2), own_loss=str(file)), Published())
+def with_own_loss(study: Study, own: tuple[str, str]) -> Study:
+    """Return a study with a loss of one's own, `Setting.own_loss`, as its last row."""
+    row = Row(f"yours: {Path(own[0]).stem}", replace(focal(2), own_loss=own), Published())
     return replace(study, rows=[*study.rows, row])
 
 

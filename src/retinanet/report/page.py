@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from retinanet.folders import write_text
 
@@ -55,7 +55,7 @@ def write_page(
         for name, of in metrics["per_class"].items()
     )
     shown = "".join(
-        f'<h2>{escape(heading)}</h2><img alt="{escape(heading)}" src="{_data_url(file)}">'
+        f'<h2>{escape(heading)}</h2><img alt="{escape(heading)}" src="{_url_of(file)}">'
         for heading, file in pictures
     )
     rows = "".join(
@@ -84,6 +84,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _data_url(file: Path) -> str:
-    kind = "jpeg" if file.suffix in (".jpg", ".jpeg") else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+def _url_of(file: Path) -> str:
+    return data_url(file.read_bytes(), "jpeg" if file.suffix in (".jpg", ".jpeg") else "png")
+
+
+def data_url(picture: bytes, kind: Literal["png", "jpeg"]) -> str:
+    """Return the address that holds a picture itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

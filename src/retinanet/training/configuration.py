@@ -16,6 +16,7 @@ import yaml
 from retinanet.errors import ConfigError
 from retinanet.folders import write_text
 from retinanet.plain import from_plain
+from retinanet.training.anchor_file import AskedAnchors, parse_anchors
 
 DEFAULT_BACKBONE = "resnet50"
 LossName: TypeAlias = Literal["focal", "ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"]
@@ -56,11 +57,56 @@ BY_RECIPE = tyro.conf.arg(help_behavior_hint=shown_or_recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """Train on the `train` split of DATA, validate on its `val` split."""
+class AugmentationOptions:
+    """What a training image goes through, and how often it is seen: options that several commands have."""
 
+    flip: Annotated[float | None, BY_RECIPE] = None
+    """Probability that an image is mirrored left to right; 0 for pictures of text."""
+    flip_vertical: Annotated[float | None, BY_RECIPE] = None
+    """Probability that it stands upside down, for micrographs and aerial photographs."""
+    quarter_turn: Annotated[float | None, BY_RECIPE] = None
+    """Probability that it is turned by 90 degrees, for the same."""
+    zoom: Annotated[str | None, tyro.conf.arg(metavar="LEAST,MOST", help_behavior_hint=shown_or_recipe)] = (
+        None
+    )
+    """Factors between which it is zoomed: above 1 it is cropped, below 1 put on a larger canvas."""
+    scales: Annotated[str | None, tyro.conf.arg(metavar="FACTORS", help_behavior_hint=shown_or_recipe)] = None
+    """Factors of the image size, of which each batch draws one: numbers with commas."""
+    photometric: Annotated[float | None, BY_RECIPE] = None
+    """Probability that its brightness, contrast, saturation and hue change."""
+    mosaic: Annotated[float | None, BY_RECIPE] = None
+    """Probability that it becomes one of four images on a canvas."""
+    repeat_rare: Annotated[float | None, BY_RECIPE] = None
+    """Share of the images below which a class is rare, and its images are seen more often; 0.001 for LVIS."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "flip_vertical", "quarter_turn", "photometric", "mosaic", "repeat_rare"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{option(name)} needs a number in [0, 1]; got {value}")
+        self.augmentation()
+
+    def augmentation(self) -> dict[str, Any]:
+        """Return the fields of `Augmentation` that are asked for."""
+        names = ("flip", "flip_vertical", "quarter_turn", "photometric", "mosaic")
+        asked: dict[str, Any] = {
+            name: getattr(self, name) for name in names if getattr(self, name) is not None
+        }
+        if self.zoom is not None:
+            asked["zoom"] = _factors("zoom", self.zoom)
+            if len(asked["zoom"]) != 2 or asked["zoom"][0] > asked["zoom"][1]:
+                raise ConfigError(
+                    f"--zoom needs two factors, the smaller first, such as 0.8,1.4; got {self.zoom!r}"
+                )
+        if self.scales is not None:
+            asked["scales"] = _factors("scales", self.scales)
+        return asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunOptions:
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Data set: a Pascal VOC folder or a COCO folder."""
+    """Data set of any format that is read, with splits train and val: a folder, or YOLO's data.yaml."""
     output: Annotated[str | None, OPTIONAL_FOLDER] = None
     """Run directory, made new; runs/train-N by default."""
     recipe: Literal["auto", "paper", "paper-jitter", "modern", "small"] = "auto"
@@ -78,8 +124,9 @@ class TrainingOptions:
     """Shortest side of the network input, pixels."""
     max_size: Annotated[int | None, OPTIONAL] = None
     """Longest side of the network input, pixels."""
-    anchors: Annotated[str | None, tyro.conf.arg(metavar="SIZES", help_behavior_hint=shown)] = None
-    """Base sizes of the anchors on P3 to P7, pixels: five numbers with commas."""
+    anchors: Annotated[str | None, tyro.conf.arg(metavar="SIZES|FILE", help_behavior_hint=shown)] = None
+    """Base sizes of the anchors on P3 to P7, pixels: five numbers with commas; or a file of
+    `retinanet data anchors`."""
     channels: Annotated[int | None, BY_RECIPE] = None
     """Width of pyramid and heads: 64, 96, 128 ..."""
     epochs: Annotated[float | None, OPTIONAL] = None
@@ -139,11 +186,25 @@ class TrainingOptions:
     """Refuse operations whose result depends on timing."""
     validate_every_steps: Annotated[int | None, OPTIONAL] = None
     """Steps between validations; the last step always has one."""
+    save_every_steps: Annotated[int | None, OPTIONAL] = None
+    """Steps between training states, of which the last two stay; every validation, signal and the end save one, too."""
+    save_every_minutes: float = 10.0
+    """Minutes between training states."""
+    resume: Annotated[str | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="(default: a new run)")] = (
+        None
+    )
+    """Run to go on with, as if it had never stopped; needs nothing else, and takes --workers alone."""
+    image_root: Annotated[str | None, OPTIONAL_FOLDER] = None
+    """Folder of the images, where it is another than the format says; links may lead there, nowhere else."""
+    box_format: Literal["auto", "xyxy", "xywh"] = "auto"
+    """How boxes of a Hugging Face data set are written; auto takes what they prove."""
+    strict: Flag = False
+    """Refuse a data set of which anything has to be repaired or dropped."""
     dry_run: Flag = False
     """Print what would be done, and stop."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "weights", "pretrained"):
+        for name in ("data", "output", "weights", "pretrained", "image_root"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         for name, least in (
@@ -154,6 +215,7 @@ class TrainingOptions:
             ("batch_size", 1),
             ("max_detections", 1),
             ("validate_every_steps", 1),
+            ("save_every_steps", 1),
             ("workers", 0),
             ("seed", 0),
             ("gamma", 0),
@@ -166,7 +228,7 @@ class TrainingOptions:
             if value is not None and not least <= value < 2**63:
                 limit = " and below 2^63" if value > least else ""
                 raise ConfigError(f"{option(name)} needs {least} or more{limit}; got {value}")
-        for name in ("epochs", "lr"):
+        for name in ("epochs", "lr", "save_every_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{option(name)} needs a number above 0; got {value}")
@@ -204,8 +266,7 @@ class TrainingOptions:
             )
         if self.box_beta is not None and self.box_loss not in (None, "smooth-l1"):
             raise ConfigError(f"--box-beta belongs to --box-loss smooth-l1; got --box-loss {self.box_loss}")
-        if self.anchors is not None:
-            self.anchor_sizes()
+        self.asked_anchors()
 
     def backbone_name(self) -> str:
         """Return `--backbone`, or its default where it is left out."""
@@ -224,22 +285,32 @@ class TrainingOptions:
             raise ConfigError(f"--time needs a number with s, m or h, such as 20m; got {self.time!r}")
         return seconds
 
-    def anchor_sizes(self) -> tuple[float, ...] | None:
-        """Return the five base sizes of `--anchors`."""
-        if self.anchors is None:
-            return None
-        try:
-            sizes = tuple(float(part) for part in self.anchors.split(","))
-        except ValueError:
-            sizes = ()
-        if len(sizes) != 5 or not all(0 < size < float("inf") for size in sizes):
-            raise ConfigError(
-                f"--anchors needs five positive sizes with commas, such as 32,64,128,256,512; got {self.anchors!r}"
-            )
-        return sizes
+    def asked_anchors(self) -> AskedAnchors | None:
+        """Return the anchors of `--anchors`."""
+        return None if self.anchors is None else parse_anchors(self.anchors)
 
 
-def require_of_loss(loss: LossName, options: TrainingOptions) -> None:
+# In this order its fields come last: the usual ones stand first in `--help`.
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(AugmentationOptions, _RunOptions):
+    """Train on the `train` split of DATA, validate on its `val` split."""
+
+    def __post_init__(self) -> None:
+        _RunOptions.__post_init__(self)
+        AugmentationOptions.__post_init__(self)
+
+
+def _factors(name: str, text: str) -> tuple[float, ...]:
+    try:
+        factors = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        factors = ()
+    if not factors or not all(0 < factor < float("inf") for factor in factors):
+        raise ConfigError(f"{option(name)} needs numbers above 0 with commas, such as 0.8,1; got {text!r}")
+    return factors
+
+
+def require_of_loss(loss: LossName, options: _RunOptions) -> None:
     """Refuse settings that do not belong to a loss."""
     for name in EVERY_SETTING:
         if getattr(options, name) is not None and name not in SETTINGS[loss]:

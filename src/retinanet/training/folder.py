@@ -7,15 +7,21 @@ import os
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from retinanet.folders import new_folder, write_json, write_text
+from filelock import FileLock, Timeout
+
+from retinanet.errors import ConfigError
+from retinanet.folders import RUNS, new_folder, write_json, write_text
 from retinanet.training.configuration import TrainingOptions, write_config
 from retinanet.version import __version__
 
+LOCK = ".lock"
 VERSIONS = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "faster-coco-eval")
 
 
@@ -24,6 +30,7 @@ class RunFolder:
     """Paths and writers of one run; docs/architecture.md shows the layout."""
 
     path: Path
+    made: bool = False  # by this process: else it stays, whatever happens
 
     @classmethod
     def create(cls, output: str | None, options: TrainingOptions) -> RunFolder:
@@ -31,9 +38,11 @@ class RunFolder:
 
         An existing run is never overwritten.
         """
+        made = output is None or not Path(output).exists()
         path = new_folder(output, "train")
-        write_config(path / "config.yaml", options)
-        write_text(path / "command.txt", shlex.join(sys.argv) + "\n")
+        write_config(path / "config.yaml", from_anywhere(options))
+        folder = cls(path, made)
+        folder.note_command()
         environment = {
             "retinanet": __version__,
             "python": platform.python_version(),
@@ -42,7 +51,63 @@ class RunFolder:
             **{name: version(name) for name in VERSIONS},
         }
         write_json(path / "environment.json", environment)
+        return folder
+
+    def take_back(self) -> None:
+        """Remove what `create` wrote: the run never began, and the same command would write it again."""
+        for name in ("config.yaml", "command.txt", "environment.json", LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        if self.made:
+            with suppress(OSError):  # something else is in it
+                self.path.rmdir()
+                if self.path.parent == RUNS:
+                    RUNS.rmdir()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training this run meanwhile.
+
+        Raises:
+            ConfigError: one does.
+        """
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another process is training {self.path}; wait for its end, or stop it first"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def note_command(self) -> None:
+        """Add a line to `command.txt`: how the run was started, and each time that it was resumed."""
+        with (self.path / "command.txt").open("a", encoding="utf-8") as file:
+            file.write(shlex.join(sys.argv) + "\n")
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """Return the folder of a run to go on with.
+
+        Raises:
+            ConfigError: there is no run.
+        """
+        if not (path / "config.yaml").is_file():
+            what = "has no config.yaml" if path.is_dir() else "does not exist"
+            raise ConfigError(f"--resume needs the folder of a run; {path} {what}")
         return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states, `training.state`."""
+        return self.path / "checkpoints"
+
+    @property
+    def plan(self) -> Path:
+        """What was decided, written before the first step."""
+        return self.path / "plan.json"
 
     @property
     def best(self) -> Path:
@@ -56,10 +121,36 @@ class RunFolder:
         """Append one line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a state must not know of steps that the log does not
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl`."""
+        """Return the lines of `metrics.jsonl`; one that a kill cut short is none."""
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        records = []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+    def forget_after(self, step: int) -> None:
+        """Take the lines of later steps out of `metrics.jsonl`: they are going to be done again."""
+        kept = [record for record in self.history() if record["step"] <= step]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+    def validations(self) -> list[dict[str, Any]]:
+        """Return the lines of validations."""
+        return [record for record in self.history() if "ap" in record]
+
+
+def from_anywhere(options: TrainingOptions) -> TrainingOptions:
+    """Return the options with absolute paths: a run may be resumed from another working directory."""
+    paths: dict[str, Any] = {"data": options.data, "weights": options.weights}
+    for name in ("pretrained", "anchors", "output", "image_root"):
+        value = getattr(options, name)
+        if value is not None and Path(value).exists():  # else it is no path, or no matter
+            paths[name] = value
+    found: dict[str, Any] = {name: os.path.abspath(value) for name, value in paths.items() if value}
+    return replace(options, **found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from retinanet.checkpoint import Model, load_model
 from retinanet.data import Dataset
+from retinanet.data.sampling import epoch_length
 from retinanet.data.transforms import Augmentation
 from retinanet.devices import choose_device, require_cpp_compiler, resolve_precision
 from retinanet.errors import ConfigError
@@ -52,7 +54,7 @@ COMPILED_DIVISOR = 128
 class Plan:
     """A run, decided. `reasons` explains it line by line: (setting, value, why).
 
-    `start` is the model of `--weights`, `weights_file` that of the backbone alone.
+    `start` is the model of `--weights`, `weights_file` that of the backbone alone; `train_images` are an epoch's.
     """
 
     options: TrainingOptions
@@ -86,10 +88,13 @@ class Plan:
         """
         recipe = self.recipe
         passes = steps * self.batch_size / self.train_images
+        asked = self.options.augmentation()
         augmentation, reason = recipe.augmentation, f"recipe {recipe.name}"
-        if passes < FEW_PASSES and augmentation.zoom != (1.0, 1.0):
+        if passes < FEW_PASSES and augmentation.zoom != (1.0, 1.0) and "zoom" not in asked:
             augmentation = dataclasses.replace(augmentation, zoom=(1.0, 1.0))
             reason = f"no zoom below {FEW_PASSES} passes: every image is still new"
+        if asked:
+            reason = f"asked for: {', '.join(name.replace('_', ' ') for name in asked)}; else {reason}"
         many = f"{passes:.2g}" if passes < 10 else f"{passes:,.0f}"
         of_images = f"{many} {'pass' if many == '1' else 'passes'} over {self.train_images:,} images"
         changed = {
@@ -114,6 +119,31 @@ class Plan:
         validations = max(1, min(VALIDATIONS, int(affordable)))
         return dataclasses.replace(self, validate_every=math.ceil(self.steps / validations))
 
+    def judges(self, step: int) -> bool:
+        """Return whether the weights of a step are validated."""
+        return step > 0 and (step % self.validate_every == 0 or step == self.steps)
+
+    def as_begun(self, stored: dict[str, Any]) -> Plan:
+        """Return the plan with the length that `plan.json` holds; refuse to go on with another plan than it holds.
+
+        Raises:
+            ConfigError: this version, or this machine, decides something else otherwise.
+        """
+        try:
+            plan = self.lasting(stored["steps"], "as the run began")
+            plan = dataclasses.replace(plan, validate_every=stored["validate_every"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"plan.json of the run is damaged: {error!r}") from None
+        now = json.loads(json.dumps(plan.to_json()))
+        for name in now.keys() - {"reasons", "workers"}:
+            if now[name] != stored.get(name):
+                raise ConfigError(
+                    f"--resume needs the plan that the run began with; {name.replace('_', ' ')} was "
+                    f"{json.dumps(stored.get(name))[:200]} and would be {json.dumps(now[name])[:200]} now, with this "
+                    "version and on this machine. Use those it began with, or start anew with --weights"
+                )
+        return plan
+
     def to_json(self) -> dict[str, Any]:
         """Return what was decided, for `plan.json`."""
         return {
@@ -123,6 +153,9 @@ class Plan:
             "warmup_steps": self.warmup_steps,
             "validate_every": self.validate_every,
             "workers": self.workers,
+            "precision": resolve_precision(self.device, self.options.precision),
+            "class_loss": None if self.recipe.class_loss is None else _name_of(self.recipe.class_loss),
+            "device": self.device.type,
             "weights": self.options.weights,
             "weights_file": str(self.weights_file) if self.weights_file else None,
             "augmentation": dataclasses.asdict(self.augmentation),
@@ -187,6 +220,10 @@ def plan_run(
     if norm != backbone.norm:
         why = f"recipe {recipe.name} wants {backbone.norm}, which {backbone.name} cannot have"
         reasons.append(("backbone norm", norm, why))
+    if recipe.repeat_rare:
+        length = epoch_length(train, recipe.repeat_rare)
+        why = f"classes in fewer than {recipe.repeat_rare:.3g} of the images are seen more often"
+        reasons.append(("epoch", f"{length:,} images of {len(train):,}", why))
     choices = anchor_choices(options, recipe.model.anchors, fixed=start is not None)
     recipe = choose_batch(recipe, options, train, device, reasons)
     preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons)
@@ -222,7 +259,7 @@ def plan_run(
         device=device,
         batch_size=recipe.batch_size,
         lr=lr,
-        train_images=len(train),
+        train_images=epoch_length(train, recipe.repeat_rare),
         workers=workers,
         reasons=tuple(reasons),
     )
@@ -327,7 +364,8 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
     }
     if options.box_loss == "l1":
         asked |= {"box_beta": 0.0}
-    changed = dataclasses.replace(choose_loss(recipe, options), **asked)
+    augmentation = dataclasses.replace(recipe.augmentation, **options.augmentation())
+    changed = dataclasses.replace(choose_loss(recipe, options), augmentation=augmentation, **asked)
     if options.channels is not None:
         pyramid = dataclasses.replace(recipe.model.pyramid, channels=options.channels)
         changed = dataclasses.replace(changed, model=dataclasses.replace(recipe.model, pyramid=pyramid))
@@ -366,7 +404,9 @@ def _in_words(value: object) -> str:
 
 def _augmentation_in_words(augmentation: Augmentation) -> str:
     """Return what the augmentation changes; what it leaves alone is not named."""
-    parts = [f"flip {augmentation.flip:g}"] if augmentation.flip else []
+    names = ("flip", "flip_vertical", "quarter_turn", "photometric", "mosaic")
+    chances = {name.replace("_", " "): getattr(augmentation, name) for name in names}
+    parts = [f"{name} {chance:g}" for name, chance in chances.items() if chance]
     for name, (least, most) in (
         ("zoom", augmentation.zoom),
         ("size times", (min(augmentation.scales), max(augmentation.scales))),
@@ -374,3 +414,10 @@ def _augmentation_in_words(augmentation: Augmentation) -> str:
         if (least, most) != (1.0, 1.0):
             parts.append(f"{name} {least:g} to {most:g}")
     return ", ".join(parts) or "none"
+
+
+def _name_of(function: object) -> str:
+    """Return what a function is called, for people and to tell one from another."""
+    return (
+        f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    )

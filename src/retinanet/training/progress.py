@@ -20,11 +20,12 @@ def plain_console() -> Console:
 
 
 class TrainingProgress:
-    """Show steps, losses, rate and speed of a run of `steps` steps."""
+    """Show steps, losses, rate and speed of a run of `steps` steps, of which the `first` are done already."""
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, first: int = 0) -> None:
         self.console = console
         self.steps = steps
+        self.first = first
         self.live = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -34,7 +35,7 @@ class TrainingProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.live.add_task("train", total=steps, figures="")
+        self.task = self.live.add_task("train", total=steps, completed=first, figures="")
         self.shown_at = self.began = time.monotonic()
 
     def __enter__(self) -> TrainingProgress:
@@ -56,7 +57,7 @@ class TrainingProgress:
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.shown_at > PLAIN_INTERVAL or step == self.steps):
             self.shown_at = now
-            left = (now - self.began) / step * (self.steps - step)
+            left = (now - self.began) / max(1, step - self.first) * (self.steps - step)
             self.say(f"step {step}/{self.steps}  {figures}  {_minutes(left)} left")
 
     def evaluated(self, step: int, metrics: Metrics, seconds: float) -> None:

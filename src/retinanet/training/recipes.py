@@ -35,6 +35,7 @@ class Recipe:
         class_loss: a function in the place of `loss`: a loss of one's own.
         average_decay: of the exponential moving average of the weights that is validated and saved; None
             uses the weights themselves.
+        repeat_rare: see `retinanet.data.sampling.repeat_factors`; 0 shows every image once an epoch.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Recipe:
     normalizer: Normalizer = "image"
     low_quality: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
+    repeat_rare: float = 0.0
 
 
 def paper(classes: Classes, backbone: str, weights: str | None) -> Recipe:

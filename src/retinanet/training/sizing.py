@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from retinanet.anchors import AnchorSpec, anchors_of_image
-from retinanet.boxes import iou, pairwise
+from retinanet.anchors import AnchorSpec
 from retinanet.data import Dataset
+from retinanet.data.coverage import best_overlaps, coverage_by_class, objects_in_network
+from retinanet.data.sampling import epoch_length
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
 from retinanet.records import Ignore
+from retinanet.training.anchor_file import AskedAnchors
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.recipes import Recipe
 
@@ -24,6 +27,8 @@ COVERAGE_SAMPLE = 400
 COMFORTABLE_SIDE = 16
 # Share of objects that some anchor reaches with IoU 0.5, for which images are enlarged beyond the comfortable.
 WELL_COVERED = 0.9
+# Share of a class's objects below which a run says what to do, from how many objects it is known, and classes named.
+POORLY_COVERED, MISSED_SAMPLE, CLASSES_NAMED = 0.7, 20_000, 5
 # What a larger image must add to that share, and how many sides are tried.
 WORTH_LARGER, SIDES_TRIED = 0.02, 6
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
@@ -56,11 +61,18 @@ def choose_preprocessing(
 
 
 def _frame(recipe: Recipe, size: int) -> Preprocessing:
-    # The paper's 800 / 1333 keeps a 3:5 picture at its shortest side; the same share holds at every size.
-    longest = recipe.max_size or round(size * 1333 / 800)
+    longest = recipe.max_size or longest_of(size)
     if longest < size:
         raise ConfigError(f"--max-size needs at least the shortest side, {size}; got {longest}")
     return replace(recipe.model.preprocessing, image_size=size, max_size=longest)
+
+
+def longest_of(size: int) -> int:
+    """Return what the longest side may measure where nobody says, for a shortest side.
+
+    The paper's 800 / 1333 keeps a 3:5 picture at its shortest side; the same share holds at every size.
+    """
+    return round(size * 1333 / 800)
 
 
 def _image_size(
@@ -165,12 +177,31 @@ def _smallest_class(train: Dataset) -> tuple[str, float] | None:
 def anchor_choices(options: TrainingOptions, usual: AnchorSpec, *, fixed: bool) -> list[AnchorSpec]:
     """Return the anchors asked for alone; else the usual ones and, unless `fixed`, those of half and of a quarter of
     their size.
+
+    Args:
+        fixed: the anchors belong to a model to start from, whose heads know as many a location.
     """
-    asked = options.anchor_sizes()
+    asked = options.asked_anchors()
     if asked is not None:
-        return [replace(usual, sizes=asked[: len(usual.sizes)])]  # a model of one level has the first
+        spec = with_anchors(usual, asked)
+        if fixed and spec.per_location != usual.per_location:
+            raise ConfigError(
+                f"--anchors needs {usual.per_location} anchors a location (scales times ratios), as the model of "
+                f"--weights has; got {spec.per_location}"
+            )
+        return [spec]
     factors = (1.0,) if fixed else (1.0, 0.5, 0.25)
     return [replace(usual, sizes=tuple(size * f for size in usual.sizes)) for f in factors]
+
+
+def with_anchors(usual: AnchorSpec, asked: AskedAnchors) -> AnchorSpec:
+    """Return the usual anchors with the sizes, scales and ratios that are asked for; a model of one level has the first
+    size.
+    """
+    sizes = asked.sizes[: len(usual.sizes)]
+    return replace(
+        usual, sizes=sizes, scales=asked.scales or usual.scales, ratios=asked.ratios or usual.ratios
+    )
 
 
 def choose_anchors(
@@ -180,7 +211,7 @@ def choose_anchors(
     preprocessing: Preprocessing,
     reasons: list[tuple[str, str, str]],
 ) -> AnchorSpec:
-    """Take the anchors that cover most objects; append the reason."""
+    """Take the anchors that cover most objects; append the reason, and which classes they miss."""
     shares = [coverage(spec, train, preprocessing) for spec in choices]
     # Smaller anchors must earn their place: with equal coverage the usual ones stand.
     best = max(range(len(choices)), key=lambda i: shares[i] - 0.01 * i)
@@ -192,30 +223,43 @@ def choose_anchors(
         reasons.append(("anchors", sizes, f"objects that reach IoU 0.5: {compared}"))
     else:
         why = "asked for" if options.anchors else "the model's"
+        asked = options.asked_anchors()
+        if asked and asked.image_size not in (None, preprocessing.image_size):
+            why += f" and fitted at shortest side {asked.image_size}, not {preprocessing.image_size}"
+        if asked and asked.max_size not in (None, preprocessing.max_size):
+            why += f" and fitted at longest side {asked.max_size}, not {preprocessing.max_size}"
+        for name in ("scales", "ratios"):
+            if asked and getattr(asked, name):
+                sizes += f"; {name} " + ", ".join(f"{value:g}" for value in getattr(asked, name))
+        reasons.append(("anchors", sizes, f"{why}; {shares[0]:.0%} of objects reach IoU 0.5"))
+    if missed := _missed(choices[best], train, preprocessing):
         reasons.append(
-            ("anchors", options.anchors or sizes, f"{why}; {shares[0]:.0%} of objects reach IoU 0.5")
+            (
+                "anchors miss",
+                missed,
+                f"no anchor reaches IoU 0.5 with them; below {POORLY_COVERED:.0%} of a class, a larger "
+                f"--image-size or fitted anchors help: retinanet data anchors {shlex.quote(options.data)} "
+                f"--image-size {preprocessing.image_size} --output anchors.yaml, then --anchors anchors.yaml",
+            )
         )
     return choices[best]
 
 
+def _missed(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> str:
+    """Return "28% of Platelets, ..." for the classes of which too few objects have an anchor."""
+    objects = objects_in_network(train, preprocessing, most=MISSED_SAMPLE)
+    classes = coverage_by_class(train, objects.rows, best_overlaps(spec, objects))
+    poor = {name: 1 - of.at_50 for name, of in classes.items() if of.at_50 is not None}
+    poor = {name: share for name, share in poor.items() if share > 1 - POORLY_COVERED}
+    worst = sorted(poor.items(), key=lambda item: -item[1])
+    more = f" and {len(worst) - CLASSES_NAMED} more classes" if len(worst) > CLASSES_NAMED else ""
+    return ", ".join(f"{share:.0%} of {name}" for name, share in worst[:CLASSES_NAMED]) + more
+
+
 def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> float:
     """Return the share of a sample of objects whose best anchor reaches IoU 0.5, in the network's frame."""
-    objects = np.flatnonzero(train.ignore == Ignore.NO)
-    if not len(objects):
-        return 1.0
-    chosen = objects[np.linspace(0, len(objects) - 1, min(COVERAGE_SAMPLE, len(objects))).astype(int)]
-    images = np.searchsorted(train.offsets, chosen, side="right") - 1
-    reached = 0
-    for image in np.unique(images):
-        width, height = train.size(int(image))
-        resized = preprocessing.resized_size(width, height)
-        scale = np.array([resized[0] / width, resized[1] / height] * 2, np.float32)
-        boxes = torch.from_numpy(train.boxes[chosen[images == image]] * scale)
-        divisor = preprocessing.divisor
-        padded = [-(-side // divisor) * divisor for side in resized]
-        anchors = torch.cat(anchors_of_image(spec, padded[1], padded[0]))
-        reached += int((pairwise(iou, boxes, anchors).amax(dim=1) >= 0.5).sum())
-    return reached / len(chosen)
+    overlaps = best_overlaps(spec, objects_in_network(train, preprocessing, most=COVERAGE_SAMPLE))
+    return float((overlaps >= 0.5).mean()) if len(overlaps) else 1.0
 
 
 def choose_max_detections(
@@ -237,9 +281,10 @@ def choose_steps(
     if options.steps is not None:
         return options.steps, "asked for"
     if options.epochs is not None:
-        return _steps(options.epochs * len(train), recipe), f"{options.epochs:g} epochs asked for"
+        images = options.epochs * epoch_length(train, recipe.repeat_rare)
+        return _steps(images, recipe), f"{options.epochs:g} epochs asked for"
     why = f"recipe {recipe.name}"
-    images = max(recipe.images_seen, recipe.epochs * len(train))
+    images = max(recipe.images_seen, recipe.epochs * epoch_length(train, recipe.repeat_rare))
     if recipe.pixels_seen:
         pixels = padded_pixels(train, preprocessing, recipe.batch_size)
         if recipe.pixels_seen / pixels > images:

@@ -63,14 +63,17 @@ def save_state(folder: Path, state: State) -> Path:
     """
     place = folder / f"{state.step:08d}"
     if place.exists():
-        if damage_of(place) is None:
+        try:
+            read_state(place)
             return place
-        shutil.rmtree(place)
+        except CheckpointError:
+            shutil.rmtree(place)
     draft = folder / f".{place.name}.{os.getpid()}.part"
     needed = MARGIN + sum(
         t.numel() * t.element_size() for part in state.parts.values() for t in part.values()
     )
     try:
+        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed here and had the same number
         draft.mkdir(parents=True)
         free = shutil.disk_usage(draft).free
         if free < needed:
@@ -94,13 +97,22 @@ def save_state(folder: Path, state: State) -> Path:
 
 
 def newest_state(folder: Path) -> tuple[State | None, list[str]]:
-    """Return the newest sound state in a folder, None where there is none, and what is wrong with newer ones."""
-    damaged = []
+    """Return the newest sound state in a folder, None where there is none, and what is wrong with newer ones, which
+    are put aside: they must not count among those that are kept.
+    """
+    damaged: list[str] = []
+    aside: list[Path] = []
     for place in reversed(_places(folder)):
         try:
-            return read_state(place), damaged
+            state = read_state(place)
         except CheckpointError as error:
             damaged.append(str(error))
+            aside.append(place)
+            continue
+        for other in aside:
+            with suppress(OSError):
+                other.rename(other.with_name(f".{other.name}.damaged"))
+        return state, damaged
     return None, damaged
 
 
@@ -113,7 +125,7 @@ def read_state(place: Path) -> State:
     values = _read_values(place)
     parts = {}
     for name, written in values["files"].items():
-        content = _read(place / name)
+        content = _read(place / name, written["bytes"])
         if hashlib.sha256(content).hexdigest() != written["sha256"]:
             raise CheckpointError(f"{place / name} is damaged: it is not what was written")
         try:
@@ -123,18 +135,13 @@ def read_state(place: Path) -> State:
     return State(values["step"], parts, values["values"])
 
 
-def damage_of(place: Path) -> str | None:
-    """Say what is wrong with a state as far as sizes show, or None."""
+def _looks_sound(place: Path) -> bool:
+    """Return whether a state is sound as far as sizes show."""
     try:
-        for name, written in _read_values(place)["files"].items():
-            size = (place / name).stat().st_size
-            if size != written["bytes"]:
-                return (
-                    f"{place / name} is damaged: {written['bytes']:,} bytes were written, {size:,} are there"
-                )
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return None
+        files = _read_values(place)["files"]
+        return all((place / name).stat().st_size == written["bytes"] for name, written in files.items())
+    except (CheckpointError, OSError):
+        return False
 
 
 def _read_values(place: Path) -> dict[str, Any]:
@@ -143,7 +150,7 @@ def _read_values(place: Path) -> dict[str, Any]:
     try:
         values = json.loads(content)
         written = values.pop("sha256")
-        sound = written == _digest_of(values)
+        sound = written == _digest_of(values) and "format" in values
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         sound = False
     if not sound:
@@ -154,12 +161,33 @@ def _read_values(place: Path) -> dict[str, Any]:
             "retinanet that wrote it"
         )
     found: dict[str, Any] = values
+    if not _is_ours(found):
+        raise CheckpointError(f"{file} is no training state of retinanet")
     return found
 
 
-def _read(file: Path, limit: int | None = None) -> bytes:
+def _is_ours(values: dict[str, Any]) -> bool:
+    """Return whether the values have the form that `save_state` gives them; a hash proves nothing of a stranger's."""
+    files = values.get("files")
+    return (
+        type(values.get("step")) is int
+        and isinstance(values.get("values"), dict)
+        and isinstance(files, dict)
+        and all(
+            re.fullmatch(r"[a-z]+\.safetensors", name)
+            and isinstance(written, dict)
+            and type(written.get("bytes")) is int
+            and isinstance(written.get("sha256"), str)
+            for name, written in files.items()
+        )
+    )
+
+
+def _read(file: Path, limit: int) -> bytes:
     try:
-        if limit is not None and file.stat().st_size > limit:
+        if not file.is_file():  # a pipe or a device would block or never end
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if file.stat().st_size > limit:
             raise CheckpointError(f"{file} is damaged: it has more than {limit:,} bytes")
         return file.read_bytes()
     except OSError as error:
@@ -211,11 +239,13 @@ def _places(folder: Path) -> list[Path]:
 
 
 def _rotate(folder: Path) -> None:
-    sound = [place for place in _places(folder) if damage_of(place) is None]
-    for place in sound[:-KEPT]:
+    """Keep the newest sound states; all that is older goes, and what killed processes and damage left."""
+    places = _places(folder)
+    sound = [place for place in places if _looks_sound(place)]
+    for place in places[: places.index(sound[-KEPT:][0])]:
         shutil.rmtree(place, ignore_errors=True)
-    for draft in folder.glob(".*.part"):  # left by a process that was killed
-        shutil.rmtree(draft, ignore_errors=True)
+    for left in (*folder.glob(".*.part"), *folder.glob(".*.damaged")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
@@ -238,12 +268,11 @@ def restore_optimizers(optimizers: Sequence[Optimizer], tensors: Mapping[str, Te
     for key, value in tensors.items():
         number, place, name = key.split("/")
         parameter = _parameters(optimizers[int(number)])[int(place)]
-        kept = value.clone()
         if value.shape == parameter.shape:
             # In the parameter's own layout: fused steps walk over both by address.
             kept = torch.empty_like(parameter).copy_(value)
-        elif name != "step":
-            kept = value.to(parameter.device)
+        else:  # a count of steps lies where the fused step reads it
+            kept = value.to(parameter.device, copy=True)
         optimizers[int(number)].state[parameter][name] = kept
 
 

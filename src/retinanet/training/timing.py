@@ -71,6 +71,7 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
         steps=sys.maxsize,  # the time ends it
         workers=plan.workers,
         pin_memory=plan.device.type == "cuda",
+        repeat_rare=plan.recipe.repeat_rare,
     )
     taken: list[float] = []
     began = None

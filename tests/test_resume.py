@@ -1,0 +1,658 @@
+"""A run that is stopped anywhere and resumed is the run that was never stopped: weights, optimiser, average, order of
+images, log; bit for bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import retinanet
+from retinanet.checkpoint import load_model
+from retinanet.cli.main import main
+from retinanet.data import Dataset
+from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.errors import CheckpointError, ConfigError, DataError, DivergedError, Stopped, TrainingError
+from retinanet.folders import write_json
+from retinanet.inference import Detector
+from retinanet.objective import focal
+from retinanet.training import loop, timing
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.folder import RunFolder
+from retinanet.training.recipes import Recipe
+from retinanet.training.run import resume_training, run_training
+from retinanet.training.state import State, newest_state, read_state, save_state
+from retinanet.training.step import TrainingStep
+
+IMAGES, BATCH, STEPS = 6, 2, 9  # three steps an epoch, three epochs
+TINY: dict[str, Any] = {
+    "backbone": "test_resnet",
+    "pretrained": "none",
+    "channels": 64,
+    "image_size": 64,
+    "batch_size": BATCH,
+    "device": "cpu",
+    "workers": 0,
+    "steps": STEPS,
+    "validate_every_steps": 4,
+    "mosaic": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    return generate_shapes(folder, train=IMAGES, val=2, spec=ShapesSpec(image_size=96))
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would: nothing handles it."""
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def images_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return the list to which every step adds the images that it trained on."""
+    seen: list[tuple[int, ...]] = []
+    step = TrainingStep.__call__
+
+    def noting(self: TrainingStep, batch: Any, lr: float) -> Any:
+        losses = step(self, batch, lr)
+        if lr:  # not the trial
+            seen.append(batch.indices)
+        return losses
+
+    monkeypatch.setattr(TrainingStep, "__call__", noting)
+    return seen
+
+
+def story(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def final(run: Path) -> State:
+    state, damaged = newest_state(run / "checkpoints")
+    assert state is not None
+    assert damaged == []
+    assert state.step == STEPS
+    return state
+
+
+def assert_the_same(first: Path, second: Path) -> None:
+    ours, theirs = final(first), final(second)
+    assert ours.values == theirs.values
+    assert ours.parts.keys() == theirs.parts.keys() == {"network", "average", "optimizer", "meter"}
+    for name, part in ours.parts.items():
+        assert part.keys() == theirs.parts[name].keys()
+        for key, tensor in part.items():
+            assert torch.equal(tensor, theirs.parts[name][key]), (name, key)
+    assert story(first) == story(second)
+    for model in ("best", "last"):
+        a, b = load_model(first / model), load_model(second / model)
+        assert a.training == b.training
+        assert a.operating_points == b.operating_points
+        assert all(torch.equal(x, b.network.state_dict()[k]) for k, x in a.network.state_dict().items())
+    assert (first / "metrics.json").read_text() == (second / "metrics.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, ...]]]:
+    """A run that nothing stopped, and the images of its steps."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        seen = images_of(patch)
+        run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+    assert len(seen) == STEPS
+    return run, seen
+
+
+def stop_at(step: int, patch: pytest.MonkeyPatch, how: Callable[[], None]) -> None:
+    """Do something to the process when it has made a step, before anything is saved."""
+    made = [0]
+    call = TrainingStep.__call__
+
+    def stopping(self: TrainingStep, batch: Any, lr: float) -> Any:
+        losses = call(self, batch, lr)
+        made[0] += 1
+        if made[0] == step:
+            how()
+        return losses
+
+    patch.setattr(TrainingStep, "__call__", stopping)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("step", "workers"),  # mid-epoch, its end, right after a validation
+    [
+        (1, 0),
+        (3, 2),
+        (5, 0),
+        *(pytest.param(step, workers, marks=pytest.mark.slow) for step, workers in ((1, 2), (3, 0), (5, 2))),
+    ],
+)
+def test_a_run_stopped_by_a_signal_goes_on_as_if_it_never_had(
+    step: int,
+    workers: int,
+    data: Path,
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = images_of(monkeypatch)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(step, patch, terminate)
+        with pytest.raises(
+            Stopped, match=f"stopped by a signal at step {step} of 9; go on with: .* --resume"
+        ):
+            run_training(
+                TrainingOptions(data=str(data), output=str(run), **{**TINY, "workers": workers}), quiet()
+            )
+    assert len(seen) == step
+    resume_training(run, quiet())
+    assert seen == whole[1]
+    assert_the_same(run, whole[0])
+
+
+@pytest.mark.parametrize("step", [1, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 9))])
+def test_a_killed_run_goes_on_from_its_last_state(
+    step: int,
+    data: Path,
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed in the first step nothing is saved, and it starts anew; else at most two steps are made again."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(step, patch, kill)
+        options = TrainingOptions(data=str(data), output=str(run), save_every_steps=2, **TINY)
+        with pytest.raises(Killed):
+            run_training(options, quiet())
+    seen = images_of(monkeypatch)
+    resume_training(run, quiet())
+    assert len(seen) == STEPS - (step - 1) // 2 * 2
+    assert seen == whole[1][-len(seen) :]
+    assert_the_same(run, whole[0])
+
+
+@pytest.mark.parametrize(
+    ("which", "how"),  # at steps 4, 8 and 9, the last
+    [
+        (1, terminate),
+        (3, kill),
+        *(
+            pytest.param(which, how, marks=pytest.mark.slow)
+            for which, how in ((1, kill), (2, kill), (2, terminate), (3, terminate))
+        ),
+    ],
+)
+def test_a_run_stopped_in_a_validation_makes_that_validation(
+    which: int,
+    how: Callable[[], None],
+    data: Path,
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    judged = [0]
+    validate = loop.validate
+
+    def stopping(detector: Detector, dataset: Dataset, **told: Any) -> Any:
+        judged[0] += 1
+        if judged[0] == which:
+            how()
+        return validate(detector, dataset, **told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", stopping)
+        with pytest.raises((Killed, Stopped)) as raised:
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+    if how is terminate:
+        assert f"in the validation of step {(4, 8, 9)[which - 1]}; go on with" in str(raised.value)
+    resume_training(run, quiet())
+    assert_the_same(run, whole[0])
+
+
+def test_stopped_three_times_in_one_epoch_with_other_workers(
+    data: Path,
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    seen = images_of(monkeypatch)
+    with monkeypatch.context() as patch:
+        stop_at(1, patch, terminate)
+        with pytest.raises(Stopped):
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+        for workers in (2, 1):
+            stop_at(1, patch, terminate)
+            with pytest.raises(Stopped):
+                resume_training(run, quiet(), workers=workers)
+    resume_training(run, quiet())
+    assert seen == whole[1]
+    assert_the_same(run, whole[0])
+
+
+def test_it_says_where_it_goes_on_and_the_log_has_no_repeated_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(6, patch, kill)
+        with pytest.raises(Killed):
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "epoch": 1.7, "loss": 9.0}\n{"step": 6, "epo')  # told, and never saved
+    console = Console(record=True, width=200, file=io.StringIO())
+    resume_training(run, console)
+    assert "resuming at epoch 1/3, step 4" in console.export_text()
+    steps = [(line["step"], "ap" in line) for line in story(run)]
+    assert steps == sorted(set(steps))
+    assert [step for step, judged in steps if judged] == [4, 8, 9]
+    assert len((run / "command.txt").read_text().splitlines()) == 2
+
+
+def test_a_damaged_state_is_named_and_the_one_before_used(
+    data: Path,
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(6, patch, terminate)
+        with pytest.raises(Stopped):
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+    newest = run / "checkpoints" / "00000006" / "network.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes(content)
+    console = Console(record=True, width=400, file=io.StringIO())
+    resume_training(run, console)
+    said = console.export_text()
+    assert (
+        "00000006/network.safetensors is damaged: it is not what was written; the state before it is used"
+        in said
+    )
+    assert "step 4" in said
+    assert_the_same(run, whole[0])
+
+
+def test_a_finished_run_is_reported_again(
+    data: Path, tmp_path: Path, whole: tuple[Path, list[tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    (run / "report.html").unlink()  # killed right before it was written
+    seen = images_of(monkeypatch)
+    again = resume_training(run, quiet())
+    assert seen == []
+    assert (run / "report.html").is_file()
+    assert again.metrics == json.loads((run / "metrics.json").read_text())
+    assert_the_same(run, whole[0])
+
+
+def test_a_run_killed_before_its_plan_starts_at_its_beginning(
+    data: Path, tmp_path: Path, whole: tuple[Path, list[tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("retinanet.training.run.plan_run", lambda *_: kill())
+        with pytest.raises(Killed):
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
+        "command.txt",
+        "config.yaml",
+        "environment.json",
+    ]
+    resume_training(run, quiet())
+    assert_the_same(run, whole[0])
+
+
+def test_a_signal_in_the_trial_of_time_stops_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**{name: value for name, value in TINY.items() if name != "steps"}, "time": "1h"}
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "_step_seconds", lambda *_: terminate())
+        with pytest.raises(
+            Stopped, match=r"before the first step; start it again with: .* --resume"
+        ) as raised:
+            run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet())
+    assert raised.value.exit_code == 143
+    assert (run / "config.yaml").is_file()
+
+
+def test_a_run_with_a_time_goes_on_with_the_steps_that_it_planned(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**{name: value for name, value in TINY.items() if name != "steps"}, "time": "20s"}
+    run = tmp_path / "run"
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 0.1)
+    with monkeypatch.context() as patch:
+        stop_at(2, patch, terminate)
+        with pytest.raises(Stopped):
+            run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet())
+    planned = json.loads((run / "plan.json").read_text())["steps"]
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: 0.1)
+    resume_training(run, quiet())
+    assert story(run)[-1]["step"] == planned
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def stopped_run(data: Path, run: Path, patch: pytest.MonkeyPatch) -> Path:
+    with patch.context() as inner:
+        stop_at(2, inner, terminate)
+        with pytest.raises(Stopped):
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+    return run
+
+
+def test_changed_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = generate_shapes(tmp_path / "shapes", train=IMAGES, val=2, spec=ShapesSpec(image_size=96))
+    run = stopped_run(own, tmp_path / "run", monkeypatch)
+    file = own / "annotations" / "instances_train.json"
+    document = json.loads(file.read_text())
+    document["annotations"] = document["annotations"][1:]
+    file.write_text(json.dumps(document))
+    with pytest.raises(
+        DataError, match=r"--resume needs the data that the run began with; .* has changed since"
+    ):
+        resume_training(run, quiet())
+
+
+def test_another_plan_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    plan = json.loads((run / "plan.json").read_text())
+    write_json(run / "plan.json", {**plan, "lr": 2 * plan["lr"]})
+    with pytest.raises(ConfigError, match=r"needs the plan that the run began with; lr was .* and would be"):
+        resume_training(run, quiet())
+    write_json(run / "plan.json", {"steps": 3, "data": plan["data"]})
+    with pytest.raises(ConfigError, match=r"plan\.json of the run is damaged"):
+        resume_training(run, quiet())
+    (run / "plan.json").unlink()
+    with pytest.raises(ConfigError, match=r"needs the run's plan\.json"):
+        resume_training(run, quiet())
+
+
+def test_a_trained_run_without_a_sound_state_is_left_as_it_is(
+    data: Path, tmp_path: Path, whole: tuple[Path, list[tuple[int, ...]]]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    for state in (run / "checkpoints").iterdir():
+        (state / "state.json").write_text("{}")
+    told = story(run)
+    with pytest.raises(
+        CheckpointError, match=r"needs a training state that can be read: .*state\.json is damaged"
+    ):
+        resume_training(run, quiet())
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match=f"checkpoints holds none.* --weights {run}"):
+        resume_training(run, quiet())
+    assert story(run) == told
+    assert load_model(run / "best").training["ap"] is not None
+
+
+def test_the_command_goes_on_with_a_run(
+    data: Path,
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    for arguments in (
+        ["--resume", str(run), "--workers", "1"],
+        [f"--resume={run}"],
+    ):  # the second reports again
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *arguments])
+        assert stop.value.code == 0
+        assert "resuming at epoch" in capsys.readouterr().err
+    assert_the_same(run, whole[0])
+
+
+def test_a_state_of_another_network_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    state, _ = newest_state(run / "checkpoints")
+    assert state is not None
+    network = {f"other.{name}": tensor for name, tensor in state.parts["network"].items()}
+    shutil.rmtree(run / "checkpoints")
+    save_state(run / "checkpoints", State(state.step, {**state.parts, "network": network}, state.values))
+    with pytest.raises(CheckpointError, match="needs the state of this very network and optimiser"):
+        resume_training(run, quiet())
+
+
+def test_one_process_trains_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    with RunFolder.existing(run).held(), pytest.raises(ConfigError, match="another process is training"):
+        resume_training(run, quiet())
+    resume_training(run, quiet())
+
+
+def test_a_run_is_resumed_from_another_working_directory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    stopped_run(Path(data.name), tmp_path / "run", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    resume_training(Path("run"), quiet())
+    assert final(tmp_path / "run").step == STEPS
+
+
+def test_a_run_with_a_loss_of_ones_own_is_not_resumed_with_another(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(recipe: Recipe) -> Recipe:
+        return replace(recipe, class_loss=focal(0.5, 3.0))
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(2, patch, terminate)
+        with pytest.raises(Stopped):
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet(), own)
+    with pytest.raises(ConfigError, match=r"class loss was .*focal.* and would be null now"):
+        resume_training(run, quiet())
+    resume_training(run, quiet(), own)
+
+
+def test_settings_beside_resume_are_refused_in_python(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="takes --workers alone; got --lr"):
+        retinanet.train(data=str(data), resume=str(tmp_path), lr=0.1)
+
+
+def test_a_signal_while_images_are_read_is_no_unreadable_image(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder's net for errors must not catch the end of a run."""
+    run = tmp_path / "run"
+
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            terminate()
+        except Exception as error:
+            raise DataError("an image cannot be read") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("retinanet.training.run.open_splits", interrupted)
+        with pytest.raises(Stopped, match="before the first step"):
+            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+    assert (run / "config.yaml").is_file()
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    call = TrainingStep.__call__
+    made = [0]
+
+    def spoilt(self: TrainingStep, batch: Any, lr: float) -> Any:
+        losses = call(self, batch, lr)
+        made[0] += 1
+        if made[0] == 3:
+            next(self.network.parameters()).data.fill_(float("inf"))
+        return losses
+
+    monkeypatch.setattr(TrainingStep, "__call__", spoilt)
+    with pytest.raises(DivergedError, match="no longer finite at step 3"):
+        run_training(TrainingOptions(data=str(data), output=str(run), save_every_steps=1, **TINY), quiet())
+    state, _ = newest_state(run / "checkpoints")
+    assert state is not None
+    assert state.step == 2
+
+
+def test_sgd_with_batchnorm_and_without_an_average_resumes_as_well(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**TINY, "optimizer": "sgd", "backbone": "resnet18", "mosaic": 0.0}
+
+    def plain(made: Recipe) -> Recipe:
+        model = replace(made.model, backbone=replace(made.model.backbone, norm="native"))
+        return replace(made, average_decay=None, model=model)
+
+    for name in ("whole", "stopped"):
+        run = tmp_path / name
+        with monkeypatch.context() as patch:
+            if name == "stopped":
+                stop_at(5, patch, terminate)
+                with pytest.raises(Stopped):
+                    run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet(), plain)
+            else:
+                run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet(), plain)
+    resume_training(tmp_path / "stopped", quiet(), plain)
+    ours, theirs = final(tmp_path / "whole"), final(tmp_path / "stopped")
+    for part in ("network", "optimizer"):
+        assert all(torch.equal(tensor, theirs.parts[part][key]) for key, tensor in ours.parts[part].items())
+    assert story(tmp_path / "whole") == story(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "nowhere"], "--resume needs the folder of a run; nowhere does not exist"),
+        (["--resume", "."], "--resume needs the folder of a run; . has no config.yaml"),
+        (["--resume", "RUN", "--lr", "0.1"], "takes --workers alone; got --lr"),
+        (["--resume"], "--resume needs a value; nothing was given"),
+        (["other", "--resume", "RUN"], "takes --workers alone; got other"),
+    ],
+)
+def test_what_the_command_refuses(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_state_that_cannot_be_saved_ends_the_run_and_keeps_the_one_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    save, saved = loop.save_state, []
+
+    def refuse(folder: Path, state: State) -> Path:
+        if saved:
+            raise TrainingError(f"no room for the training state in {folder}")
+        saved.append(state.step)
+        return save(folder, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_state", refuse)
+        with pytest.raises(TrainingError, match="no room"):
+            run_training(
+                TrainingOptions(data=str(data), output=str(run), save_every_steps=2, **TINY), quiet()
+            )
+    state, _ = newest_state(run / "checkpoints")
+    assert state is not None
+    assert state.step == 2
+    assert (run / "plan.json").is_file()  # the run began: its folder stays
+
+
+def test_a_run_that_never_began_leaves_its_name_free(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(DataError):
+        run_training(TrainingOptions(data=str(tmp_path / "none"), output=str(run)), quiet())
+    assert not run.exists()
+
+
+# ---------------------------------------------------------------------------------- the real thing
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_at_random_always_goes_on(
+    data: Path, tmp_path: Path, whole: tuple[Path, list[tuple[int, ...]]]
+) -> None:
+    """SIGKILL after times between its first second and its end, until it ends by itself."""
+    run = tmp_path / "run"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    command = [sys.executable, "-m", "retinanet", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [str(data), "--output", str(run), "--save-every-steps", "1", *options]
+    for attempt in range(30):
+        process = subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait = 0.0
+        while not (run / "config.yaml").is_file() and process.poll() is None and wait < 60:
+            time.sleep(0.1)
+            wait += 0.1
+        try:
+            process.wait(2 + 1.5 * attempt)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            arguments = ["--resume", str(run)]
+            continue
+        assert process.returncode == 0
+        break
+    assert attempt > 1
+    assert_the_same(run, whole[0])
+
+
+def test_python_can_resume(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    finished = retinanet.train(data=str(data), resume=str(run))
+    assert finished.path == run
+    assert read_state(run / "checkpoints" / f"{STEPS:08d}").step == STEPS
