@@ -150,6 +150,7 @@ def test_one_line_says_that_kernels_are_compiled(cache_folder):
     assert run_python(COMPILE_TWO, NUMBA_CACHE_DIR=str(cache_folder)).stderr == ""
 
 
+@pytest.mark.slow
 def test_one_line_says_that_nothing_can_be_kept():
     no_place = "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []"
     for _ in range(2):

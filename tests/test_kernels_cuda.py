@@ -41,6 +41,7 @@ GAMMAS = (0.0, 0.5, 2.0, 5.0)
 EXACT = 4e-7 if INTERPRETED else 1e-5
 
 
+@pytest.mark.slow
 @compiled
 def test_in_the_interpreter():
     run = subprocess.run(

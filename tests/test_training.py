@@ -1121,7 +1121,14 @@ def test_every_setting_of_a_loss_is_an_option() -> None:
     assert set(SETTINGS) == set(get_args(LossName))
 
 
-@pytest.mark.parametrize("loss", ["ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "fl-star",
+        "ohem",
+        *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("ce", "balanced-ce", "hinge", "ohem-1to3")),
+    ],
+)
 def test_a_run_with_each_loss(data: Path, tmp_path: Path, loss: str) -> None:
     run = retinanet.train(
         data=str(data), output=str(tmp_path / "run"), backbone="resnet18", loss=loss, steps=2, image_size=64
