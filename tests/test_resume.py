@@ -324,7 +324,7 @@ def test_a_run_killed_before_its_plan_starts_at_its_beginning(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("retinanet.training.run.plan_run", lambda *_: kill())
+        patch.setattr("retinanet.training.preparation.plan_run", lambda *_: kill())
         with pytest.raises(Killed):
             run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
     assert sorted(path.name for path in run.iterdir()) == [
@@ -509,7 +509,7 @@ def test_a_signal_while_images_are_read_is_no_unreadable_image(
             raise DataError("an image cannot be read") from error
 
     with monkeypatch.context() as patch:
-        patch.setattr("retinanet.training.run.open_splits", interrupted)
+        patch.setattr("retinanet.training.preparation.open_splits", interrupted)
         with pytest.raises(Stopped, match="before the first step"):
             run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
     assert (run / "config.yaml").is_file()

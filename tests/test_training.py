@@ -40,6 +40,7 @@ from retinanet.losses import sigmoid_focal_loss, sigmoid_focal_star_loss, sigmoi
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
 from retinanet.records import Classes, GroundTruth, Ignore
 from retinanet.training import loop, recipes, timing
+from retinanet.training.choosing import choose_rate
 from retinanet.training.configuration import (
     EVERY_SETTING,
     SETTINGS,
@@ -52,7 +53,7 @@ from retinanet.training.folder import RunFolder
 from retinanet.training.muon import Muon
 from retinanet.training.objectives import settings_of
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
-from retinanet.training.planning import Plan, choose_rate, plan_run
+from retinanet.training.planning import Plan, plan_run
 from retinanet.training.run import run_training
 from retinanet.training.signals import StopRequest
 from retinanet.training.sizing import (

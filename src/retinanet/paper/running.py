@@ -30,7 +30,8 @@ from retinanet.paper.peers import seconds_of, train_peer
 from retinanet.paper.settings import SCALES, ScaleName, Setting, change_of, options_of
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
-from retinanet.training.run import open_splits, run_training
+from retinanet.training.preparation import open_splits
+from retinanet.training.run import run_training
 
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 

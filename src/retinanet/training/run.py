@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import shlex
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from rich.console import Console
 
-from retinanet.data import Dataset, available_splits, open_dataset, read_as
 from retinanet.devices import deterministic_algorithms
-from retinanet.errors import CheckpointError, ConfigError, DataError, RetinaNetError
-from retinanet.folders import read_json, require_new, write_json
+from retinanet.errors import CheckpointError, ConfigError, RetinaNetError
+from retinanet.folders import read_json, require_new
 from retinanet.inference import Detector, Validation, load
-from retinanet.model import RetinaNet
-from retinanet.report.curves import draw_curves
-from retinanet.report.page import write_page
 from retinanet.training.configuration import TrainingOptions, option, read_config
 from retinanet.training.folder import RunFolder
 from retinanet.training.loop import go_on, train_network
-from retinanet.training.pictures import draw_validation
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.preparation import Prepared, prepare
 from retinanet.training.progress import plain_console
 from retinanet.training.recipes import Recipe
+from retinanet.training.run_report import report_run
 from retinanet.training.signals import StopRequest, noted_signals
-from retinanet.training.starting import build_network
 from retinanet.training.state import State, newest_state
-from retinanet.training.timing import fit_to_time
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-# Faults printed one by one; the rest is counted.
-FAULTS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -105,11 +94,11 @@ def run_training(
             where = "" if folder is None else f"; start it again with: retinanet train --resume {folder.path}"
             with stop.at_once(f"stopped by a signal before the first step{where}"):
                 if folder is None:
-                    _prepare(options, console, change, None)
+                    prepare(options, console, change, None)
                     return None
             with folder.held():
                 with stop.at_once(f"stopped by a signal before the first step{where}"):
-                    prepared = _prepare(options, console, change, folder)
+                    prepared = prepare(options, console, change, folder)
                 return _train(prepared, folder, console, stop)
     except RetinaNetError:
         if folder is not None and not folder.plan.exists():
@@ -154,7 +143,7 @@ def resume_training(
             begun = read_json(folder.plan) if folder.plan.is_file() else None
             if begun is None and state is not None:
                 raise ConfigError(f"--resume needs the run's plan.json; {path} has none")
-            prepared = _prepare(options, console, change, folder, begun)
+            prepared = prepare(options, console, change, folder, begun)
             folder.note_command()
             step = 0 if state is None else state.step
             folder.forget_after(step)
@@ -182,81 +171,8 @@ def _state_of(folder: RunFolder, console: Console) -> State | None:
     return state
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A run before its first step."""
-
-    plan: Plan
-    network: RetinaNet
-    train_set: Dataset
-    val_set: Dataset
-
-
-def _prepare(
-    options: TrainingOptions,
-    console: Console,
-    change: Callable[[Recipe], Recipe] | None,
-    folder: RunFolder | None,
-    stored: dict[str, Any] | None = None,
-) -> _Prepared:
-    """Read the data, plan and build the network; say all of it.
-
-    Args:
-        folder: None is a dry run.
-        stored: the plan of the run that goes on.
-    """
-    began = time.monotonic()
-    train_set, val_set = open_splits(
-        options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
-    )
-    console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
-    for dataset in (train_set, val_set):
-        _tell(dataset, console)
-    plan = plan_run(options, train_set, change)
-    data = {"train": train_set.digest(), "val": val_set.digest()}
-    network = build_network(plan)
-    seconds = options.seconds()
-    if stored is not None:
-        if "data" not in stored:
-            raise ConfigError(
-                "--resume needs a run of this version; its plan.json does not say which data it has"
-            )
-        if stored["data"] != data:
-            raise DataError(
-                f"--resume needs the data that the run began with; {options.data} has changed since. Put it back, or "
-                "start a new run with --weights"
-            )
-        plan = plan.as_begun(stored)
-    elif seconds is None:
-        plan = plan.validating(len(val_set))
-    else:
-        plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
-    plan.show(console)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in network.parameters())
-    of_them = "all" if trained == whole else f"{trained:,}"
-    console.print(f"{whole:,} parameters, {of_them} of them trained", highlight=False)
-    if folder is None:
-        console.print("dry run: nothing was written", highlight=False)
-    else:
-        if stored is None:
-            write_json(folder.plan, {**plan.to_json(), "data": data})
-        console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
-    return _Prepared(plan, network, train_set, val_set)
-
-
-def _tell(dataset: Dataset, console: Console) -> None:
-    """Print what a data set holds and what was wrong with it."""
-    console.print(dataset.summary(), highlight=False, soft_wrap=True)
-    for fault in dataset.faults[:FAULTS_SHOWN]:
-        console.print(f"  {fault}", highlight=False, soft_wrap=True)
-    more = dataset.fault_total - FAULTS_SHOWN
-    if more > 0:
-        console.print(f"  and {more:,} more", highlight=False)
-
-
 def _train(
-    prepared: _Prepared, folder: RunFolder, console: Console, stop: StopRequest, state: State | None = None
+    prepared: Prepared, folder: RunFolder, console: Console, stop: StopRequest, state: State | None = None
 ) -> Run:
     plan, val_set = prepared.plan, prepared.val_set
     # Steps seed torch's generator; the caller's is given back as it was.
@@ -265,60 +181,7 @@ def _train(
             plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state
         )
     with stop.at_once(f"stopped by a signal after the last step; write the report with: {go_on(folder)}"):
-        _report(plan, best, val_set, folder)
+        report_run(plan, best, val_set, folder)
     console.print(best.metrics.table(), highlight=False, soft_wrap=True)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
     return Run(folder.path, load(folder.best, device=plan.options.device), best)
-
-
-def _report(plan: Plan, best: Validation, val_set: Dataset, folder: RunFolder) -> None:
-    curves, pictures = folder.path / "curves.png", folder.path / "pictures.png"
-    draw_curves(folder.history(), curves)
-    draw_validation(val_set, best, pictures)
-    write_page(
-        folder.path / "report.html",
-        title=f"RetinaNet run {folder.path.name}",
-        lead=f"{plan.spec.backbone.name}, {plan.steps:,} steps of {plan.batch_size} images, data {val_set.name}; "
-        "figures and pictures are of the best model on the split val.",
-        metrics=best.metrics.to_json(),
-        pictures=[("Curves", curves), ("Ground truth and detections", pictures)],
-        settings={setting: f"{value} ({why})" for setting, value, why in plan.reasons},
-    )
-
-
-def open_splits(
-    data: str,
-    *,
-    image_root: str | None = None,
-    box_format: Literal["auto", "xyxy", "xywh"] = "auto",
-    strict: bool = False,
-) -> tuple[Dataset, Dataset]:
-    """Open `train` and `val` of a data set; both must be there, with the same classes and some objects.
-
-    Args:
-        image_root, box_format, strict: as in `open_dataset`.
-    """
-
-    def opened(split: str) -> Dataset:
-        return open_dataset(data, split, image_root=image_root, box_format=box_format, strict=strict)
-
-    splits = available_splits(data, image_root=image_root)
-    train_set = opened("train")  # what cannot be opened has a better message of its own
-    if "val" not in splits:
-        has = f"has {', '.join(splits)}" if splits else "is one set without splits"
-        raise DataError(
-            f"training needs the splits train and val; {data} {has}. Make them, a fifth of the images for val: "
-            f"retinanet data convert {shlex.quote(data)} OUT --format coco --split-shares 0.8,0.2"
-        )
-    val_set = opened("val")
-    if train_set.classes != val_set.classes:
-        raise DataError(
-            f"{data} needs the same classes in train and val; got {', '.join(train_set.classes.names)} "
-            f"and {', '.join(val_set.classes.names)}"
-        )
-    for dataset in (train_set, val_set):
-        if not len(dataset.boxes):
-            raise DataError(
-                f"training needs boxes; the {dataset.split} split of {data} has none in {len(dataset)} images"
-            )
-    return train_set, val_set

@@ -1,0 +1,136 @@
+"""A run before its first step: data opened, everything planned, the network built, all of it said."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+
+from retinanet.data import Dataset, available_splits, open_dataset, read_as
+from retinanet.errors import ConfigError, DataError
+from retinanet.folders import write_json
+from retinanet.model import RetinaNet
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.folder import RunFolder
+from retinanet.training.planning import Plan, plan_run
+from retinanet.training.recipes import Recipe
+from retinanet.training.starting import build_network
+from retinanet.training.timing import fit_to_time
+
+# Faults printed one by one; the rest is counted.
+FAULTS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step."""
+
+    plan: Plan
+    network: RetinaNet
+    train_set: Dataset
+    val_set: Dataset
+
+
+def prepare(
+    options: TrainingOptions,
+    console: Console,
+    change: Callable[[Recipe], Recipe] | None,
+    folder: RunFolder | None,
+    stored: dict[str, Any] | None = None,
+) -> Prepared:
+    """Read the data, plan and build the network; say all of it.
+
+    Args:
+        folder: None is a dry run.
+        stored: the plan of the run that goes on.
+    """
+    began = time.monotonic()
+    train_set, val_set = open_splits(
+        options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
+    )
+    console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
+    for dataset in (train_set, val_set):
+        _tell(dataset, console)
+    plan = plan_run(options, train_set, change)
+    data = {"train": train_set.digest(), "val": val_set.digest()}
+    network = build_network(plan)
+    seconds = options.seconds()
+    if stored is not None:
+        if "data" not in stored:
+            raise ConfigError(
+                "--resume needs a run of this version; its plan.json does not say which data it has"
+            )
+        if stored["data"] != data:
+            raise DataError(
+                f"--resume needs the data that the run began with; {options.data} has changed since. Put it back, or "
+                "start a new run with --weights"
+            )
+        plan = plan.as_begun(stored)
+    elif seconds is None:
+        plan = plan.validating(len(val_set))
+    else:
+        plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
+    plan.show(console)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in network.parameters())
+    of_them = "all" if trained == whole else f"{trained:,}"
+    console.print(f"{whole:,} parameters, {of_them} of them trained", highlight=False)
+    if folder is None:
+        console.print("dry run: nothing was written", highlight=False)
+    else:
+        if stored is None:
+            write_json(folder.plan, {**plan.to_json(), "data": data})
+        console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
+    return Prepared(plan, network, train_set, val_set)
+
+
+def _tell(dataset: Dataset, console: Console) -> None:
+    """Print what a data set holds and what was wrong with it."""
+    console.print(dataset.summary(), highlight=False, soft_wrap=True)
+    for fault in dataset.faults[:FAULTS_SHOWN]:
+        console.print(f"  {fault}", highlight=False, soft_wrap=True)
+    more = dataset.fault_total - FAULTS_SHOWN
+    if more > 0:
+        console.print(f"  and {more:,} more", highlight=False)
+
+
+def open_splits(
+    data: str,
+    *,
+    image_root: str | None = None,
+    box_format: Literal["auto", "xyxy", "xywh"] = "auto",
+    strict: bool = False,
+) -> tuple[Dataset, Dataset]:
+    """Open `train` and `val` of a data set; both must be there, with the same classes and some objects.
+
+    Args:
+        image_root, box_format, strict: as in `open_dataset`.
+    """
+
+    def opened(split: str) -> Dataset:
+        return open_dataset(data, split, image_root=image_root, box_format=box_format, strict=strict)
+
+    splits = available_splits(data, image_root=image_root)
+    train_set = opened("train")  # what cannot be opened has a better message of its own
+    if "val" not in splits:
+        has = f"has {', '.join(splits)}" if splits else "is one set without splits"
+        raise DataError(
+            f"training needs the splits train and val; {data} {has}. Make them, a fifth of the images for val: "
+            f"retinanet data convert {shlex.quote(data)} OUT --format coco --split-shares 0.8,0.2"
+        )
+    val_set = opened("val")
+    if train_set.classes != val_set.classes:
+        raise DataError(
+            f"{data} needs the same classes in train and val; got {', '.join(train_set.classes.names)} "
+            f"and {', '.join(val_set.classes.names)}"
+        )
+    for dataset in (train_set, val_set):
+        if not len(dataset.boxes):
+            raise DataError(
+                f"training needs boxes; the {dataset.split} split of {data} has none in {len(dataset)} images"
+            )
+    return train_set, val_set
