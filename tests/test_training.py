@@ -93,7 +93,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
 
 def test_the_run_folder_is_complete(run: object) -> None:
     names = {path.name for path in run.path.iterdir()}  # type: ignore[attr-defined]
-    assert names == {
+    assert names - {"tensorboard"} == {
         "config.yaml",
         "command.txt",
         "plan.json",
@@ -105,6 +105,7 @@ def test_the_run_folder_is_complete(run: object) -> None:
         "checkpoints",
         ".lock",
         "curves.png",
+        "pictures",
         "pictures.png",
         "report.html",
     }
@@ -185,6 +186,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_images(data: Path, tm
         ({"gamma": -1.0}, "--gamma needs 0 or more"),
         ({"gamma": float("nan")}, "--gamma needs 0 or more"),
         ({"prior": 0.0}, r"--prior needs a number in \(0, 1\)"),
+        ({"patience": 0}, "--patience needs 1 or more; got 0"),
         ({"seed": 2**64}, "--seed needs 0 or more and below 2.63"),
         ({"gamma": float("inf")}, "--gamma needs 0 or more"),
         ({"workers": -1}, "--workers needs 0 or more"),
@@ -260,6 +262,7 @@ MOVED = [
     ("max_detections", 17, lambda plan: plan.spec.post_processing.max_detections),
     ("workers", 5, lambda plan: plan.workers),
     ("validate_every_steps", 9, lambda plan: plan.validate_every),
+    ("patience", 7, lambda plan: next(int(v.split()[1]) for s, v, _ in plan.reasons if s == "early stop")),
     ("recipe", "small", lambda plan: plan.recipe.name),
     ("flip", 0.25, lambda plan: plan.augmentation.flip),
     ("flip_vertical", 0.25, lambda plan: plan.augmentation.flip_vertical),

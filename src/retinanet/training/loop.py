@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from retinanet.batches import Batch
 from retinanet.checkpoint import Model, find_model, load_model, save_model
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
@@ -19,13 +19,14 @@ from retinanet.errors import CheckpointError, DivergedError, Stopped
 from retinanet.folders import write_json
 from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
-from retinanet.training.folder import RunFolder
+from retinanet.training.folder import RunFolder, go_on
 from retinanet.training.optimizer import rate
+from retinanet.training.patience import EarlyStop, early_stop
 from retinanet.training.planning import Plan
-from retinanet.training.progress import TrainingProgress
 from retinanet.training.signals import StopRequest
 from retinanet.training.state import State, optimizer_tensors, restore_optimizers, save_state
 from retinanet.training.step import TrainingStep
+from retinanet.training.story import RunStory
 
 # Steps between two lines of metrics.jsonl.
 LOG_EVERY = 10
@@ -73,11 +74,11 @@ def train_network(
     )
     how = f"go on with: {go_on(folder)}"
 
-    with TrainingProgress(console, plan.steps, first) as progress:
+    with RunStory(plan, train, val, folder, console, first) as story:
         if plan.judges(first) and not judge.knows(first):  # stopped before that validation was done
             with stop.at_once(f"stopped by a signal in the validation of step {first}; {how}"):
-                judge(first, progress)
-        for step, batch in enumerate(batches, start=first + 1):
+                judge(first, story)
+        for step, batch in enumerate(story.batches(judge.until_enough(batches)), start=first + 1):
             # Whatever is random in a step (stochastic depth) follows from the step, not from what ran before.
             torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
             lr = plan.lr * rate(
@@ -90,8 +91,7 @@ def train_network(
             losses = train_on(batch, lr)
 
             meter.add(losses.total, losses.classes, losses.boxes, len(batch.indices))
-            for failure in set(batch.failed) - unreadable:
-                progress.say(f"skipped, and replaced by the next image: {failure}")
+            story.unreadable(step, sorted(set(batch.failed) - unreadable))
             unreadable.update(batch.failed)
             judging, saves = plan.judges(step), saving.due(step) or stop.number is not None
             if step % LOG_EVERY == 0 or judging or saves:
@@ -102,27 +102,20 @@ def train_network(
                         f"the loss is {loss} at step {step} (images now: {files}); lower --lr, now {lr:g}"
                     )
             if step % LOG_EVERY == 0 or judging:
-                epoch = step * plan.batch_size / plan.train_images
-                record = {"step": step, "epoch": epoch, **meter.read(), "lr": lr}
-                folder.log(record)
-                progress.step(step, record)
+                story.trained(step, {**meter.read(), "lr": lr})
             if judging or saves:
-                saving.save(step, train_on, meter, unreadable)
+                with story.clock.during("saving"):
+                    saving.save(step, train_on, meter, unreadable)
             if judging:
                 with stop.at_once(f"stopped by a signal in the validation of step {step}; {how}"):
-                    judge(step, progress)
+                    judge(step, story)
                 meter.restart_clock()
             if stop.number is not None and step < plan.steps:
                 if not judging:  # else it was just saved, with its thresholds
                     save_model(folder.last, judge.model(step))
                 raise Stopped(stop.number, f"stopped by a signal at step {step} of {plan.steps}; {how}")
-    with stop.at_once(f"stopped by a signal after the last step; {how}"):
-        return judge.best()
-
-
-def go_on(folder: RunFolder) -> str:
-    """Return the command that resumes a run."""
-    return f"retinanet train --resume {shlex.quote(str(folder.path))}"
+        with stop.at_once(f"stopped by a signal after the last step; {how}"):
+            return judge.best()
 
 
 class Saving:
@@ -206,12 +199,23 @@ class Judge:
     steps: set[int] = field(default_factory=set)
     best_ap: float = 0.0
     newest_best: Validation | None = None
+    early: EarlyStop | None = None
 
     def remember(self) -> None:
         """Take up what an earlier process of this run judged."""
         for record in self.folder.validations():
             self.steps.add(record["step"])
             self.best_ap = max(self.best_ap, record["ap"] or 0.0)
+        self._decide()
+
+    def until_enough(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches until validations say that the run stops early."""
+        waiting = iter(batches)
+        while self.early is None and (batch := next(waiting, None)) is not None:
+            yield batch
+
+    def _decide(self) -> None:
+        self.early = early_stop(self.folder.validations(), self.plan.options.patience)
 
     def knows(self, step: int) -> bool:
         """Return whether the weights of a step are judged."""
@@ -224,25 +228,24 @@ class Judge:
             self.newest_best = validate(detector, self.val, batch_size=self.plan.batch_size)
         return self.newest_best
 
-    def __call__(self, step: int, progress: TrainingProgress) -> None:
+    def __call__(self, step: int, story: RunStory) -> None:
+        with story.clock.during("validating"):
+            self._judge(step, story)
+
+    def _judge(self, step: int, story: RunStory) -> None:
         began = time.monotonic()
         # Just as `retinanet evaluate` will do it with the saved file, fp32 included: the figures must agree.
         detector = Detector(self.model(step), device=str(self.plan.device))
         found = validate(detector, self.val, batch_size=self.plan.batch_size)
-        metrics = found.metrics.to_json()
-        progress.evaluated(step, found.metrics, time.monotonic() - began)
-        for file, failure in found.failed.items():
-            progress.say(f"left out of the validation: {file}: {failure}")
+        seconds = time.monotonic() - began
         save_model(self.folder.last, self.model(step, found))
         if (found.ap or 0) >= self.best_ap:
             self.newest_best, self.best_ap = found, found.ap or 0.0
             save_model(self.folder.best, self.model(step, found))
-            write_json(self.folder.path / "metrics.json", metrics)
-        figures = {name: value for name, value in metrics.items() if name.startswith(("ap", "ar"))}
-        self.folder.log(
-            {"step": step, "epoch": step * self.plan.batch_size / self.plan.train_images, **figures}
-        )
+            write_json(self.folder.path / "metrics.json", found.metrics.to_json())
+        story.validated(step, found, seconds)
         self.steps.add(step)
+        self._decide()
 
     def model(self, step: int, found: Validation | None = None) -> Model:
         """Return the model file's content after a step."""

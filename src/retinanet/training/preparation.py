@@ -16,10 +16,12 @@ from retinanet.folders import write_json
 from retinanet.model import RetinaNet
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
+from retinanet.training.parts import table_of_parts, trained_in_words
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.starting import build_network
 from retinanet.training.timing import fit_to_time
+from retinanet.training.writers import chosen_writers
 
 # Faults printed one by one; the rest is counted.
 FAULTS_SHOWN = 5
@@ -49,6 +51,7 @@ def prepare(
         stored: the plan of the run that goes on.
     """
     began = time.monotonic()
+    writers = chosen_writers(options)  # what is missing for one is told before anything is read
     train_set, val_set = open_splits(
         options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
     )
@@ -75,16 +78,16 @@ def prepare(
     else:
         plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
     plan.show(console)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in network.parameters())
-    of_them = "all" if trained == whole else f"{trained:,}"
-    console.print(f"{whole:,} parameters, {of_them} of them trained", highlight=False)
+    if plan.recipe.freeze != "none":
+        console.print(table_of_parts(network))
+    console.print(trained_in_words(network), highlight=False)
     if folder is None:
         console.print("dry run: nothing was written", highlight=False)
     else:
         if stored is None:
             write_json(folder.plan, {**plan.to_json(), "data": data})
-        console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
+        also = f", and to {', '.join(writers)}" if writers else ""
+        console.print(f"writing to {folder.path}{also}", highlight=False, soft_wrap=True)
     return Prepared(plan, network, train_set, val_set)
 
 

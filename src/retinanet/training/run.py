@@ -15,12 +15,12 @@ from retinanet.errors import CheckpointError, ConfigError, RetinaNetError
 from retinanet.folders import read_json, require_new
 from retinanet.inference import Detector, Validation, load
 from retinanet.training.configuration import TrainingOptions, option, read_config
-from retinanet.training.folder import RunFolder
-from retinanet.training.loop import go_on, train_network
+from retinanet.training.folder import RunFolder, go_on
+from retinanet.training.loop import train_network
 from retinanet.training.preparation import Prepared, prepare
 from retinanet.training.progress import plain_console
 from retinanet.training.recipes import Recipe
-from retinanet.training.run_report import report_run
+from retinanet.training.run_report import draw_run
 from retinanet.training.signals import StopRequest, noted_signals
 from retinanet.training.state import State, newest_state
 
@@ -180,8 +180,8 @@ def _train(
         best = train_network(
             plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state
         )
-    with stop.at_once(f"stopped by a signal after the last step; write the report with: {go_on(folder)}"):
-        report_run(plan, best, val_set, folder)
+    with stop.at_once(f"stopped by a signal after the last step; draw its pictures with: {go_on(folder)}"):
+        draw_run(best, val_set, folder)
     console.print(best.metrics.table(), highlight=False, soft_wrap=True)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
     return Run(folder.path, load(folder.best, device=plan.options.device), best)
