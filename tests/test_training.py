@@ -117,7 +117,8 @@ def test_the_run_folder_is_complete(run: object) -> None:
     assert {"step", "epoch", "loss", "loss_class", "loss_box", "lr", "images_per_second"} <= set(trained[0])
     assert trained[-1]["epoch"] == 12 * 2 / 6
     page = (run.path / "report.html").read_text()  # type: ignore[attr-defined]
-    assert "data:image/png;base64," in page
+    assert "data:image/jpeg;base64," in page
+    assert "<svg" in page
     assert "http" not in page.split("</style>")[1]  # nothing is loaded from elsewhere
 
 

@@ -37,6 +37,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return generate_shapes(folder, train=6, val=2, spec=ShapesSpec(image_size=96))
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the writers set there ends with each test."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
 def asked(log_to: str, **options: Any) -> TrainingOptions:
     return TrainingOptions(data="DATA", log_to=log_to, **options)
 

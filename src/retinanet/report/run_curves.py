@@ -1,140 +1,150 @@
-"""The curves of a run's page, each a small PNG: AP, losses, learning rate, AP of classes. Drawn without a display.
-
-Names of classes stand beside the pictures, in the page: no font has the letters of every script.
-"""
+"""The curves of a run's page: AP, AP of classes, losses, learning rate; each with what it says, in plain words."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from typing import Any, TypeAlias
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
+from retinanet.drawing import class_colour
+from retinanet.report.charts import Line, Points, averaged, line_chart
 from retinanet.report.curves import BLUE, GREEN, ORANGE
 
 Records: TypeAlias = Sequence[dict[str, Any]]
-Points: TypeAlias = list[tuple[float, float]]
 
-GREY = "#6b7075"
-# Points of a line; where a run has more, neighbours are averaged.
-MOST_POINTS = 300
+# Up to so many classes every one has a curve; of more, so many of the best and of the worst.
+EVERY_CLASS, OF_EACH_END = 10, 4
 
 
-def draw_quality(history: Records, resumed: Sequence[int]) -> bytes:
-    """Draw AP, AP50 and AP75 of the validations; a ring marks the best AP."""
-    figure, axes = _new_figure(history, resumed)
-    everything: Points = []
-    for name, label, colour in (("ap50", "AP50", ORANGE), ("ap75", "AP75", GREEN), ("ap", "AP", BLUE)):
-        points = points_of(history, name)
-        everything += points
-        _line(axes, points, colour, label, marker="o")
-    if points:
-        # The later of equals: its model is the one that was kept.
-        step, ap = max(points, key=lambda point: (point[1], point[0]))
-        axes.plot([step], [ap], "o", markersize=11, markerfacecolor="none", color=BLUE, markeredgewidth=1.5)
-    axes.set_ylim(0, _above(everything))
-    return _png(figure, axes)
+@dataclass(frozen=True)
+class Curves:
+    """A chart with its heading, an explanation and the key to its lines."""
+
+    heading: str
+    said: str
+    chart: str
+    key: str
 
 
-def draw_losses(history: Records, resumed: Sequence[int]) -> bytes:
-    """Draw the parts of the training loss and their sum."""
-    figure, axes = _new_figure(history, resumed)
-    for name, label, colour in (
-        ("loss", "sum", BLUE),
-        ("loss_class", "what is it? (class)", ORANGE),
-        ("loss_box", "where is it? (box)", GREEN),
-    ):
-        _line(axes, averaged(points_of(history, name)), colour, label)
-    axes.set_ylim(0, None)
-    return _png(figure, axes)
+def best_validation(history: Records) -> dict[str, Any] | None:
+    """Return the line of the validation whose model is kept: the highest AP, the later of equals."""
+    validations = [record for record in history if "ap" in record]
+    return max(validations, key=lambda record: (record["ap"] or 0.0, record["step"])) if validations else None
 
 
-def draw_rate(history: Records, resumed: Sequence[int]) -> bytes:
-    """Draw the learning rate."""
-    figure, axes = _new_figure(history, resumed)
-    _line(axes, averaged(points_of(history, "lr")), BLUE)
-    axes.set_ylim(0, None)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    return _png(figure, axes)
-
-
-def draw_classes(
-    history: Records, resumed: Sequence[int], shown: Sequence[tuple[str, tuple[int, int, int]]]
-) -> bytes:
-    """Draw the AP of some classes over the validations.
+def curves_of(history: Records, classes: Sequence[str], resumed: Sequence[int]) -> list[Curves]:
+    """Return the charts of a run; without a line in its log none.
 
     Args:
-        shown: (name, RGB) of each.
+        history: the lines of `metrics.jsonl`.
+        classes: names, in the model's order.
+        resumed: steps after which the run went on.
     """
-    figure, axes = _new_figure(history, resumed)
-    everything: Points = []
-    for name, (red, green, blue) in shown:
-        points = [
-            (record["step"], record["per_class"][name]["ap"])
-            for record in history
-            if record.get("per_class", {}).get(name, {}).get("ap") is not None
-        ]
-        everything += points
-        _line(axes, points, (red / 255, green / 255, blue / 255), marker="o")
-    axes.set_ylim(0, _above(everything))
-    return _png(figure, axes)
+    best = best_validation(history)
+    found = [] if best is None else [_quality(history, resumed, best)]
+    if best is not None and len(classes) > 1 and "per_class" in best:
+        found.append(_classes(history, resumed, best, classes))
+    if any("loss" in record for record in history):
+        found += [_losses(history, resumed), _rate(history, resumed)]
+    return found
 
 
-def points_of(history: Records, name: str) -> Points:
-    """Return (step, value) of every line that has such a figure."""
+def key_of(entries: Sequence[tuple[str, str]], more: str = "") -> str:
+    """Return coloured squares with names, for (CSS colour, name); `more` has no square."""
+    items = "".join(f'<li><i style="background:{colour}"></i>{escape(name)}</li>' for colour, name in entries)
+    return f'<ul class="key">{items}{f"<li>{escape(more)}</li>" if more else ""}</ul>'
+
+
+def colour_of_class(index: int) -> str:
+    """Return the CSS colour that a class has in pictures."""
+    return "rgb({},{},{})".format(*class_colour(index))
+
+
+def number(value: float | None) -> str:
+    """Return a figure in [0, 1] for people."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _quality(history: Records, resumed: Sequence[int], best: Mapping[str, Any]) -> Curves:
+    lines = [
+        Line(label, colour, _points(history, name))
+        for name, label, colour in (("ap", "AP", BLUE), ("ap50", "AP50", ORANGE), ("ap75", "AP75", GREEN))
+    ]
+    return Curves(
+        "How good it is",
+        "AP on the validation images: higher is better. The ring is the best model.",
+        line_chart(lines, highest=_room_above(lines), marks=resumed, ring=0),
+        key_of([(line.colour, f"{line.name} {number(best[line.name.lower()])}") for line in lines]),
+    )
+
+
+def _classes(
+    history: Records, resumed: Sequence[int], best: Mapping[str, Any], classes: Sequence[str]
+) -> Curves:
+    now = {
+        name: of["ap"] for name, of in best["per_class"].items() if of["ap"] is not None and name in classes
+    }
+    shown = [name for name in classes if name in now]
+    which = ""
+    if len(shown) > EVERY_CLASS:
+        ordered = sorted(shown, key=lambda name: -now[name])
+        shown, which = [*ordered[:OF_EACH_END], *ordered[-OF_EACH_END:]], ": the best and the worst"
+    lines = [
+        Line(
+            name,
+            colour_of_class(classes.index(name)),
+            [
+                (record["step"], ap)
+                for record in history
+                if (ap := record.get("per_class", {}).get(name, {}).get("ap")) is not None
+            ],
+        )
+        for name in shown
+    ]
+    return Curves(
+        f"How good in each class{which}",
+        "AP of a class alone. One that stays low needs more examples, or clearer ones.",
+        line_chart(lines, highest=_room_above(lines), marks=resumed, shaded=True),
+        key_of([(line.colour, f"{line.name} {number(now[line.name])}") for line in lines]),
+    )
+
+
+def _losses(history: Records, resumed: Sequence[int]) -> Curves:
+    lines = [
+        Line(label, colour, averaged(_points(history, name)))
+        for name, label, colour in (
+            ("loss", "together, weighted", BLUE),
+            ("loss_class", "what is it? (class)", ORANGE),
+            ("loss_box", "where is it? (box)", GREEN),
+        )
+    ]
+    return Curves(
+        "What it still gets wrong",
+        "The training loss in its parts: it should fall. It jitters, as every step sees other images.",
+        line_chart(lines, highest=_most(lines), marks=resumed),
+        key_of([(line.colour, line.name) for line in lines]),
+    )
+
+
+def _rate(history: Records, resumed: Sequence[int]) -> Curves:
+    line = Line("learning rate", BLUE, averaged(_points(history, "lr")))
+    return Curves(
+        "How boldly it learns",
+        "The learning rate, how far a step moves the weights: it rises in the beginning and then falls, by plan.",
+        line_chart([line], highest=_most([line]), marks=resumed),
+        key_of([(BLUE, line.name)]),
+    )
+
+
+def _points(history: Records, name: str) -> Points:
     return [(record["step"], record[name]) for record in history if record.get(name) is not None]
 
 
-def averaged(points: Points) -> Points:
-    """Return at most `MOST_POINTS` points: neighbours become their mean."""
-    if len(points) <= MOST_POINTS:
-        return points
-    parts = np.array_split(np.array(points, np.float64), MOST_POINTS)
-    return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
+def _most(lines: Sequence[Line]) -> float:
+    return max((value for line in lines for _, value in line.points), default=0.0) * 1.05 or 1.0
 
 
-def _new_figure(history: Records, resumed: Sequence[int]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.4, 2.7), dpi=130)
-    FigureCanvasAgg(figure)  # draws without a display, and without pyplot's global state
-    # By hand: a layout that is worked out takes longer than the drawing.
-    axes = figure.add_axes((0.1, 0.13, 0.87, 0.82))
-    last = max((record["step"] for record in history), default=1)
-    axes.set_xlim(0, max(last, 1) * 1.02)
-    for step in sorted({step for step in resumed if 0 < step <= last}):
-        axes.axvline(step, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-    return figure, axes
-
-
-def _line(axes: Axes, points: Points, colour: Any, label: str | None = None, marker: str = "") -> None:
-    if points:
-        axes.plot(
-            *zip(*points, strict=True),
-            color=colour,
-            label=label,
-            marker=marker,
-            markersize=3.5,
-            linewidth=1.6,
-        )
-
-
-def _above(points: Points) -> float:
-    """Return a limit above all figures, at most 1: those of a hard task should be no line along the bottom."""
-    return min(1.0, max(0.05, 1.15 * max((value for _, value in points), default=1.0)))
-
-
-def _png(figure: Figure, axes: Axes) -> bytes:
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8, colors=GREY)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+def _room_above(lines: Sequence[Line]) -> float:
+    """Return an upper end for figures up to 1: those of a hard task should be no line along the bottom."""
+    return min(1.0, max(0.05, 1.1 * _most(lines)))

@@ -11,10 +11,18 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from retinanet.drawing import class_colour
 from retinanet.folders import write_text
+from retinanet.report.charts import STYLE as OF_CHARTS
 from retinanet.report.page import STYLE, data_url
-from retinanet.report.run_curves import Records, draw_classes, draw_losses, draw_quality, draw_rate
+from retinanet.report.run_curves import (
+    EVERY_CLASS,
+    Records,
+    best_validation,
+    colour_of_class,
+    curves_of,
+    key_of,
+    number,
+)
 
 HEADLINE = (
     ("ap", "AP"),
@@ -24,8 +32,6 @@ HEADLINE = (
     ("ap_medium", "AP medium"),
     ("ap_large", "AP large"),
 )
-# Up to so many classes every one has a curve; of more, so many of the best and of the worst.
-EVERY_CLASS, OF_EACH_END = 10, 4
 # Rows of what was skipped, files of one row, classes of the table: the rest is counted.
 ROWS_SHOWN, FILES_SHOWN, CLASSES_SHOWN = 50, 8, 100
 # Seconds after which a browser loads the page of a run that goes on again.
@@ -46,7 +52,8 @@ vertical-align: -.05rem; border: 1px solid #8886; }
 .strips figure { margin: 0; } .strips figcaption { font-size: .9rem; } .strips img { display: block; width: 100%; }
 .bar { display: flex; height: 1.6rem; border-radius: .4rem; overflow: hidden; margin: .75rem 0; }
 .listed td, .listed th { text-align: left; vertical-align: top; } td { overflow-wrap: anywhere; }
-.why td { text-align: left; } .why td:last-child { opacity: .75; } details { margin: .75rem 0; }
+.why td { text-align: left; } .why td:first-child { white-space: nowrap; }
+.why td:last-child { opacity: .75; } details { margin: .75rem 0; }
 summary { cursor: pointer; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
@@ -120,7 +127,7 @@ def write_run_page(path: Path, page: RunPage) -> None:
     blocks = [
         _status(page.status),
         _figures(best, page),
-        _curves(page, best),
+        _curves(page),
         _examples(page),
         _time(page),
         _skipped(page),
@@ -132,19 +139,13 @@ def write_run_page(path: Path, page: RunPage) -> None:
         path,
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">{again}<title>{title}</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}{OF_RUN}</style></head><body>
+<meta name="viewport" content="width=device-width"><style>{STYLE}{OF_CHARTS}{OF_RUN}</style></head><body>
 <h1>{title}</h1><p class="note">{escape(page.lead)}</p>
 {chr(10).join(block for block in blocks if block)}
 <p class="note">Written {escape(page.written)}.</p>
 </body></html>
 """,
     )
-
-
-def best_validation(history: Records) -> dict[str, Any] | None:
-    """Return the line of the validation whose model is kept: the highest AP, the later of equals."""
-    validations = [record for record in history if "ap" in record]
-    return max(validations, key=lambda record: (record["ap"] or 0.0, record["step"])) if validations else None
 
 
 def _status(status: Status) -> str:
@@ -160,7 +161,7 @@ def _figures(best: Mapping[str, Any] | None, page: RunPage) -> str:
     facts = f'<div class="figures">{facts}</div>'
     if best is None:
         return f'{facts}<p class="note">The model has not been tried on the validation images yet.</p>'
-    figures = "".join(f"<div>{label}<b>{_number(best.get(name))}</b></div>" for name, label in HEADLINE)
+    figures = "".join(f"<div>{label}<b>{number(best.get(name))}</b></div>" for name, label in HEADLINE)
     return (
         f'<h2>The best model so far</h2><div class="figures">{figures}</div>'
         f"<p>It is that of step {best['step']:,}, tried on images that it never learned from. <b>AP</b>, average "
@@ -171,74 +172,20 @@ def _figures(best: Mapping[str, Any] | None, page: RunPage) -> str:
     )
 
 
-def _curves(page: RunPage, best: Mapping[str, Any] | None) -> str:
-    resumed = [step for step, _ in page.resumes]
-    blocks = []
-    if best is not None:
-        blocks.append(
-            (
-                "How good it is",
-                "AP on the validation images: higher is better. The ring is the best model.",
-                draw_quality(page.history, resumed),
-                "",
-            )
-        )
-        shown = _classes_shown(page, best)
-        if len(page.classes) > 1:
-            which = "" if len(shown) == len(page.classes) else ", the best and the worst"
-            blocks.append(
-                (
-                    "AP of the classes" + which,
-                    "A class that stays low needs more examples, or clearer ones.",
-                    draw_classes(page.history, resumed, shown),
-                    _key(
-                        [
-                            (colour, f"{name} {_number(best['per_class'][name]['ap'])}")
-                            for name, colour in shown
-                        ]
-                    ),
-                )
-            )
-    if any("loss" in record for record in page.history):
-        blocks += [
-            (
-                "What it still gets wrong",
-                "The training loss, in its parts: it should fall, and it jitters, as every step sees other images.",
-                draw_losses(page.history, resumed),
-                "",
-            ),
-            (
-                "Learning rate",
-                "How far a step moves the weights: it rises in the beginning and then falls by plan.",
-                draw_rate(page.history, resumed),
-                "",
-            ),
-        ]
-    if not blocks:
+def _curves(page: RunPage) -> str:
+    curves = curves_of(page.history, list(page.classes), [step for step, _ in page.resumes])
+    if not curves:
         return ""
     drawn = "".join(
-        f'<div><h3>{heading}</h3><p>{said}</p><img alt="{heading}" src="{data_url(picture, "png")}">{key}</div>'
-        for heading, said, picture, key in blocks
+        f"<div><h3>{escape(one.heading)}</h3><p>{escape(one.said)}</p>{one.chart}{one.key}</div>"
+        for one in curves
     )
-    return f'<h2>Over time</h2><div class="curves">{drawn}</div>{_resumed(page)}'
-
-
-def _resumed(page: RunPage) -> str:
-    told = [f"after step {step:,} ({escape(when)})" for step, when in page.resumes]
-    if not told:
-        return ""
-    return f'<p class="note">Across: steps. Dashed lines: the run was resumed {", ".join(told)}.</p>'
-
-
-def _classes_shown(page: RunPage, best: Mapping[str, Any]) -> list[tuple[str, tuple[int, int, int]]]:
-    """Return the classes that get a curve, with their colours, which are those of the pictures."""
-    names = list(page.classes)
-    of = best.get("per_class", {})
-    known = [name for name in names if of.get(name, {}).get("ap") is not None]
-    if len(known) > EVERY_CLASS:
-        ordered = sorted(known, key=lambda name: -of[name]["ap"])
-        known = [*ordered[:OF_EACH_END], *ordered[-OF_EACH_END:]]
-    return [(name, class_colour(names.index(name))) for name in known]
+    resumed = ", ".join(f"after step {step:,} ({escape(when)})" for step, when in page.resumes)
+    dashes = f" Dashed lines: the run had stopped, and went on {resumed}." if resumed else ""
+    return (
+        f'<h2>Over time</h2><p class="note">Left to right: the steps of training.{dashes}</p>'
+        f'<div class="curves">{drawn}</div>'
+    )
 
 
 def _examples(page: RunPage) -> str:
@@ -251,20 +198,12 @@ def _examples(page: RunPage) -> str:
     )
     names = list(page.classes)[:EVERY_CLASS]
     more = f"and {len(page.classes) - len(names)} more classes" if len(page.classes) > len(names) else ""
-    key = _key([(class_colour(place), name) for place, name in enumerate(names)], more)
+    key = key_of([(colour_of_class(place), name) for place, name in enumerate(names)], more)
     return (
         "<h2>What it finds</h2><p>The same validation images each time, not chosen by how well they are done: on the "
         "left the boxes as they are annotated, then what the model found as it was then.</p>"
         f'<div class="strips">{columns}</div>{key}'
     )
-
-
-def _key(entries: Sequence[tuple[tuple[int, int, int], str]], more: str = "") -> str:
-    """Return coloured squares with names."""
-    items = "".join(
-        f'<li><i style="background:rgb{colour}"></i>{escape(name)}</li>' for colour, name in entries
-    )
-    return f'<ul class="key">{items}{f"<li>{more}</li>" if more else ""}</ul>'
 
 
 def _time(page: RunPage) -> str:
@@ -274,15 +213,13 @@ def _time(page: RunPage) -> str:
     bar = "".join(
         f'<i style="flex:{share.seconds:.4g};background:{share.colour}"></i>' for share in page.shares
     )
-    items = "".join(
-        f'<li><i style="background:{share.colour}"></i>{escape(share.what)} {_percent(share.seconds / whole)} '
-        f"({escape(share.in_words)})</li>"
-        for share in page.shares
+    key = key_of(
+        [
+            (share.colour, f"{share.what} {_percent(share.seconds / whole)} ({share.in_words})")
+            for share in page.shares
+        ]
     )
-    return (
-        f'<h2>Where the time goes</h2><div class="bar">{bar}</div><ul class="key">{items}</ul>'
-        f"<p>{escape(page.advice)}</p>"
-    )
+    return f'<h2>Where the time goes</h2><div class="bar">{bar}</div>{key}<p>{escape(page.advice)}</p>'
 
 
 def _skipped(page: RunPage) -> str:
@@ -320,7 +257,7 @@ def _classes(page: RunPage, best: Mapping[str, Any] | None) -> str:
         return ""
     names = list(page.classes)
     rows = [
-        [name, _number(of["ap"]), _number(of["ap50"]), f"{page.classes[name]:,}"]
+        [name, number(of["ap"]), number(of["ap50"]), f"{page.classes[name]:,}"]
         for name in names[:CLASSES_SHOWN]
         if (of := best["per_class"].get(name)) is not None
     ]
@@ -343,7 +280,7 @@ def _settings(page: RunPage) -> str:
     commands = escape("\n".join(page.commands))
     return (
         f"<h2>How it was made</h2><pre>{commands}</pre><details open><summary>Every setting, and why</summary>"
-        f'<table class="why"><tr><th>setting</th></tr>{settings}</table></details>'
+        f'<table class="why"><tr><th>setting</th><td><b>value</b></td><td>why</td></tr>{settings}</table></details>'
         f'<details><summary>Versions and machine</summary><table class="settings">{machine}</table></details>'
     )
 
@@ -361,10 +298,6 @@ def _few(files: Sequence[str]) -> str:
 
 def _more(number: int) -> str:
     return f'<p class="note">and {number:,} more in metrics.jsonl</p>' if number > 0 else ""
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _percent(share: float) -> str:

@@ -99,10 +99,10 @@ class _StreamTime:
         if not spans:
             return 0.0
         spans[-1][1].synchronize()
-        return sum(first.elapsed_time(last) for first, last in spans) / 1000
+        return float(sum(first.elapsed_time(last) for first, last in spans)) / 1000
 
     @staticmethod
     def _mark() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         return event

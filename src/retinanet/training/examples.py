@@ -17,7 +17,7 @@ from retinanet.training.pictures import sure_detections
 
 IMAGES = 4
 # Longest side of a picture, pixels; white between two of them.
-SIDE, GAP = 320, 8
+SIDE, GAP = 200, 5
 TRUTH = "truth.jpg"
 
 

@@ -13,7 +13,8 @@ from retinanet.data import Dataset
 from retinanet.inference import Validation
 from retinanet.records import Ignore
 from retinanet.report.curves import draw_curves
-from retinanet.report.run_page import RunPage, Share, Status, best_validation, write_run_page
+from retinanet.report.run_curves import best_validation
+from retinanet.report.run_page import RunPage, Share, Status, write_run_page
 from retinanet.training.examples import Examples
 from retinanet.training.folder import RunFolder
 from retinanet.training.pictures import draw_validation
@@ -104,7 +105,7 @@ def _facts(plan: Plan, history: Sequence[dict[str, Any]], step: int) -> list[tup
     facts = [
         ("steps", f"{step:,}"),
         ("passes over the images", f"{passes:.1f}" if passes < 100 else f"{passes:,.0f}"),
-        ("time", in_time(seconds)),
+        ("time in training", in_time(seconds)),
     ]
     if speeds:
         facts.append(("images a second", f"{float(np.median(speeds)):.3g}"))

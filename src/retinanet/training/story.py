@@ -26,10 +26,7 @@ from retinanet.training.time_left import TimeLeft, in_time
 from retinanet.training.writers import Writers
 
 # Seconds after which the page is written anew between two validations.
-REWRITTEN = 300.0
-# Validations that follow each other faster than so many times what a page takes to write share one: telling what is done
-# must not take longer than doing it.
-REST = 4.0
+REWRITTEN = 60.0
 
 
 class RunStory:
@@ -58,7 +55,7 @@ class RunStory:
         )
         self.failed: set[str] = set()
         self.told_unreadable: set[str] = set()
-        self.written_at, self.writing_took = time.monotonic(), 0.0
+        self.written_at = time.monotonic()
 
     def __enter__(self) -> RunStory:
         history = self.folder.history()
@@ -84,7 +81,10 @@ class RunStory:
             over = str(early) if early and early.step < self.plan.steps else ""
             if over:
                 self.say(over)
-            self.report("finished", f"{over[:1].upper()}{over[1:]}." if over else f"Finished: {reached}.")
+            self.report(
+                "finished",
+                f"{over[:1].upper()}{over[1:]}." if over else f"Finished: all {self.plan.steps:,} steps.",
+            )
         elif isinstance(error, Stopped | KeyboardInterrupt):
             self.report("stopped", f"Stopped at {reached}.", "To go on:")
         else:
@@ -141,8 +141,7 @@ class RunStory:
         }
         self._log(record)
         self.left.told(record)
-        if time.monotonic() - self.written_at >= REST * self.writing_took:
-            self._report_progress()
+        self._report_progress()
 
     def report(
         self, kind: Literal["running", "finished", "stopped", "failed"], text: str, hint: str = ""
@@ -152,14 +151,12 @@ class RunStory:
         Args:
             hint: when one would resume the run, before the command for it.
         """
-        began = time.monotonic()
         status = Status(kind, text, self.step / self.plan.steps, hint, go_on(self.folder) if hint else "")
         self._safely(
             "report.html",
             lambda: write_report(self.plan, self.train, self.val, self.folder, self.examples, status),
         )
         self.written_at = time.monotonic()
-        self.writing_took = self.written_at - began
 
     def _report_progress(self) -> None:
         left = self.left.seconds()

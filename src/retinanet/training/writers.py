@@ -73,9 +73,14 @@ class WandbWriter:
 
 
 class MlflowWriter:
-    """A run of MLflow, where $MLFLOW_TRACKING_URI and $MLFLOW_EXPERIMENT_NAME say; resumed, the same one."""
+    """A run of MLflow, where $MLFLOW_TRACKING_URI and $MLFLOW_EXPERIMENT_NAME say; resumed, the same one.
+
+    A server that is away is asked a few times ($MLFLOW_HTTP_REQUEST_MAX_RETRIES, here 2): training waits meanwhile.
+    """
 
     def __init__(self, folder: RunFolder, options: TrainingOptions) -> None:
+        # Before the import; MLflow's own 7 take five minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         import mlflow
 
         self.mlflow = mlflow
