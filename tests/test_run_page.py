@@ -132,7 +132,7 @@ def test_of_many_classes_the_best_and_the_worst_have_curves(tmp_path: Path) -> N
     names = [f"class {i:02d}" for i in range(30)]
     aps = {name: 0.9 - i / 50 for i, name in enumerate(names)}
     page = written(tmp_path, history=[line(10), validation(10, 0.5, **aps)], classes=dict.fromkeys(names, 3))
-    assert "How good in each class: the best and the worst" in page
+    assert "clearer ones. The best and the worst." in page
     shown = re.findall(r"</i>(class \d\d) \d", page)
     assert shown == [*names[:4], *names[-4:]]
     assert "and 20 more classes" not in page  # there are no example pictures that they would explain
@@ -183,7 +183,7 @@ def test_what_was_skipped_is_told(tmp_path: Path) -> None:
 
 def test_a_chart_holds_its_points_within_its_frame() -> None:
     points = [(0, 0.0), (50, 0.25), (100, 0.5), (75, 9.0)]
-    chart = ElementTree.fromstring(line_chart([Line("a<b", "red", points)], highest=0.5))
+    chart = ElementTree.fromstring(line_chart([Line("a<b", "red", points)], last=100, highest=0.5))
     (corners,) = [one.get("points", "") for one in chart.iter("polyline")]
     places = [tuple(map(float, corner.split(","))) for corner in corners.split()]
     left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
@@ -198,7 +198,7 @@ def test_a_chart_holds_its_points_within_its_frame() -> None:
 
 def test_the_ring_is_around_the_best_and_later_of_equals() -> None:
     line = Line("AP", "blue", [(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)])
-    chart = ElementTree.fromstring(line_chart([line], highest=1.0, ring=0))
+    chart = ElementTree.fromstring(line_chart([line], last=4, highest=1.0, ring=0))
     (ring,) = [one for one in chart.iter("circle") if one.get("fill") == "none"]
     dots = [one for one in chart.iter("circle") if one.get("fill") == "blue"]
     assert (ring.get("cx"), ring.get("cy")) == (dots[2].get("cx"), dots[2].get("cy"))
@@ -206,7 +206,7 @@ def test_the_ring_is_around_the_best_and_later_of_equals() -> None:
 
 @pytest.mark.parametrize("points", [[], [(0, 0.0)], [(1, 1e-9)]])
 def test_charts_of_next_to_nothing(points: list[tuple[float, float]]) -> None:
-    ElementTree.fromstring(line_chart([Line("a", "red", points)], highest=1.0, marks=[5], ring=0))
+    ElementTree.fromstring(line_chart([Line("a", "red", points)], last=0, highest=1.0, marks=[5], ring=0))
 
 
 def test_long_curves_are_averaged() -> None:
@@ -215,7 +215,7 @@ def test_long_curves_are_averaged() -> None:
     assert len(few) == charts.MOST_POINTS
     assert all(abs(value - 0.5) < 0.01 for _, value in few)
     assert averaged(points[:300]) == points[:300]
-    assert "<circle" not in line_chart([Line("a", "red", few)], highest=1.0)
+    assert "<circle" not in line_chart([Line("a", "red", few)], last=1e5, highest=1.0)
 
 
 # ------------------------------------------------------------------------------------- time and advice
@@ -224,10 +224,10 @@ def test_long_curves_are_averaged() -> None:
 @pytest.mark.parametrize(
     ("seconds", "workers", "said"),
     [
-        ({"step": 57, "data": 43}, 2, "43% of the time waits for images: more --workers than 2"),
-        ({"step": 57, "data": 43}, 0, "43% of the time waits for images: some --workers, which take"),
-        ({"step": 50, "data": 16, "validating": 34}, 2, "34% of the time goes into validations: a larger"),
-        ({"step": 80, "saving": 20}, 2, "20% of the time goes into saving"),
+        ({"step": 57, "data": 43}, 2, "43 % of the time waits for images: more --workers than 2"),
+        ({"step": 57, "data": 43}, 0, "43 % of the time waits for images: some --workers, which take"),
+        ({"step": 50, "data": 16, "validating": 34}, 2, "34 % of the time goes into validations: a larger"),
+        ({"step": 80, "saving": 20}, 2, "20 % of the time goes into saving"),
         ({"step": 90, "data": 5, "validating": 5}, 2, "into the training steps themselves, as it should"),
         ({}, 2, "as it should"),
     ],

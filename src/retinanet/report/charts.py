@@ -18,7 +18,7 @@ Points: TypeAlias = Sequence[tuple[float, float]]
 
 # Pixels of the drawing, which the page scales, and of the frame inside.
 WIDTH, HEIGHT = 480, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 26
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 12, 26
 # Distances of numbers on an axis, times powers of ten.
 ROUND = (1, 2, 5, 10)
 # Points of a line; where there are more, neighbours are averaged.
@@ -46,6 +46,7 @@ class Line:
 def line_chart(
     lines: Sequence[Line],
     *,
+    last: float,
     highest: float,
     marks: Sequence[float] = (),
     ring: int | None = None,
@@ -54,12 +55,12 @@ def line_chart(
     """Return the SVG of some lines over whole numbers from 0.
 
     Args:
+        last: end of the axis of steps.
         highest: upper end of the axis of values, which begins at 0.
         marks: where dashed lines stand upright.
         ring: the line whose highest point, the last of equals, gets a ring around it.
         shaded: lines get a dark hair, for colours that are pale on paper.
     """
-    last = max((x for line in lines for x, _ in line.points), default=1.0)
     frame = _Frame(max(last, 1.0), highest)
     places = [frame.x(x) for x in sorted({x for x in marks if 0 < x <= last})]
     upright = f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"'

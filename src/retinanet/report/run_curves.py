@@ -74,7 +74,7 @@ def _quality(history: Records, resumed: Sequence[int], best: Mapping[str, Any]) 
     return Curves(
         "How good it is",
         "AP on the validation images: higher is better. The ring is the best model.",
-        line_chart(lines, highest=_room_above(lines), marks=resumed, ring=0),
+        line_chart(lines, last=_last(history), highest=_room_above(lines), marks=resumed, ring=0),
         key_of([(line.colour, f"{line.name} {number(best[line.name.lower()])}") for line in lines]),
     )
 
@@ -86,10 +86,10 @@ def _classes(
         name: of["ap"] for name, of in best["per_class"].items() if of["ap"] is not None and name in classes
     }
     shown = [name for name in classes if name in now]
-    which = ""
+    which = "AP of a class alone. One that stays low needs more examples, or clearer ones."
     if len(shown) > EVERY_CLASS:
         ordered = sorted(shown, key=lambda name: -now[name])
-        shown, which = [*ordered[:OF_EACH_END], *ordered[-OF_EACH_END:]], ": the best and the worst"
+        shown, which = [*ordered[:OF_EACH_END], *ordered[-OF_EACH_END:]], f"{which} The best and the worst."
     lines = [
         Line(
             name,
@@ -103,9 +103,9 @@ def _classes(
         for name in shown
     ]
     return Curves(
-        f"How good in each class{which}",
-        "AP of a class alone. One that stays low needs more examples, or clearer ones.",
-        line_chart(lines, highest=_room_above(lines), marks=resumed, shaded=True),
+        "How good in each class",
+        which,
+        line_chart(lines, last=_last(history), highest=_room_above(lines), marks=resumed, shaded=True),
         key_of([(line.colour, f"{line.name} {number(now[line.name])}") for line in lines]),
     )
 
@@ -122,7 +122,7 @@ def _losses(history: Records, resumed: Sequence[int]) -> Curves:
     return Curves(
         "What it still gets wrong",
         "The training loss in its parts: it should fall. It jitters, as every step sees other images.",
-        line_chart(lines, highest=_most(lines), marks=resumed),
+        line_chart(lines, last=_last(history), highest=_most(lines), marks=resumed),
         key_of([(line.colour, line.name) for line in lines]),
     )
 
@@ -132,13 +132,17 @@ def _rate(history: Records, resumed: Sequence[int]) -> Curves:
     return Curves(
         "How boldly it learns",
         "The learning rate, how far a step moves the weights: it rises in the beginning and then falls, by plan.",
-        line_chart([line], highest=_most([line]), marks=resumed),
+        line_chart([line], last=_last(history), highest=_most([line]), marks=resumed),
         key_of([(BLUE, line.name)]),
     )
 
 
 def _points(history: Records, name: str) -> Points:
     return [(record["step"], record[name]) for record in history if record.get(name) is not None]
+
+
+def _last(history: Records) -> float:
+    return max((record["step"] for record in history), default=1)
 
 
 def _most(lines: Sequence[Line]) -> float:

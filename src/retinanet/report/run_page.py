@@ -51,6 +51,7 @@ vertical-align: -.05rem; border: 1px solid #8886; }
 .strips { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 12rem); gap: .75rem; }
 .strips figure { margin: 0; } .strips figcaption { font-size: .9rem; } .strips img { display: block; width: 100%; }
 .bar { display: flex; height: 1.6rem; border-radius: .4rem; overflow: hidden; margin: .75rem 0; }
+.facts { margin-top: 1rem; } .facts b { font-size: 1.25rem; } .listed td:first-child { white-space: nowrap; }
 .listed td, .listed th { text-align: left; vertical-align: top; } td { overflow-wrap: anywhere; }
 .why td { text-align: left; } .why td:first-child { white-space: nowrap; }
 .why td:last-child { opacity: .75; } details { margin: .75rem 0; }
@@ -158,7 +159,7 @@ def _status(status: Status) -> str:
 
 def _figures(best: Mapping[str, Any] | None, page: RunPage) -> str:
     facts = "".join(f"<div>{escape(what)}<b>{escape(value)}</b></div>" for what, value in page.facts)
-    facts = f'<div class="figures">{facts}</div>'
+    facts = f'<div class="figures facts">{facts}</div>'
     if best is None:
         return f'{facts}<p class="note">The model has not been tried on the validation images yet.</p>'
     figures = "".join(f"<div>{label}<b>{number(best.get(name))}</b></div>" for name, label in HEADLINE)

@@ -188,8 +188,7 @@ class _RunOptions:
     validate_every_steps: Annotated[int | None, OPTIONAL] = None
     """Steps between validations; the last step always has one."""
     patience: Annotated[int | None, OPTIONAL] = None
-    """Validations without a better AP after which the run stops; by default it does not. The schedule stays that of all
-    steps."""
+    """Validations without a better AP after which the run stops; none by default. The schedule is not changed."""
     save_every_steps: Annotated[int | None, OPTIONAL] = None
     """Steps between training states, of which the last two stay; every validation, signal and the end save one, too."""
     save_every_minutes: float = 10.0

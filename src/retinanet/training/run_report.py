@@ -89,11 +89,12 @@ def advice_on(shares: Sequence[Share], workers: int) -> str:
     )
     if waiting >= max(0.15, validating, saving):
         more = f"more --workers than {workers}" if workers else "some --workers, which take other cores"
-        return f"{waiting:.0%} of the time waits for images: {more}, or smaller image files, make it less."
+        return f"{100 * waiting:.0f} % of the time waits for images: {more}, or smaller image files, make it less."
     if validating >= max(0.25, saving):
-        return f"{validating:.0%} of the time goes into validations: a larger --validate-every-steps makes it less."
+        fewer = "a larger --validate-every-steps makes it less"
+        return f"{100 * validating:.0f} % of the time goes into validations: {fewer}."
     if saving >= 0.1:
-        return f"{saving:.0%} of the time goes into saving: fewer states, or a faster disk, make it less."
+        return f"{100 * saving:.0f} % of the time goes into saving: fewer states, or a faster disk, make it less."
     return "Most of the time goes into the training steps themselves, as it should."
 
 
@@ -110,7 +111,7 @@ def _facts(plan: Plan, history: Sequence[dict[str, Any]], step: int) -> list[tup
     if speeds:
         facts.append(("images a second", f"{float(np.median(speeds)):.3g}"))
     if memory:
-        facts.append(("most memory", f"{max(memory):.1f} GB"))
+        facts.append(("memory at most", f"{max(memory):.1f} GB"))
     return facts
 
 

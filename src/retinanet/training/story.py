@@ -74,7 +74,6 @@ class RunStory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.__exit__(kind, error, trace)
-        self.writers.close()
         reached = f"step {self.step:,} of {self.plan.steps:,}"
         if error is None:
             early = early_stop(self.folder.validations(), self.plan.options.patience)
@@ -90,6 +89,7 @@ class RunStory:
         else:
             what = str(error) or type(error).__name__
             self.report("failed", f"Failed at {reached}: {what}", "When the cause is mended:")
+        self.writers.close()  # last: it may take its time, which a process that is being stopped has not
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches of the steps to come, and take the time."""
@@ -114,7 +114,7 @@ class RunStory:
             figures: "loss", "loss_class", "loss_box", "images_per_second" and "lr", at least.
         """
         record = {"step": step, "epoch": self._epoch(step), **figures, **self.clock.take()}
-        self._log(record)
+        self.log(record)
         self.left.told(record)
         self.progress.step(step, record, self.left.seconds())
         if time.monotonic() - self.written_at > REWRITTEN:
@@ -139,9 +139,14 @@ class RunStory:
             "per_class": per_class,
             **self.clock.take(),
         }
-        self._log(record)
+        self.log(record)
         self.left.told(record)
         self._report_progress()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write a line of `metrics.jsonl`, with "step" and "epoch", and tell its figures to the writers."""
+        self.folder.log(record)
+        self.writers.tell(record)
 
     def report(
         self, kind: Literal["running", "finished", "stopped", "failed"], text: str, hint: str = ""
@@ -169,11 +174,7 @@ class RunStory:
         new = [failure for failure in failures if failure not in self.told_unreadable]
         self.told_unreadable.update(new)
         if new:
-            self._log({"step": step, "epoch": self._epoch(step), "unreadable": new})
-
-    def _log(self, record: dict[str, Any]) -> None:
-        self.folder.log(record)
-        self.writers.tell(record)
+            self.log({"step": step, "epoch": self._epoch(step), "unreadable": new})
 
     def _epoch(self, step: int) -> float:
         return step * self.plan.batch_size / self.plan.train_images
