@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from retinanet.evaluation import Metrics
@@ -34,7 +35,7 @@ class TrainingProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            _TimeLeftColumn(),
+            _TimeLeftColumn(Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Lines of `metrics.jsonl` that tell the speed: the later half of what there is, at most so many.
-RECENT = 50
+RECENT = 20
 
 
 class TimeLeft:
@@ -34,7 +34,7 @@ class TimeLeft:
         self.every = validate_every
         self.guess = validation_in_steps
         self.done = first
-        self.told_steps = 0
+        self.told_lines = 0
         self.lines: deque[tuple[int, float]] = deque()
         self.validations = self.judged = 0
         self.validating = 0.0
@@ -45,9 +45,9 @@ class TimeLeft:
         seconds = sum(record.get(f"seconds_{name}", 0.0) for name in ("data", "step", "saving"))
         if "loss" in record and record["step"] > self.done:
             self.lines.append((record["step"] - self.done, seconds))
-            self.told_steps += 1
+            self.told_lines += 1
             self.done = record["step"]
-            while len(self.lines) > min(RECENT, -(-self.told_steps // 2)):
+            while len(self.lines) > min(RECENT, -(-self.told_lines // 2)):
                 self.lines.popleft()
 
     def remember(self, record: Mapping[str, Any]) -> None:
