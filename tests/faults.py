@@ -5,7 +5,7 @@
     python tests/faults.py disk                   disks and files that are full
     python tests/faults.py signals                SIGTERM and SIGINT in each phase, alone and with two processes
 
-Each prints a line a case, and exits with 1 where something is lost that should not be. `test_faults.py` runs short forms.
+Each prints a line a case, and exits with 1 where something is lost that should not be. `test_faults.py`: short forms.
 Processes are forked when everything is imported and nothing has run yet: a life takes a second or two, not ten.
 """
 
