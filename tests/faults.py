@@ -202,7 +202,9 @@ def kills(folder: Path, times: int, seed: int) -> Kills:
     data = generated(folder)
     whole = folder / "whole"
     began = time.monotonic()
-    code, _ = ended(forked(trained(data, whole), folder / "said-whole"))
+    code, _ = ended(
+        forked(trained(data, whole), folder / "said-whole"), 600.0
+    )  # kernels may have to be compiled
     assert code == 0, (folder / "said-whole").read_text()
     usual = time.monotonic() - began
     expected, found = newest(whole), Kills()
