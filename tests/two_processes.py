@@ -171,13 +171,14 @@ def spoilt(processes: Processes, data: str, _: str) -> dict[str, Any]:
 
 
 def run(processes: Processes, data: str, out: str) -> dict[str, Any]:
-    """A run, and the same stopped by a signal to the second process and resumed."""
+    """A run, the same stopped by a signal to the second process and resumed, and one that is left stopped."""
     said = io.StringIO()
     told = Console(file=said, width=200)
     options = {**TINY, "data": data}
     run_training(TrainingOptions(output=f"{out}/whole", **options), told)
     stopped = stop(processes, 2, 1, lambda: TrainingOptions(output=f"{out}/stopped", **options))
     resume_training(Path(out) / "stopped", told)
+    stop(processes, 3, 0, lambda: TrainingOptions(output=f"{out}/handed", **options))
     return {"stopped": stopped, "said": said.getvalue()}
 
 

@@ -181,7 +181,8 @@ def _meet(backend: str) -> None:
 
 
 def device_of_process(device: torch.device) -> torch.device:
-    """Return the CUDA device of this process where several share a machine; any other device stays.
+    """Return the CUDA device of this process where several share a machine, from now on torch's own choice; any other
+    device stays.
 
     Raises:
         ConfigError: there are more processes on this machine than devices.
@@ -194,4 +195,5 @@ def device_of_process(device: torch.device) -> torch.device:
             f"each process needs a CUDA device of its own; torch sees {torch.cuda.device_count()} here for "
             f"{os.environ['LOCAL_WORLD_SIZE']} processes. Give torchrun as many processes, or use --device cpu"
         )
+    torch.cuda.set_device(int(place))
     return torch.device("cuda", int(place))
