@@ -137,7 +137,9 @@ class _RunOptions:
     time: Annotated[str | None, tyro.conf.arg(metavar="TIME", help_behavior_hint=shown)] = None
     """As many steps as end in that time, such as 90s, 20m or 2h; measured on this machine before step 1."""
     batch_size: Annotated[int | None, BY_RECIPE] = None
-    """Images a step."""
+    """Images a step, of all processes together."""
+    accumulate: int = 1
+    """Parts in which a process's images of a step pass through the network, for less memory: same steps, same rate."""
     lr: Annotated[float | None, BY_RECIPE] = None
     """Learning rate for 16 images a step; scaled to the batch size, for AdamW and Muon by its root."""
     optimizer: Annotated[Literal["sgd", "adamw", "muon"] | None, BY_RECIPE] = None
@@ -219,6 +221,7 @@ class _RunOptions:
             ("channels", 64),
             ("steps", 1),
             ("batch_size", 1),
+            ("accumulate", 1),
             ("max_detections", 1),
             ("validate_every_steps", 1),
             ("patience", 1),

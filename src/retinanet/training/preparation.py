@@ -14,6 +14,7 @@ from retinanet.data import Dataset, available_splits, open_dataset, read_as
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import RetinaNet
+from retinanet.processes import ALONE, Processes
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.parts import table_of_parts, trained_in_words
@@ -43,6 +44,7 @@ def prepare(
     change: Callable[[Recipe], Recipe] | None,
     folder: RunFolder | None,
     stored: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Prepared:
     """Read the data, plan and build the network; say all of it.
 
@@ -51,16 +53,17 @@ def prepare(
         stored: the plan of the run that goes on.
     """
     began = time.monotonic()
-    writers = chosen_writers(options)  # what is missing for one is told before anything is read
-    train_set, val_set = open_splits(
-        options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
-    )
-    console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
-    for dataset in (train_set, val_set):
-        _tell(dataset, console)
-    plan = plan_run(options, train_set, change)
-    data = {"train": train_set.digest(), "val": val_set.digest()}
-    network = build_network(plan)
+    with processes.main_first():
+        writers = chosen_writers(options)  # what is missing for one is told before anything is read
+        train_set, val_set = open_splits(
+            options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
+        )
+        console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
+        for dataset in (train_set, val_set):
+            _tell(dataset, console)
+        plan = plan_run(options, train_set, change, processes)
+        data = {"train": train_set.digest(), "val": val_set.digest()}
+        network = build_network(plan)
     seconds = options.seconds()
     if stored is not None:
         if "data" not in stored:
@@ -76,7 +79,7 @@ def prepare(
     elif seconds is None:
         plan = plan.validating(len(val_set))
     else:
-        plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
+        plan = fit_to_time(plan, network, train_set, val_set, began + seconds, processes)
     plan.show(console)
     if plan.recipe.freeze != "none":
         console.print(table_of_parts(network))
@@ -84,7 +87,7 @@ def prepare(
     if folder is None:
         console.print("dry run: nothing was written", highlight=False)
     else:
-        if stored is None:
+        if stored is None and processes.main:
             write_json(folder.plan, {**plan.to_json(), "data": data})
         also = f", and to {', '.join(writers)}" if writers else ""
         console.print(f"writing to {folder.path}{also}", highlight=False, soft_wrap=True)

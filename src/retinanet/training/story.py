@@ -30,17 +30,27 @@ REWRITTEN = 60.0
 
 
 class RunStory:
-    """Tells a run; the process that trains, or of several the main one, has it open from the first step to the last.
+    """Tells a run, from the first step that a process makes to the last.
 
     Nothing that only tells ends a run: a page, picture or writer that fails is said once, and left out.
 
     Args:
         first: steps that are done.
+        main: whether this process is the one that writes; the others of a run only take the time.
     """
 
     def __init__(
-        self, plan: Plan, train: Dataset, val: Dataset, folder: RunFolder, console: Console, first: int
+        self,
+        plan: Plan,
+        train: Dataset,
+        val: Dataset,
+        folder: RunFolder,
+        console: Console,
+        first: int,
+        *,
+        main: bool = True,
     ) -> None:
+        self.main = main
         self.plan, self.train, self.val, self.folder = plan, train, val, folder
         self.step = self.first = first
         self.clock = Clock(plan.device)
@@ -58,6 +68,11 @@ class RunStory:
         self.written_at = time.monotonic()
 
     def __enter__(self) -> RunStory:
+        if self.main:
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
         history = self.folder.history()
         for record in history:
             self.left.remember(record)
@@ -68,11 +83,12 @@ class RunStory:
             self.folder.note_resume(self.first)
         self._report_progress()
         self.progress.__enter__()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.main:
+            return
         self.progress.__exit__(kind, error, trace)
         reached = f"step {self.step:,} of {self.plan.steps:,}"
         if error is None:
@@ -103,6 +119,8 @@ class RunStory:
 
     def unreadable(self, step: int, failures: list[str]) -> None:
         """Tell of training images that could not be read."""
+        if not self.main:
+            return
         for failure in failures:
             self.say(f"skipped, and replaced by the next image: {failure}")
         self._log_unreadable(step, failures)
@@ -111,9 +129,14 @@ class RunStory:
         """Tell the means of the steps since the last telling.
 
         Args:
-            figures: "loss", "loss_class", "loss_box", "images_per_second" and "lr", at least.
+            figures: "loss", "loss_class", "loss_box", "images_per_second" and "lr", at least; without a loss, as all
+                steps were skipped, there is nothing to tell.
         """
+        if "loss" not in figures:
+            return
         record = {"step": step, "epoch": self._epoch(step), **figures, **self.clock.take()}
+        if not self.main:
+            return
         self.log(record)
         self.left.told(record)
         self.progress.step(step, record, self.left.seconds())

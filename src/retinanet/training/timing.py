@@ -14,6 +14,7 @@ from retinanet.data.loading import training_batches
 from retinanet.errors import ConfigError
 from retinanet.inference import Detector
 from retinanet.model import RetinaNet
+from retinanet.processes import ALONE, Processes
 from retinanet.training.planning import VALIDATIONS, Plan
 from retinanet.training.step import TrainingStep
 
@@ -28,18 +29,27 @@ PLANNED = 0.92
 VALIDATED = 0.05
 
 
-def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, deadline: float) -> Plan:
+def fit_to_time(
+    plan: Plan,
+    network: RetinaNet,
+    train: Dataset,
+    val: Dataset,
+    deadline: float,
+    processes: Processes = ALONE,
+) -> Plan:
     """Return the plan with as many steps as end before `deadline` (of `time.monotonic`), validations included.
 
-    A copy of the network takes a few steps and looks at a few images; the network itself is not touched.
+    A copy of the network takes a few steps and looks at a few images; the network itself is not touched. What the main
+    process finds counts for all.
 
     Raises:
         ConfigError: not even one step and a validation end in that time.
     """
     trial = copy.deepcopy(network)
-    step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline - time.monotonic())))
-    validation = _validation_seconds(plan, trial, val)
-    seconds = deadline - time.monotonic()
+    longest = min(LONGEST_TRIAL, TRIAL * (deadline - time.monotonic()))
+    step = _step_seconds(plan, trial, train, longest, processes)
+    validation = _validation_seconds(plan, trial, val) / processes.count
+    step, validation, seconds = processes.told((step, validation, deadline - time.monotonic()))
     every = plan.options.validate_every_steps
     if every:
         validations, per_step = 1, step + validation / every
@@ -59,9 +69,11 @@ def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, de
     return plan.lasting(steps, why, validations)
 
 
-def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float) -> float:
+def _step_seconds(
+    plan: Plan, network: RetinaNet, train: Dataset, seconds: float, processes: Processes = ALONE
+) -> float:
     """Return the mean time of the later half of the steps that fit into `seconds`, of at least `LEAST_STEPS`."""
-    train_on = TrainingStep.of(plan, network)
+    train_on = TrainingStep.of(plan, network, processes)
     batches = training_batches(
         train,
         plan.preprocessing,
@@ -69,6 +81,8 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
         batch_size=plan.batch_size,
         seed=plan.options.seed,
         steps=sys.maxsize,  # the time ends it
+        rank=processes.rank,
+        processes=processes.count,
         workers=plan.workers,
         pin_memory=plan.device.type == "cuda",
         repeat_rare=plan.recipe.repeat_rare,
@@ -83,7 +97,7 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
         began = now
         enough = len(taken) >= LEAST_STEPS and sum(taken) >= seconds
         # A slow machine must not lose its time to the trial: there the second step has to do.
-        if enough or (taken and sum(taken) >= 2 * seconds):
+        if processes.told(bool(enough or (taken and sum(taken) >= 2 * seconds))):
             break
     timed = taken[len(taken) // 2 :]  # caches and clocks take a while to warm up
     return sum(timed) / len(timed)
