@@ -162,9 +162,10 @@ def _figures(best: Mapping[str, Any] | None, page: RunPage) -> str:
     facts = f'<div class="figures facts">{facts}</div>'
     if best is None:
         return f'{facts}<p class="note">The model has not been tried on the validation images yet.</p>'
+    so_far = "" if page.status.kind == "finished" else " so far"
     figures = "".join(f"<div>{label}<b>{number(best.get(name))}</b></div>" for name, label in HEADLINE)
     return (
-        f'<h2>The best model so far</h2><div class="figures">{figures}</div>'
+        f'<h2>The best model{so_far}</h2><div class="figures">{figures}</div>'
         f"<p>It is that of step {best['step']:,}, tried on images that it never learned from. <b>AP</b>, average "
         "precision, says how many of the objects are found, how few boxes are wrong and how well boxes fit: 0 is "
         "nothing, 1 is perfect. AP50 asks for boxes that overlap the object by half and AP75 by three quarters; AP is "
