@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from retinanet.devices import deterministic_algorithms
-from retinanet.errors import CheckpointError, ConfigError, RetinaNetError
+from retinanet.errors import CheckpointError, ConfigError, LostProcessError, RetinaNetError
 from retinanet.folders import read_json, require_new
 from retinanet.inference import Detector, Validation, load
 from retinanet.processes import ALONE, Processes, joined_processes
@@ -101,8 +101,9 @@ def run_training(
                 if folder is None:
                     return None
                 return _train(prepared, folder, console, stop, processes=processes)
-        except RetinaNetError:
-            if folder is not None and processes.main and not folder.plan.exists():
+        except RetinaNetError as error:
+            lost = isinstance(error, LostProcessError)  # torchrun may start it again
+            if folder is not None and processes.main and not lost and not folder.plan.exists():
                 folder.take_back()
             raise
 
