@@ -37,7 +37,7 @@ class DivergedError(TrainingError):
 
 
 class LostProcessError(TrainingError):
-    """Another process of a run has ended, so that this one cannot go on."""
+    """Another process of a run has ended or does not answer, so that this one cannot go on."""
 
 
 class Stopped(BaseException):

@@ -64,7 +64,9 @@ def validate(
     """
     check_classes(detector, dataset)
     mine = range(processes.rank, len(dataset), processes.count)
-    shares = processes.gathered(_detect(detector, dataset, mine, batch_size, progress))
+    own_share = _detect(detector, dataset, mine, batch_size, progress)
+    processes.wait()  # machines may differ in speed, and a share may take hours
+    shares = processes.gathered(own_share)
     found: list[Detections] = []
     failed: dict[str, str] = {}
     for i in range(len(dataset)):

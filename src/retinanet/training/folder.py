@@ -6,10 +6,11 @@ import json
 import os
 import platform
 import shlex
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from retinanet.errors import ConfigError
 from retinanet.folders import RUNS, new_folder, read_json, write_json, write_text
-from retinanet.training.configuration import TrainingOptions, write_config
+from retinanet.training.configuration import TrainingOptions, read_config, write_config
 from retinanet.version import __version__
 
 LOCK = ".lock"
@@ -39,20 +40,33 @@ class RunFolder:
 
         An existing run is never overwritten.
         """
-        made = output is None or not Path(output).exists()
-        path = new_folder(output, "train")
-        write_config(path / "config.yaml", from_anywhere(options))
-        folder = cls(path, made)
-        folder.note_command()
         environment = {
             "retinanet": __version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cores": os.cpu_count(),
             **{name: version(name) for name in VERSIONS},
+            **({"torchrun": launch} if (launch := launch_of_process()) else {}),
         }
+        made = output is None or not Path(output).exists()
+        path = new_folder(output, "train")
+        folder = cls(path, made)
         write_json(path / "environment.json", environment)
+        write_config(path / "config.yaml", from_anywhere(options))
+        folder.note_command()
         return folder
+
+    @classmethod
+    def begun_by_this_launch(cls, options: TrainingOptions) -> RunFolder | None:
+        """Return the folder of the run that this very `torchrun` began, with these very options, before it started its
+        processes again; None where `output` is new, or somebody else's."""
+        launch = launch_of_process()
+        if launch is None or options.output is None:
+            return None
+        folder = cls(Path(options.output))
+        if folder.environment().get("torchrun") != launch or not (folder.path / "config.yaml").is_file():
+            return None
+        return folder if read_config(folder.path / "config.yaml") == asdict(from_anywhere(options)) else None
 
     def take_back(self) -> None:
         """Remove what `create` wrote: the run never began, and the same command would write it again."""
@@ -181,6 +195,15 @@ class RunFolder:
     def keep_remote_id(self, writer: str, run: str) -> None:
         """Keep what this run is called elsewhere, so that it goes on there when it is resumed."""
         write_json(self.path / "remote.json", {**self.remote_ids(), writer: run})
+
+
+def launch_of_process() -> str | None:
+    """Return which `torchrun` started this process: the same for all its restarts. None where none did.
+
+    Its --rdzv-id tells; without one torch calls every launch "none", and torchrun's own process tells.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"process {os.getppid()} of {socket.gethostname()}" if name == "none" else name
 
 
 def go_on(folder: RunFolder) -> str:

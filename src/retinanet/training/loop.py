@@ -83,6 +83,7 @@ def train_network(
     how = f"go on with: {go_on(folder)}"
 
     with RunStory(plan, train, val, folder, console, first, main=processes.main) as story:
+        processes.wait()  # for writers that open and a page that is drawn
         if plan.judges(first) and not judge.knows(first):  # stopped before that validation was done
             with stop.at_once(f"stopped by a signal in the validation of step {first}; {how}"):
                 judge(first, story)
@@ -183,6 +184,7 @@ class Saving:
             values["averaged"] = train_on.average.updates
         if processes.main:
             save_state(self.folder, State(step, parts, values))
+        processes.wait()  # in a step, where they would meet next, none waits for a slow disk
         self.saved_at = time.monotonic()
 
     def restore(
@@ -292,6 +294,7 @@ class Judge:
             self.newest_best, self.best_ap = found, found.ap or 0.0
         if self.processes.main:
             self._keep(step, found, best, story, time.monotonic() - began)
+        self.processes.wait()  # for what it writes and draws
 
     def _validated(self, detector: Detector) -> Validation:
         return validate(detector, self.val, batch_size=self.plan.batch_size, processes=self.processes)

@@ -196,7 +196,7 @@ def plan_run(
         processes: that will train together. What is decided does not depend on them, but for devices and workers.
     """
     reasons: list[tuple[str, str, str]] = []
-    device = device_of_process(choose_device(options.device))
+    device = device_of_process(choose_device(options.device), processes)
     if options.compile and device.type == "cpu":
         require_cpp_compiler()
     start = None if options.weights is None else load_model(options.weights)

@@ -26,6 +26,9 @@ from retinanet.training.writers import chosen_writers
 
 # Faults printed one by one; the rest is counted.
 FAULTS_SHOWN = 5
+# What processes of one run may have decided each for itself: device and cores, and where weights lie that the main one
+# gives to all.
+OWN = ("reasons", "workers", "weights_file")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ def prepare(
         plan = plan_run(options, train_set, change, processes)
         data = {"train": train_set.digest(), "val": val_set.digest()}
         network = build_network(plan)
+    decided = {name: value for name, value in plan.to_json().items() if name not in OWN}
+    processes.require_alike({"data": data, "plan": decided})
     seconds = options.seconds()
     if stored is not None:
         if "data" not in stored:

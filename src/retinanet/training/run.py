@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from retinanet.devices import deterministic_algorithms
 from retinanet.errors import CheckpointError, ConfigError, LostProcessError, RetinaNetError
-from retinanet.folders import read_json, require_new
+from retinanet.folders import read_json
 from retinanet.inference import Detector, Validation, load
 from retinanet.processes import ALONE, Processes, joined_processes
 from retinanet.training.configuration import TrainingOptions, option, read_config
@@ -26,6 +26,7 @@ from retinanet.training.recipes import Recipe
 from retinanet.training.run_report import draw_run
 from retinanet.training.signals import StopRequest, noted_signals
 from retinanet.training.state import State, newest_state
+from retinanet.version import __version__
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,6 +81,8 @@ def run_training(
 ) -> Run | None:
     """Plan, train and validate, or with `options.resume` go on with a run; return None after a dry run.
 
+    A run that this very `torchrun` began, before it started its processes again, goes on.
+
     Args:
         change: see `plan_run`.
         folder: of this run, where it is made already.
@@ -88,12 +91,16 @@ def run_training(
     if options.resume is not None:
         _require_nothing_else(options)
         return resume_training(Path(options.resume), console, change, workers=options.workers)
-    with joined_processes() as processes, noted_signals(patient=processes.several) as stop:
-        console = console if processes.main else silent_console()
-        where = ""
-        try:
+    made = folder
+    try:
+        with _processes_and_signals() as (processes, stop):
+            console = console if processes.main else silent_console()
+            where = ""
             if not options.dry_run:
-                folder = _folder_of(options, folder, processes)
+                folder, begun = _folder_of(options, folder, processes)
+                if begun:
+                    return _go_on(folder, console, change, options.workers, processes, stop)
+                made = folder if processes.main else None
                 where = f"; start it again with: {go_on(folder)}"
             with _held(folder, processes):
                 with stop.at_once(f"stopped by a signal before the first step{where}"):
@@ -101,22 +108,36 @@ def run_training(
                 if folder is None:
                     return None
                 return _train(prepared, folder, console, stop, processes=processes)
-        except RetinaNetError as error:
-            lost = isinstance(error, LostProcessError)  # torchrun may start it again
-            if folder is not None and processes.main and not lost and not folder.plan.exists():
-                folder.take_back()
-            raise
+    except RetinaNetError as error:
+        lost = isinstance(error, LostProcessError)  # torchrun may start it again
+        if made is not None and not lost and not made.plan.exists():
+            made.take_back()
+        raise
 
 
-def _folder_of(options: TrainingOptions, folder: RunFolder | None, processes: Processes) -> RunFolder:
-    """Return the run's folder, which the main process makes unless it is made already."""
+@contextmanager
+def _processes_and_signals() -> Iterator[tuple[Processes, StopRequest]]:
+    """Join the other processes, which must be of the same versions, and listen for signals."""
+    with joined_processes() as processes, noted_signals(patient=processes.several) as stop:
+        processes.require_alike({"retinanet": __version__, "torch": str(torch.__version__)})
+        yield processes, stop
+
+
+def _folder_of(
+    options: TrainingOptions, folder: RunFolder | None, processes: Processes
+) -> tuple[RunFolder, bool]:
+    """Return the run's folder, which the main process makes unless it is made already, and whether the run is begun.
+
+    The main process alone looks at what there is: the others may see another state of a shared disk.
+    """
+    begun = False
     with processes.main_first():
         if processes.main and folder is None:
-            if options.output:
-                require_new(Path(options.output))
-            folder = RunFolder.create(options.output, options)
-    path = processes.told("" if folder is None else os.path.abspath(folder.path))
-    return folder or RunFolder(Path(path))
+            folder = RunFolder.begun_by_this_launch(options)
+            begun = folder is not None
+            folder = folder or RunFolder.create(options.output, options)
+    path, begun = processes.told(("" if folder is None else os.path.abspath(folder.path), begun))
+    return folder or RunFolder(Path(path)), begun
 
 
 def _held(folder: RunFolder | None, processes: Processes) -> AbstractContextManager[None]:
@@ -153,29 +174,41 @@ def resume_training(
     """
     console = console or plain_console()
     folder = RunFolder.existing(path)
-    options = TrainingOptions(**{"data": "", **read_config(path / "config.yaml")})
-    options = replace(options, workers=options.workers if workers is None else workers)
-    with joined_processes() as processes, noted_signals(patient=processes.several) as stop:
-        console = console if processes.main else silent_console()
-        with _held(folder, processes):
-            with stop.at_once(f"stopped by a signal; go on with: {go_on(folder)}"):
-                with processes.main_first():  # what is damaged is told once, and put aside once
-                    state = _state_of(folder, console)
-                    begun = read_json(folder.plan) if folder.plan.is_file() else None
-                    if begun is None and state is not None:
-                        raise ConfigError(f"--resume needs the run's plan.json; {path} has none")
-                prepared = prepare(options, console, change, folder, begun, processes)
+    with _processes_and_signals() as (processes, stop):
+        return _go_on(
+            folder, console if processes.main else silent_console(), change, workers, processes, stop
+        )
+
+
+def _go_on(
+    folder: RunFolder,
+    console: Console,
+    change: Callable[[Recipe], Recipe] | None,
+    workers: int | None,
+    processes: Processes,
+    stop: StopRequest,
+) -> Run:
+    with _held(folder, processes):
+        with stop.at_once(f"stopped by a signal; go on with: {go_on(folder)}"):
+            with processes.main_first():  # what is damaged is told once, and put aside once
+                folder = RunFolder.existing(folder.path)
+                options = TrainingOptions(**{"data": "", **read_config(folder.path / "config.yaml")})
+                options = replace(options, workers=options.workers if workers is None else workers)
+                state = _state_of(folder, console)
                 step = 0 if state is None else state.step
-                if processes.main:
-                    folder.note_command()
-                    folder.forget_after(step)
-                plan = prepared.plan
-                epoch, epochs = (
-                    int(done * plan.batch_size / plan.train_images) for done in (step, plan.steps)
-                )
-                console.print(f"resuming at epoch {epoch}/{epochs}, step {step}", highlight=False)
-                processes.wait()  # until the log is cut, which all read
-            return _train(prepared, folder, console, stop, state, processes)
+                begun = read_json(folder.plan) if folder.plan.is_file() else None
+                if begun is None and state is not None:
+                    raise ConfigError(f"--resume needs the run's plan.json; {folder.path} has none")
+            processes.require_alike({"step to go on from": step, "plan.json": begun})
+            prepared = prepare(options, console, change, folder, begun, processes)
+            if processes.main:
+                folder.note_command()
+                folder.forget_after(step)
+            plan = prepared.plan
+            epoch, epochs = (int(done * plan.batch_size / plan.train_images) for done in (step, plan.steps))
+            console.print(f"resuming at epoch {epoch}/{epochs}, step {step}", highlight=False)
+            processes.wait()  # until the log is cut, which all read
+        return _train(prepared, folder, console, stop, state, processes)
 
 
 def _state_of(folder: RunFolder, console: Console) -> State | None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 from retinanet.errors import LostProcessError, Stopped
+
+# One wish to stop may come several times (from the terminal, from torchrun, from the queue's manager, at once); who
+# asks again so many seconds later means now.
+AGAIN_AFTER = 5.0
+_END = b"\0"
 
 
 class StopRequest:
@@ -50,8 +58,9 @@ def noted_signals(*, patient: bool = False) -> Iterator[StopRequest]:
     thread, where Python allows no handlers, nothing changes.
 
     Args:
-        patient: a second signal does nothing more: one Ctrl-C reaches the processes of `torchrun` from the terminal and
-            once more from torchrun, which ends those that stay for half a minute.
+        patient: a second signal does nothing more, as one wish to stop reaches the processes of `torchrun` on several
+            ways; but one that comes `AGAIN_AFTER` seconds after the first ends the process at once, with 128 + its
+            number, even while it waits for another process that hangs.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -65,14 +74,53 @@ def noted_signals(*, patient: bool = False) -> Iterator[StopRequest]:
     }
 
     def note(number: int, frame: FrameType | None) -> None:
-        for each, handler in before.items():
-            signal.signal(each, signal.SIG_IGN if patient else handler)
-        request.note(number, frame)
+        if not patient:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+        if request.number is None:
+            request.note(number, frame)
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield request
+        with _ended_by_a_later_signal() if patient else nullcontext():
+            yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _ended_by_a_later_signal() -> Iterator[None]:
+    """End this process at a signal that comes well after the first.
+
+    Handlers of Python run between two of its instructions, of which there are none in a wait for another process. What
+    the interpreter itself does when a signal comes, it writes the number to a descriptor, another thread can read.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.send(_END)  # closing would not do: a forked process may have it open
+        watcher.join()
+        writer.close()
+        reader.close()
+
+
+def _watch(reader: socket.socket) -> None:
+    first: float | None = None
+    while (came := reader.recv(1)) not in (b"", _END):
+        if came[0] not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        now = time.monotonic()
+        first = now if first is None else first
+        if now - first >= AGAIN_AFTER:
+            os.write(
+                2, b"retinanet: ended at once by another signal; go on from the last state with --resume\n"
+            )
+            os._exit(128 + came[0])
