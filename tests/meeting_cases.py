@@ -11,6 +11,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,15 @@ def hang(processes: Processes, data: Path, out: Path) -> None:
 
 
 def fail(processes: Processes, data: Path, out: Path) -> None:
-    """Fail while an exchange is under way that the other process does not answer."""
+    """Wait for the other process, longer than a step may; then fail while it does not answer."""
+    quick = replace(processes, messages=dist.new_group(backend="gloo", timeout=timedelta(seconds=1)))
+    if not processes.main:
+        time.sleep(2)
+    quick.wait()  # for work of any length
+    if processes.main:
+        (out / "waited").write_text(refused(lambda: quick.largest(0)))
+    else:
+        time.sleep(2.5)
     joining.PARTING = 0.5
     if not processes.main:
         time.sleep(3)

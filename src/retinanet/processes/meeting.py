@@ -9,7 +9,7 @@ from uuid import uuid4
 from retinanet.errors import LostProcessError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store  # which a torch without distributed does not have
+    from torch.distributed import Store  # type: ignore[attr-defined]  # which a torch without it does not have
 
 # Seconds between two looks.
 LOOKS = 0.05
