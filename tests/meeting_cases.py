@@ -84,12 +84,12 @@ def fail(processes: Processes, data: Path, out: Path) -> None:
         time.sleep(2.5)
     joining.PARTING = 0.5
     if not processes.main:
-        time.sleep(3)
+        while not (out / "left").exists():
+            time.sleep(0.1)
         (out / "told").write_text(refused(lambda: processes.largest(0)))
         return
     wait = processes.add_later(torch.ones(3))
-    (out / "began").write_text(str(time.time()))
-    raise ValueError("a mistake of ours") from RuntimeError(repr(wait))
+    raise ValueError(f"a mistake of ours, with {wait} under way")
 
 
 CASES = {function.__name__: function for function in (differ, hang, fail)}

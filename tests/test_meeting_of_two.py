@@ -104,11 +104,12 @@ def test_a_process_waits_for_one_that_works_not_for_one_that_hangs_and_leaves_wi
     data: Path, tmp_path: Path
 ) -> None:
     first, second = case("fail", data, tmp_path)
-    said = first.communicate(timeout=120)[0]
-    took = time.time() - float((tmp_path / "began").read_text())
+    try:
+        said = first.communicate(timeout=120)[0]  # long before the other one answers
+    finally:
+        (tmp_path / "left").touch()
     assert first.returncode == 1
     assert "ValueError: a mistake of ours" in said
-    assert took < 2.5  # not as long as the other one lets it wait
     assert (
         (tmp_path / "waited")
         .read_text()
