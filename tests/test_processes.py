@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +29,17 @@ from retinanet.data.sampling import share_of
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.devices import deterministic_algorithms
 from retinanet.errors import ConfigError, DivergedError
-from retinanet.inference import Detector, validate
+from retinanet.objective import focal
 from retinanet.processes import ALONE, Processes, device_of_process, joined_processes
 from retinanet.training import skipping
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
+from retinanet.training.recipes import Recipe
 from retinanet.training.replay import replay
 from retinanet.training.run import resume_training, run_training
 from retinanet.training.starting import build_network
-from retinanet.training.state import newest_state, optimizer_tensors
-from retinanet.training.step import Stepped, TrainingStep
+from retinanet.training.state import State, newest_state
+from retinanet.training.step import TrainingStep
 
 SCRIPT = Path(two_processes.__file__)
 Found = Callable[[str], list[dict[str, Any]]]
@@ -57,14 +59,8 @@ def two(data: Path, out: Path, *cases: str) -> Found:
         port = free.getsockname()[1]
     told = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-W", "error", str(SCRIPT), str(data), str(out), *cases]
-    processes = [
-        subprocess.Popen(
-            command, env={**told, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=500)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
 
     def found(case: str) -> list[dict[str, Any]]:
         return [
@@ -81,7 +77,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(data: Path, out: Path) -> Found:
-    return two(data, out, "exchange", "gradients", "steps", "empty", "spoilt", "run", "left")
+    options = two_processes.handed_over(str(data), str(out / "one-two"))
+    two_processes.stop(ALONE, 3, 0, lambda: options, two_processes.exact)
+    cases = ("exchange", "gradients", "steps", "empty", "spoilt", "skipped", "validated", "run", "handed")
+    return two(data, out, *cases, "left")
 
 
 def test_what_the_main_process_says_is_told_to_all(found: Found) -> None:
@@ -141,7 +140,7 @@ def test_two_processes_train_as_one_with_all_images(
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
     assert nearly_the_same_way(first, alone)
     for ours, theirs in zip(first["said"], alone["said"], strict=True):
-        torch.testing.assert_close(ours["total"], theirs["total"], rtol=1e-3, atol=0)
+        torch.testing.assert_close(ours["total"], theirs["total"], rtol=1e-5, atol=0)
         assert ours["positives"] == theirs["positives"]
 
 
@@ -149,7 +148,7 @@ def nearly_the_same_way(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     """Return whether the weights went the same way, but for rounding."""
     apart = (ours["moved"] - theirs["moved"]).norm() / theirs["moved"].norm()
     print(f"apart by {apart:.1e} of the way")
-    return bool(apart < 1e-4)
+    return bool(apart < 1e-5)
 
 
 def test_a_process_that_sees_no_object_for_twenty_steps_keeps_in_step(found: Found) -> None:
@@ -161,14 +160,37 @@ def test_a_process_that_sees_no_object_for_twenty_steps_keeps_in_step(found: Fou
     assert all(torch.equal(value, second["average"][name]) for name, value in first["average"].items())
 
 
-def test_what_is_no_number_in_one_process_is_skipped_in_both(found: Found) -> None:
+def test_what_is_no_number_in_one_process_changes_nothing_in_either(found: Found) -> None:
+    """An image, the loss and a gradient of the second process: neither weights nor statistics nor memories move."""
     first, second = found("spoilt")
-    assert [bool(said["finite"]) for said in first["said"]] == [True, False, True]
-    assert [bool(said["finite"]) for said in second["said"]] == [True, False, True]
-    for kind in ("weights", "average"):
-        for name, value in first[kind].items():
-            assert torch.equal(value, second[kind][name])
-            assert torch.isfinite(value).all()
+    for rank in (first, second):
+        assert rank["finite"] == [True, False, False, False, True]
+        for after in rank["after"][1:4]:
+            assert_same_tensors(after, rank["after"][0])
+        assert not all(torch.equal(value, rank["after"][0][name]) for name, value in rank["after"][4].items())
+        assert any("running_mean" in name for name in rank["after"][0])
+        assert any("momentum" in name for name in rank["after"][0])
+    for name, value in first["after"][4].items():
+        if "running_" not in name:  # which each process gathers from its own images, until a state is saved
+            assert torch.equal(value, second["after"][4][name]), name
+
+
+def test_a_skipped_step_names_and_keeps_the_images_of_both_processes(
+    found: Found, out: Path, data: Path
+) -> None:
+    first, second = found("skipped")
+    (line,) = [line for line in story(out / "skipped") if "skipped" in line]
+    train = open_dataset(data, "train")
+    indices = first["indices"] + second["indices"]
+    files = [str(train.files[index]) for index in indices]
+    assert len(set(files)) == 3
+    assert line["step"] == 2
+    assert line["skipped"] == {"reason": "a gradient was not finite", "files": files}
+    assert f"Its images: {', '.join(files)}; the batch again" in first["said"]
+    (written,) = (out / "skipped" / "skipped").iterdir()
+    batch = replay(written)
+    assert list(batch.indices) == indices
+    assert torch.equal(batch.images, torch.cat([first["images"], second["images"]]))
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
@@ -201,26 +223,47 @@ def test_a_run_of_two_stopped_by_a_signal_to_one_goes_on_as_if_it_never_had(foun
     assert_same_run(out / "stopped", out / "whole")
 
 
-def test_two_processes_validate_each_image_once(found: Found, out: Path, data: Path) -> None:
-    found("run")
-    line = [record for record in story(out / "whole") if "ap" in record][-1]
-    model = load_model(out / "whole" / "last")
-    alone = validate(Detector(model, device="cpu"), open_dataset(data, "val"), batch_size=3)
-    assert alone.metrics.to_json()["ap50"] == line["ap50"]
-    assert alone.metrics.to_json()["ar100"] == line["ar100"]
+def test_two_processes_validate_each_image_once(found: Found, data: Path) -> None:
+    """By a network that finds a hundred things in every image, some of them right."""
+    first, second = found("validated")
+    alone = two_processes.validated(ALONE, str(data), "")
+    assert first == second == alone
+    assert alone["metrics"]["ap50"] > 0
+    assert alone["metrics"]["ar100"] > 0
+    assert len(alone["boxes"]) == alone["capped"] == 5
 
 
-def test_a_run_of_two_goes_on_with_one(found: Found, out: Path) -> None:
-    """What a step sees does not depend on how many share it, so that this works at any step."""
-    found("run")
-    resume_training(out / "handed", Console(file=io.StringIO()))
-    ours, theirs = ([line for line in story(out / run) if "loss" in line] for run in ("handed", "whole"))
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    # The backbone's BatchNorm sees three images where it saw one or two.
-    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=0.1)
-    state, damaged = newest_state(out / "handed" / "checkpoints")
+def test_a_run_of_two_goes_on_with_one_and_one_of_one_with_two(found: Found, data: Path, out: Path) -> None:
+    """What a step sees does not depend on how many share it, so that this works at any step. Rounding differs;
+    docs/training.md says by how much where no BatchNorm trains."""
+    assert [rank["code"] for rank in found("handed")] == [143, 143]
+    options = two_processes.handed_over(str(data), str(out / "one"))
+    quiet = Console(file=io.StringIO())
+    run_training(options, quiet, two_processes.exact)
+    resume_training(out / "two-one", quiet, two_processes.exact)
+    whole = last_state(out / "one")
+    plan = plan_run(options, open_dataset(data, "train"), two_processes.exact)
+    way = distance(whole.parts["network"], build_network(plan).state_dict())
+    for name in ("one-two", "two-one"):
+        state = last_state(out / name)
+        assert state.step == two_processes.TINY["steps"]
+        for part in ("network", "average"):
+            assert distance(state.parts[part], whole.parts[part]) < 1e-5 * way
+        ours, theirs = ([line for line in story(run) if "loss" in line] for run in (out / name, out / "one"))
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [4, 6]
+        assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
+
+
+def distance(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
+    """Return the length of what all weights differ by."""
+    return float(sum((value - theirs[name]).double().square().sum() for name, value in ours.items()) ** 0.5)
+
+
+def last_state(run: Path) -> State:
+    state, damaged = newest_state(run / "checkpoints")
     assert state is not None
-    assert (state.step, damaged) == (two_processes.TINY["steps"], [])
+    assert damaged == []
+    return state
 
 
 def test_a_process_that_goes_away_is_told_in_a_sentence(found: Found) -> None:
@@ -310,30 +353,7 @@ def test_parts_of_a_step_add_up_to_the_step(data: Path) -> None:
     )
     assert nearly_the_same_way(whole, parts)
     for ours, theirs in zip(whole["said"], parts["said"], strict=True):
-        torch.testing.assert_close(ours["total"], theirs["total"], rtol=1e-3, atol=0)
-
-
-Spoil = Literal["image", "loss", "gradient"]
-
-
-def taken(train_on: TrainingStep, batch: Batch, spoil: Spoil | None = None) -> Stepped:
-    """Take a step, of which something is not finite if wanted."""
-    with pytest.MonkeyPatch.context() as patch:
-        if spoil == "image":
-            images = batch.images.clone()
-            images[0, 0, 3, 3] = float("nan")
-            batch = replace(batch, images=images)
-        if spoil == "loss":
-
-            def endless(logits: Any, targets: Any, weight: Any) -> Any:
-                return (logits * float("inf")).sum()
-
-            patch.setattr(train_on, "objective", replace(train_on.objective, class_loss=endless))
-        hooks = [two_processes.spoilt_gradient(train_on)] if spoil == "gradient" else []
-        done = train_on(batch, 0.01)
-        for hook in hooks:
-            hook.remove()
-    return done
+        torch.testing.assert_close(ours["total"], theirs["total"], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd"])
@@ -345,15 +365,12 @@ def test_a_run_with_skipped_steps_is_the_run_without_them(
     deterministic algorithms fill with NaN. On the device: as on CUDA, where the host does not know what is skipped."""
     train = open_dataset(data, "train")
     plan = plan_run(TrainingOptions(data=str(data), **{**two_processes.TINY, "optimizer": optimizer}), train)
-    batches = two_processes.training_batches(
-        train, plan.preprocessing, plan.augmentation, batch_size=2, seed=0, steps=3
-    )
-    first, second, third = batches
+    first, second, third = two_processes.batches_of(plan, ALONE, 3)
     whole, spoilt = (TrainingStep.of(plan, build_network(plan)) for _ in range(2))
     spoilt.decides_on_device = on_device
     with deterministic_algorithms(True):
         for batch in (first, second):
-            assert taken(whole, batch).finite
+            assert two_processes.step_with(whole, batch).finite
         for batch, spoil in (
             (third, "image"),
             (first, None),
@@ -362,15 +379,10 @@ def test_a_run_with_skipped_steps_is_the_run_without_them(
             (second, None),
             (third, "gradient"),
         ):
-            done = taken(spoilt, batch, spoil)  # type: ignore[arg-type]
+            done = two_processes.step_with(spoilt, batch, spoil)  # type: ignore[arg-type]
             assert bool(done.finite) == (spoil is None)
             assert bool(torch.isfinite(done.total)) == (spoil in (None, "gradient"))
-    assert_same_tensors(spoilt.network.state_dict(), whole.network.state_dict())
-    assert_same_tensors(optimizer_tensors(spoilt.optimizers), optimizer_tensors(whole.optimizers))
-    assert spoilt.average is not None
-    assert whole.average is not None
-    assert_same_tensors(spoilt.average.model.state_dict(), whole.average.model.state_dict())
-    assert spoilt.average.updates == whole.average.updates == 2
+    assert_same_tensors(two_processes.everything(spoilt), two_processes.everything(whole))
 
 
 def assert_same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
@@ -407,9 +419,7 @@ def test_running_statistics_take_nothing_from_a_skipped_step(data: Path) -> None
     )
     network = build_network(plan)
     train_on = TrainingStep.of(plan, network)
-    good, bad = two_processes.training_batches(
-        train, plan.preprocessing, plan.augmentation, batch_size=2, seed=0, steps=2
-    )
+    good, bad = two_processes.batches_of(plan, ALONE, 2)
     train_on(good, 0.01)
     before = {name: value.clone() for name, value in network.named_buffers()}
     assert before
@@ -435,39 +445,64 @@ def spoil_steps(steps: set[int], patch: pytest.MonkeyPatch) -> None:
 def test_skipped_steps_are_logged_with_their_files_and_can_be_made_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a run with another order and loss than its options say, on a machine that has no such device."""
     said = io.StringIO()
+    own = Path(shutil.copytree(data, tmp_path / "own"))
     run = tmp_path / "run"
     seen: list[Batch] = []
-    note = skipping.SkippedSteps.note
+    call = TrainingStep.__call__
 
-    def noting(self: Any, step: int, images: tuple[int, ...], *rest: Any) -> None:
-        seen.append(images)  # type: ignore[arg-type]
-        note(self, step, images, *rest)
+    def stepping(self: TrainingStep, batch: Batch, lr: float) -> Any:
+        seen.append(replace(batch, images=batch.images.clone()))
+        if len(seen) == 3:
+            batch.images[0, 0, 0, 0] = float("inf")
+        return call(self, batch, lr)
 
-    monkeypatch.setattr(skipping.SkippedSteps, "note", noting)
+    def change(recipe: Recipe) -> Recipe:
+        return replace(recipe, class_loss=focal(0.5, 3.0), repeat_rare=0.9)
+
+    options = {**two_processes.TINY, "steps": 4, "mosaic": 0.5}
     with monkeypatch.context() as patch:
-        spoil_steps({3}, patch)
+        patch.setattr(TrainingStep, "__call__", stepping)
         run_training(
-            TrainingOptions(data=str(data), output=str(run), **two_processes.TINY),
-            Console(file=said, width=2000),
+            TrainingOptions(data=str(own), output=str(run), **options), Console(file=said, width=2000), change
         )
     (line,) = [line for line in story(run) if "skipped" in line]
-    train = open_dataset(data, "train")
-    files = [str(train.files[index]) for index in seen[2]]
+    train = open_dataset(own, "train")
+    files = [str(train.files[index]) for index in seen[2].indices]
     assert line["step"] == 3
     assert line["skipped"] == {"reason": "the loss was nan", "files": files}
     assert (
         f"step 3 was skipped, as the loss was nan; weights stay as they were. Its images: {', '.join(files)}"
         in (said.getvalue())
     )
-    (written,) = (run / "skipped").iterdir()
-    batch = replay(written)
-    assert batch.indices == seen[2]
-    assert batch.images.shape[0] == 3
-    assert torch.isfinite(batch.images).all()  # it was spoilt on its way, not in the data
     model = load_model(run / "best")
     assert all(torch.isfinite(value).all() for value in model.network.state_dict().values())
     assert all(np.isfinite(line["loss"]) for line in story(run) if "loss" in line)
+
+    (written,) = (run / "skipped").iterdir()
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("device: cpu", "device: cuda:7"))
+    batch = replay(written)
+    assert batch.indices == seen[2].indices
+    assert torch.equal(batch.images, seen[2].images)
+    assert torch.equal(batch.targets.boxes, seen[2].targets.boxes)
+    assert torch.equal(batch.targets.classes, seen[2].targets.classes)
+
+    told = json.loads(written.read_text())
+    written.write_text(json.dumps({**told, "images": told["images"][::-1]}))
+    with pytest.raises(ConfigError, match="replay needs the version of retinanet that wrote .* give others"):
+        replay(written)
+    written.write_text(json.dumps({**told, "images": [{}]}))
+    with pytest.raises(ConfigError, match=r"or plan\.json of its run, is damaged: KeyError\('index'\)"):
+        replay(written)
+    labels = own / "annotations" / "instances_train.json"
+    document = json.loads(labels.read_text())
+    document["annotations"][0]["bbox"][2] -= 1
+    labels.write_text(json.dumps(document))
+    written.write_text(json.dumps(told))
+    with pytest.raises(ConfigError, match=f"replay needs the data that the run had; {own} has changed since"):
+        replay(written)
 
 
 def test_replay_refuses_what_is_no_replay_file(tmp_path: Path) -> None:

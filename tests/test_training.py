@@ -161,9 +161,7 @@ def test_a_rate_that_is_too_high_ends_the_run_and_names_images(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {**TINY, "lr": 1e30, "optimizer": "sgd", "steps": 30}
-    with pytest.raises(
-        TrainingError, match=r"the 10 steps until step 1\d were skipped: .* lower --lr, now "
-    ):
+    with pytest.raises(TrainingError, match=r"the 10 steps until step 1\d were skipped: .* lower --lr, now "):
         retinanet.train(data=str(data), output=str(tmp_path / "nan"), **options)
     assert "was skipped, as the loss was nan; weights stay as they were. Its images: images/train/" in (
         capsys.readouterr().err

@@ -66,7 +66,10 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Make torch refuse operations whose result depends on timing, for as long as the block runs."""
+    """Make torch refuse operations whose result depends on timing, for as long as the block runs.
+
+    To be entered before CUDA is used: cuBLAS reads once, when it begins, whether it may take memory as it comes.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:  # without it torch refuses every product of matrices on CUDA
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -88,7 +88,11 @@ def run_training(
     if options.resume is not None:
         _require_nothing_else(options)
         return resume_training(Path(options.resume), console, change, workers=options.workers)
-    with joined_processes() as processes, noted_signals(patient=processes.several) as stop:
+    with (
+        deterministic_algorithms(options.deterministic),
+        joined_processes() as processes,
+        noted_signals(patient=processes.several) as stop,
+    ):
         console = console if processes.main else silent_console()
         where = ""
         try:
@@ -155,7 +159,11 @@ def resume_training(
     folder = RunFolder.existing(path)
     options = TrainingOptions(**{"data": "", **read_config(path / "config.yaml")})
     options = replace(options, workers=options.workers if workers is None else workers)
-    with joined_processes() as processes, noted_signals(patient=processes.several) as stop:
+    with (
+        deterministic_algorithms(options.deterministic),
+        joined_processes() as processes,
+        noted_signals(patient=processes.several) as stop,
+    ):
         console = console if processes.main else silent_console()
         with _held(folder, processes):
             with stop.at_once(f"stopped by a signal; go on with: {go_on(folder)}"):
@@ -164,7 +172,10 @@ def resume_training(
                     begun = read_json(folder.plan) if folder.plan.is_file() else None
                     if begun is None and state is not None:
                         raise ConfigError(f"--resume needs the run's plan.json; {path} has none")
-                prepared = prepare(options, console, change, folder, begun, processes)
+                    if state is None:
+                        _require_weights(options)
+                trained = state is not None
+                prepared = prepare(options, console, change, folder, begun, processes, trained=trained)
                 step = 0 if state is None else state.step
                 if processes.main:
                     folder.note_command()
@@ -196,6 +207,15 @@ def _state_of(folder: RunFolder, console: Console) -> State | None:
     return state
 
 
+def _require_weights(options: TrainingOptions) -> None:
+    """Refuse to begin a run anew whose model to start from has gone; a training state needs it no more."""
+    if options.weights is not None and not Path(options.weights).exists():
+        raise ConfigError(
+            f"--resume needs the model of --weights once more, as the run has no training state yet; {options.weights} "
+            "does not exist. Put it back, or start a new run"
+        )
+
+
 def _train(
     prepared: Prepared,
     folder: RunFolder,
@@ -206,7 +226,7 @@ def _train(
 ) -> Run:
     plan, val_set = prepared.plan, prepared.val_set
     # Steps seed torch's generator; the caller's is given back as it was.
-    with deterministic_algorithms(plan.options.deterministic), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         best = train_network(
             plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state, processes
         )
