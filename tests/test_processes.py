@@ -34,6 +34,7 @@ from retinanet.processes import ALONE, Processes, device_of_process, joined_proc
 from retinanet.training import skipping
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
+from retinanet.training.preparation import prepare
 from retinanet.training.recipes import Recipe
 from retinanet.training.replay import replay
 from retinanet.training.run import resume_training, run_training
@@ -86,8 +87,9 @@ def found(data: Path, out: Path) -> Found:
 def test_what_the_main_process_says_is_told_to_all(found: Found) -> None:
     first, second = found("exchange")
     assert first["order"] == second["order"] == ["body"]
-    assert first.pop("failed") == "DataError"
-    assert second.pop("failed") == "LostProcessError"
+    assert first.pop("failed") == "DataError: no data"
+    told = "LostProcessError: the first process of the run could not begin; its message says why"
+    assert second.pop("failed") == told
     assert first == second
     assert first["told"] == "rank 0"
     assert first["gathered"] == [0, 1]
@@ -330,6 +332,30 @@ def test_more_processes_than_images_a_step_are_refused(data: Path) -> None:
         plan_run(options, open_dataset(data, "train"), processes=Processes(0, 4))
 
 
+@pytest.mark.parametrize(
+    ("backbone", "processes", "accumulate", "sees"),
+    [
+        ("test_resnet", 1, 1, None),
+        ("test_resnet", 1, 2, "sees at most 4 of a step's 7 images at once"),
+        ("test_resnet", 2, 2, "sees at most 2 of a step's 7 images at once"),
+        ("test_efficientnet_gn", 2, 2, None),
+    ],
+)
+def test_the_plan_says_where_a_batchnorm_sees_a_part_of_a_step(
+    backbone: str, processes: int, accumulate: int, sees: str | None, data: Path
+) -> None:
+    told = {**two_processes.TINY, "backbone": backbone, "batch_size": 7, "accumulate": accumulate}
+    console = Console(record=True, width=200, file=io.StringIO())
+
+    class Described(Processes):  # which exchange nothing
+        several = property(lambda self: False)  # type: ignore[assignment]
+
+    options = TrainingOptions(data=str(data), **told)
+    prepare(options, console, None, None, processes=Described(0, processes))
+    assert ("BatchNorm" in console.export_text(clear=False)) == (sees is not None)
+    assert (sees or "") in console.export_text()
+
+
 def test_each_process_of_a_machine_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert device_of_process(cuda) == cuda
@@ -395,14 +421,16 @@ def assert_same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, t
 def test_a_streak_of_skipped_steps_counts_though_it_is_over_when_it_is_read(read_every: int) -> None:
     """On CUDA values are read every ten steps: ten in a row may lie between."""
     skipped, told = skipping.SkippedSteps(ALONE), []
+    for step in range(1, 31):
+        spoilt = 3 <= step <= 11 or 16 <= step <= 25
+        value = torch.tensor(float("nan") if spoilt else 1.0)
+        skipped.note(step, (step,), value.isfinite(), value)
+        if step % read_every == 0:
+            told += skipped.read()
+        if step == 20:
+            skipped.require_few(0.1)
     with pytest.raises(DivergedError, match="the 10 steps until step 25 were skipped"):
-        for step in range(1, 41):
-            spoilt = 3 <= step <= 11 or 16 <= step <= 25
-            value = torch.tensor(float("nan") if spoilt else 1.0)
-            skipped.note(step, (step,), value.isfinite(), value)
-            if step % read_every == 0:
-                told += skipped.read()
-                skipped.require_few(0.1)
+        skipped.require_few(0.1)
     assert [one.step for one in told] == [*range(3, 12), *range(16, 26)]
     assert all(one.images == (one.step,) for one in told)
 
@@ -491,7 +519,7 @@ def test_skipped_steps_are_logged_with_their_files_and_can_be_made_again(
 
     told = json.loads(written.read_text())
     written.write_text(json.dumps({**told, "images": told["images"][::-1]}))
-    with pytest.raises(ConfigError, match="replay needs the version of retinanet that wrote .* give others"):
+    with pytest.raises(ConfigError, match=r"replay needs the version of retinanet that wrote .* give others"):
         replay(written)
     written.write_text(json.dumps({**told, "images": [{}]}))
     with pytest.raises(ConfigError, match=r"or plan\.json of its run, is damaged: KeyError\('index'\)"):

@@ -99,8 +99,8 @@ def handed_over(data: str, output: str) -> TrainingOptions:
 
 
 def exact(recipe: Recipe) -> Recipe:
-    """Leave the norms out of the heads: on P7 of an image of 64 pixels a group has two numbers, and where they are nearly
-    equal, normalising makes a difference of rounding a hundred times as large."""
+    """Leave the norms out of the heads: on P7 of an image of 64 pixels a group is two numbers, and where they are
+    nearly equal, to normalise them makes a difference of rounding a hundred times as large."""
     model = recipe.model
     return replace(recipe, model=replace(model, head=replace(model.head, norm="none")))
 
@@ -168,7 +168,7 @@ def exchange(processes: Processes, *_: str) -> dict[str, Any]:
         with processes.main_first():
             raise DataError("no data")
     except RetinaNetError as error:
-        found["failed"] = type(error).__name__
+        found["failed"] = f"{type(error).__name__}: {error}"
     return found
 
 

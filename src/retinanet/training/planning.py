@@ -200,7 +200,8 @@ def plan_run(
     Args:
         change: what an experiment changes of the recipe that the options choose.
         processes: that will train together. What is decided does not depend on them, but for devices and workers.
-        begun: `plan.json` of a run that has a training state: what it started from is taken from there, and may be gone.
+        begun: `plan.json` of a run that has a training state: what it says of the weights that the run started from is
+            enough, as the state has them.
     """
     reasons: list[tuple[str, str, str]] = []
     device = device_of_process(choose_device(options.device))
