@@ -121,7 +121,7 @@ class WeightAverage(Generic[M]):
         """Follow the model by one step; nothing moves or counts where that was not `taken`, a scalar."""
         self.updates += taken
         follows = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * taken
-        kept = list(self.model.parameters())
-        torch._foreach_lerp_(kept, list(model.parameters()), [follows] * len(kept))
+        averaged: list[Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(averaged, list(model.parameters()), [follows] * len(averaged))
         for kept, new in zip(self.model.buffers(), model.buffers(), strict=True):
             kept.copy_(new)
