@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from retinanet.data import Dataset, available_splits, open_dataset, read_as
+from retinanet.devices import fix_cublas_memory
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import RetinaNet
@@ -56,6 +57,8 @@ def prepare(
         trained: it has a training state, and what it started from is not read again.
     """
     began = time.monotonic()
+    if options.deterministic:
+        fix_cublas_memory()
     with processes.main_first():
         writers = chosen_writers(options)  # what is missing for one is told before anything is read
         train_set, val_set = open_splits(

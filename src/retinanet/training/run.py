@@ -88,11 +88,7 @@ def run_training(
     if options.resume is not None:
         _require_nothing_else(options)
         return resume_training(Path(options.resume), console, change, workers=options.workers)
-    with (
-        deterministic_algorithms(options.deterministic),
-        joined_processes() as processes,
-        noted_signals(patient=processes.several) as stop,
-    ):
+    with joined_processes() as processes, noted_signals(patient=processes.several) as stop:
         console = console if processes.main else silent_console()
         where = ""
         try:
@@ -159,11 +155,7 @@ def resume_training(
     folder = RunFolder.existing(path)
     options = TrainingOptions(**{"data": "", **read_config(path / "config.yaml")})
     options = replace(options, workers=options.workers if workers is None else workers)
-    with (
-        deterministic_algorithms(options.deterministic),
-        joined_processes() as processes,
-        noted_signals(patient=processes.several) as stop,
-    ):
+    with joined_processes() as processes, noted_signals(patient=processes.several) as stop:
         console = console if processes.main else silent_console()
         with _held(folder, processes):
             with stop.at_once(f"stopped by a signal; go on with: {go_on(folder)}"):
@@ -226,7 +218,7 @@ def _train(
 ) -> Run:
     plan, val_set = prepared.plan, prepared.val_set
     # Steps seed torch's generator; the caller's is given back as it was.
-    with torch.random.fork_rng(devices=[]):
+    with deterministic_algorithms(plan.options.deterministic), torch.random.fork_rng(devices=[]):
         best = train_network(
             plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state, processes
         )
