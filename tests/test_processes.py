@@ -33,6 +33,7 @@ from retinanet.objective import focal
 from retinanet.processes import ALONE, Processes, device_of_process, joined_processes
 from retinanet.training import skipping
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.parts import batch_norm_in_words
 from retinanet.training.planning import plan_run
 from retinanet.training.preparation import prepare
 from retinanet.training.recipes import Recipe
@@ -354,6 +355,14 @@ def test_the_plan_says_where_a_batchnorm_sees_a_part_of_a_step(
     prepare(options, console, None, None, processes=Described(0, processes))
     assert ("BatchNorm" in console.export_text(clear=False)) == (sees is not None)
     assert (sees or "") in console.export_text()
+
+
+def test_a_batchnorm_that_stays_as_loaded_sees_nothing(data: Path) -> None:
+    options = TrainingOptions(data=str(data), **two_processes.TINY)
+    network = build_network(plan_run(options, open_dataset(data, "train")))
+    assert batch_norm_in_words(network, 7, 2, 2) is not None
+    network.backbone.freeze("backbone")
+    assert batch_norm_in_words(network, 7, 2, 2) is None
 
 
 def test_each_process_of_a_machine_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

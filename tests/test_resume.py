@@ -507,17 +507,20 @@ def test_a_run_goes_on_without_the_model_that_it_started_from(
     """Its state has all that it took from there; before the first state, the model is needed again."""
     model = Path(shutil.copytree(whole[0] / "best", tmp_path / "model"))
     options = {**TINY, "pretrained": "auto", "weights": str(model), "steps": 3, "freeze": "stage1"}
-    quiet_run(data, tmp_path / "whole", options)
-    for name, how in (("stopped", terminate), ("killed", kill)):
-        with monkeypatch.context() as patch:
-            stop_at(2, patch, how)
-            with pytest.raises((Killed, Stopped)):
-                quiet_run(data, tmp_path / name, options)
+    run = tmp_path / "with"
+    with monkeypatch.context() as patch:
+        stop_at(2, patch, terminate)
+        with pytest.raises(Stopped):
+            run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet())
+    for name in ("without", "killed"):
+        shutil.copytree(run, tmp_path / name)
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    resume_training(run, quiet())
     shutil.rmtree(model)
     console = Console(record=True, width=400, file=io.StringIO())
-    resume_training(tmp_path / "stopped", console)
+    resume_training(tmp_path / "without", console)
     assert "as the run began" in console.export_text()
-    ours, theirs = (newest_state(tmp_path / name / "checkpoints")[0] for name in ("stopped", "whole"))
+    ours, theirs = (newest_state(tmp_path / name / "checkpoints")[0] for name in ("without", "with"))
     assert ours is not None
     assert theirs is not None
     assert ours.step == theirs.step == 3
@@ -526,10 +529,6 @@ def test_a_run_goes_on_without_the_model_that_it_started_from(
             assert torch.equal(tensor, theirs.parts[part][key]), (part, key)
     with pytest.raises(ConfigError, match=f"has no training state yet; {model} does not exist. Put it back"):
         resume_training(tmp_path / "killed", quiet())
-
-
-def quiet_run(data: Path, run: Path, options: dict[str, Any]) -> None:
-    run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet())
 
 
 def test_a_dry_run_has_no_result_in_python(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
