@@ -48,6 +48,7 @@ TINY: dict[str, Any] = {
     "steps": 6,
     "validate_every_steps": 4,
     "zoom": "1,1",
+    "log_to": "none",
 }
 STEPS = 3
 Spoil = Literal["image", "loss", "gradient"]
