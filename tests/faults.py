@@ -4,6 +4,7 @@
     python tests/faults.py damage --times 2000    flipped bytes and cuts in every file of a state
     python tests/faults.py disk                   disks and files that are full
     python tests/faults.py signals                SIGTERM and SIGINT in each phase, alone and with two processes
+    python tests/faults.py few-signals            three of them
 
 Each prints a line a case, and exits with 1 where something is lost that should not be. `test_faults.py`: short forms.
 Processes are forked when everything is imported and nothing has run yet: a life takes a second or two, not ten.
@@ -24,10 +25,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -35,6 +36,7 @@ from retinanet.cli.main import main as command
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import CheckpointError
 from retinanet.training import loop, preparation, run
+from retinanet.training.gradients import GradientSum
 from retinanet.training.state import State, read_state, save_state
 from retinanet.training.step import TrainingStep
 
@@ -50,7 +52,18 @@ TINY: dict[str, Any] = {
     "validate_every_steps": 8,
     "save_every_steps": 1,
 }
-PHASES = ("planning", "step", "saving", "validation", "report")
+# Where a run is stopped: a phase, and the steps that are done where it matters. "part": with half of a step's images
+# through the network.
+Moment: TypeAlias = tuple[str, int | None]
+MOMENTS: tuple[Moment, ...] = (
+    ("planning", None),
+    ("step", 0),
+    ("step", 5),
+    ("part", 5),
+    ("saving", None),
+    ("validation", None),
+    ("report", None),
+)
 # Longest that a stop may take.
 PATIENCE = 30.0
 
@@ -61,15 +74,26 @@ def generated(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def phases(entered: Callable[[str, int], None]) -> Iterator[None]:
-    """Call `entered` with each phase that a run comes to, and how many steps are done."""
+    """Call `entered` with each phase that a run comes to, and how many of the run's steps are done."""
     done, made = [0], [0]
-    plan, step, save, judge, report = (
+    plan, step, save, judge, report, restore, begin = (
         preparation.plan_run,
         TrainingStep.__call__,
         loop.save_state,
         loop.validate,
         run.draw_run,
+        loop.Saving.restore,
+        GradientSum.begin,
     )
+
+    def restoring(self: loop.Saving, state: State, *args: Any) -> int:
+        done[0] = made[0] = restore(self, state, *args)
+        return done[0]
+
+    def beginning(self: GradientSum, last: bool) -> None:
+        begin(self, last)
+        if last:
+            entered("part", made[0] - 1)
 
     def planning(*args: Any, **kwargs: Any) -> Any:
         entered("planning", 0)
@@ -97,11 +121,13 @@ def phases(entered: Callable[[str, int], None]) -> Iterator[None]:
 
     preparation.plan_run, TrainingStep.__call__, loop.save_state = planning, stepping, saving  # type: ignore[method-assign]
     loop.validate, run.draw_run = judging, reporting
+    loop.Saving.restore, GradientSum.begin = restoring, beginning  # type: ignore[method-assign]
     try:
         yield
     finally:
         preparation.plan_run, TrainingStep.__call__, loop.save_state = plan, step, save  # type: ignore[method-assign]
         loop.validate, run.draw_run = judge, report
+        loop.Saving.restore, GradientSum.begin = restore, begin  # type: ignore[method-assign]
 
 
 def forked(body: Callable[[], None], said: Path, environment: dict[str, str] | None = None) -> int:
@@ -140,9 +166,9 @@ def ended(child: int, seconds: float = 120.0) -> tuple[int, float]:
     return -999, seconds
 
 
-def trained(data: Path, folder: Path) -> Callable[[], None]:
+def trained(data: Path, folder: Path, **more: Any) -> Callable[[], None]:
     """Return what begins a run, or goes on with it where it has begun."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **more}.items()]
 
     def body() -> None:
         if (folder / "config.yaml").is_file():
@@ -252,7 +278,9 @@ def kills(folder: Path, times: int, seed: int) -> Kills:
                 known = max(known, int(step))
             state = newest(target)
             reached = 0 if state is None else state.step
-            at_least = int(step) if phase in ("saved", "step", "validation", "report") else known
+            # The report's state and what comes before a step or a validation are saved.
+            told = ("saved", "step", "part", "validation", "report")
+            at_least = max(known, int(step)) if phase in told else known
             found.most_lost = max(found.most_lost, at_least - reached)
             if reached < at_least:
                 found.wrong.append(f"run {number}: killed in {phase} of step {step}, state of step {reached}")
@@ -351,42 +379,65 @@ def _filled(
     return name, right, message
 
 
-def signals(
-    folder: Path, numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
-) -> list[tuple[str, bool, str]]:
+def signals(folder: Path) -> list[tuple[str, bool, str]]:
     """Stop runs by a signal in each phase, alone and with two processes; return what was done, whether it was right."""
+    cases = [
+        (count, moment, rank, number)
+        for count in (1, 2)
+        for moment in MOMENTS
+        for rank in range(count)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    ]
+    return _signalled(folder, cases)
+
+
+def few_signals(folder: Path) -> list[tuple[str, bool, str]]:
+    """Before the first step, between two parts of one, and in a validation, each to one of two processes alone."""
+    cases = [
+        (2, ("step", 0), 1, signal.SIGINT),
+        (2, ("part", 2), 0, signal.SIGTERM),
+        (2, ("validation", None), 1, signal.SIGTERM),
+    ]
+    return _signalled(folder, cases, steps=6, validate_every_steps=4)
+
+
+def _signalled(
+    folder: Path, cases: Sequence[tuple[int, Moment, int, int]], **more: Any
+) -> list[tuple[str, bool, str]]:
+    """Stop a run for each case (processes, moment, which of them, signal), and go on with it."""
     data = generated(folder)
-    whole = {count: folder / f"whole-{count}" for count in (1, 2)}
+    more = {"batch_size": 4, "accumulate": 2, **more}
     found = []
-    for count, target in whole.items():
-        codes = [code for code, _ in _together(trained(data, target), count, folder, None, -1, 0)]
+    for count in sorted({count for count, _, _, _ in cases}):
+        whole = folder / f"whole-{count}"
+        codes = [code for code, _ in _together(trained(data, whole, **more), count, folder, None, -1, 0)]
         assert codes == [0] * count, (folder / "said-0").read_text()
-    for count in (1, 2):
-        for phase in PHASES:
-            for rank in range(count):
-                for number in numbers:
-                    target = folder / f"run-{count}-{phase}-{rank}-{number}"
-                    ends = _together(trained(data, target), count, folder, phase, rank, number)
-                    name = f"{signal.Signals(number).name} in {phase}, process {rank + 1} of {count}"
-                    code, seconds = ends[rank][0], max(seconds for _, seconds in ends)
-                    again = _together(trained(data, target), count, folder, None, -1, 0)
-                    right = (
-                        code == 128 + number
-                        and seconds < PATIENCE
-                        and all(end[0] == 0 for end in again)
-                        and same(newest(target), newest(whole[count]))
-                    )
-                    found.append(
-                        (name, right, f"exit {code} after {seconds:.1f} s, then resumed to the same weights")
-                    )
-                    shutil.rmtree(target, ignore_errors=True)
+        for _, moment, rank, number in (case for case in cases if case[0] == count):
+            target = folder / "stopped"
+            ends = _together(trained(data, target, **more), count, folder, moment, rank, number)
+            phase, step = moment
+            where = phase if step is None else f"{phase}, {step} steps done"
+            name = f"{signal.Signals(number).name} in {where}, process {rank + 1} of {count}"
+            code, seconds = ends[rank][0], max(seconds for _, seconds in ends)
+            again = _together(trained(data, target), count, folder, None, -1, 0)
+            right = (
+                code == 128 + number
+                and seconds < PATIENCE
+                and all(end[0] == 0 for end in again)
+                and same(newest(target), newest(whole))
+                and log_of(target) == log_of(whole)
+            )
+            found.append(
+                (name, right, f"exit {code} after {seconds:.1f} s, then resumed to the same weights")
+            )
+            shutil.rmtree(target, ignore_errors=True)
     return found
 
 
 def _together(
-    body: Callable[[], None], count: int, folder: Path, phase: str | None, rank: int, number: int
+    body: Callable[[], None], count: int, folder: Path, moment: Moment | None, rank: int, number: int
 ) -> list[tuple[int, float]]:
-    """Run one or two processes, one of which gets a signal when it comes to a phase; return how each ended."""
+    """Run one or two processes, one of which gets a signal when it comes to a moment; return how each ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -398,7 +449,7 @@ def _together(
         sent = [False]
 
         def entered(now: str, step: int, each: int = each, sent: list[bool] = sent) -> None:
-            if now != phase or sent[0] or (now == "step" and step != 5):
+            if sent[0] or moment not in ((now, None), (now, step)):
                 return
             sent[0] = True
             if each == rank:
@@ -441,7 +492,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("kills", "damage", "disk", "signals"))
+    parser.add_argument("what", choices=("kills", "damage", "disk", "signals", "few-signals"))
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -457,7 +508,7 @@ def main() -> int:
             print(f"{times} flips and cuts, {times - len(missed)} noticed")
             print(*missed, sep="\n")
             return int(bool(missed))
-        rows = disk(folder) if given.what == "disk" else signals(folder)
+        rows = {"disk": disk, "signals": signals, "few-signals": few_signals}[given.what](folder)
         for what, right, told in rows:
             print(f"{'right' if right else 'WRONG'}: {what}: {told}", flush=True)
         return int(not all(right for _, right, _ in rows))

@@ -20,7 +20,12 @@ def test_every_flip_and_cut_in_a_state_is_noticed(tmp_path: Path) -> None:
 # In processes of their own: they fork, which a process that has computed with threads must not.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "said"), [("kills", "0 failures"), ("disk", "right: files of at most 1 MiB")]
+    ("what", "said"),
+    [
+        ("kills", "0 failures"),
+        ("disk", "right: files of at most 1 MiB"),
+        ("few-signals", "right: SIGTERM in validation, process 2 of 2"),
+    ],
 )
 def test_runs_survive(what: str, said: str) -> None:
     done = subprocess.run(

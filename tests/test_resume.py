@@ -404,6 +404,11 @@ def test_another_plan_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest
     write_json(run / "plan.json", {"steps": 3, "data": plan["data"]})
     with pytest.raises(ConfigError, match=r"plan\.json of the run is damaged"):
         resume_training(run, quiet())
+    write_json(run / "plan.json", {name: value for name, value in plan.items() if name != "data"})
+    with pytest.raises(
+        ConfigError, match=r"needs a run of this version; its plan\.json does not say which data"
+    ):
+        resume_training(run, quiet())
     (run / "plan.json").unlink()
     with pytest.raises(ConfigError, match=r"needs the run's plan\.json"):
         resume_training(run, quiet())
@@ -491,6 +496,69 @@ def test_a_run_with_a_loss_of_ones_own_is_not_resumed_with_another(
     with pytest.raises(ConfigError, match=r"class loss was .*focal.* and would be null now"):
         resume_training(run, quiet())
     resume_training(run, quiet(), own)
+
+
+def test_a_run_goes_on_without_the_model_that_it_started_from(
+    data: Path,
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its state has all that it took from there; before the first state, the model is needed again."""
+    model = Path(shutil.copytree(whole[0] / "best", tmp_path / "model"))
+    options = {**TINY, "pretrained": "auto", "weights": str(model), "steps": 3, "freeze": "stage1"}
+    run = tmp_path / "with"
+    with monkeypatch.context() as patch:
+        stop_at(2, patch, terminate)
+        with pytest.raises(Stopped):
+            run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet())
+    for name in ("without", "killed"):
+        shutil.copytree(run, tmp_path / name)
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    resume_training(run, quiet())
+    shutil.rmtree(model)
+    console = Console(record=True, width=400, file=io.StringIO())
+    resume_training(tmp_path / "without", console)
+    assert "as the run began" in console.export_text()
+    ours, theirs = (newest_state(tmp_path / name / "checkpoints")[0] for name in ("without", "with"))
+    assert ours is not None
+    assert theirs is not None
+    assert ours.step == theirs.step == 3
+    for part in ours.parts:
+        for key, tensor in ours.parts[part].items():
+            assert torch.equal(tensor, theirs.parts[part][key]), (part, key)
+    with pytest.raises(ConfigError, match=f"has no training state yet; {model} does not exist. Put it back"):
+        resume_training(tmp_path / "killed", quiet())
+
+
+def test_a_dry_run_has_no_result_in_python(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retinanet.training.run.run_training", lambda _: None)
+    with pytest.raises(
+        ConfigError, match=r"needs dry_run=False; a dry run has no result. Use plan_run for a"
+    ):
+        retinanet.train(data=str(data), dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("retinanet.training.preparation.open_splits", "stopped by a signal; go on with: "),
+        ("retinanet.training.loop.Judge.best", "stopped by a signal after the last step; go on with: "),
+        ("retinanet.training.run.draw_run", "after the last step; draw its pictures with: "),
+    ],
+)
+def test_a_signal_to_a_run_that_has_no_step_left_stops_at_once(
+    place: str,
+    message: str,
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    monkeypatch.setattr(place, lambda *_, **__: terminate())
+    with pytest.raises(Stopped, match=f"{message}retinanet train --resume {run}") as raised:
+        resume_training(run, quiet())
+    assert raised.value.exit_code == 143
 
 
 def test_settings_beside_resume_are_refused_in_python(data: Path, tmp_path: Path) -> None:
@@ -659,12 +727,26 @@ def test_a_process_that_is_killed_at_random_always_goes_on(data: Path, tmp_path:
     assert_the_same(run, whole)
 
 
-def test_deterministic_runs_write_the_same_log_twice(data: Path, tmp_path: Path) -> None:
+def test_deterministic_runs_write_the_same_log_twice(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS reads what it may do when it begins: that has to be said before anyone asks for CUDA, resumed or not."""
+    seen: list[str | None] = []
+
+    def asked() -> bool:
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", asked)
     for run, workers in (("first", 0), ("second", 2)):
-        told = {**TINY, "deterministic": True, "steps": 5, "workers": workers}
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        told = {**TINY, "device": "auto", "deterministic": True, "steps": 5, "workers": workers}
         run_training(TrainingOptions(data=str(data), output=str(tmp_path / run), **told), quiet())
     assert story(tmp_path / "first") == story(tmp_path / "second")
     assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    resume_training(tmp_path / "first", quiet())
+    assert set(seen) == {":4096:8"}
 
 
 def test_python_can_resume(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,7 @@ from retinanet.training.muon import Muon
 from retinanet.training.objectives import settings_of
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
 from retinanet.training.planning import Plan, plan_run
+from retinanet.training.preparation import open_splits
 from retinanet.training.run import run_training
 from retinanet.training.signals import StopRequest
 from retinanet.training.sizing import (
@@ -161,13 +162,31 @@ def test_a_rate_that_is_too_high_ends_the_run_and_names_images(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {**TINY, "lr": 1e30, "optimizer": "sgd", "steps": 30}
-    with pytest.raises(
-        TrainingError, match=r"the last 10 steps until step 1\d were skipped: .* lower --lr, now "
-    ):
+    with pytest.raises(TrainingError, match=r"the 10 steps until step 1\d were skipped: .* lower --lr, now "):
         retinanet.train(data=str(data), output=str(tmp_path / "nan"), **options)
     assert "was skipped, as the loss was nan; weights stay as they were. Its images: images/train/" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda coco: coco["categories"][0].update(name="globe"),
+            "needs the same classes in train and val; got .* and .*globe",
+        ),
+        (lambda coco: coco["annotations"].clear(), "the val split of .* has none in 2 images"),
+    ],
+)
+def test_a_val_split_that_is_of_no_use_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    data = generate_shapes(tmp_path / "shapes", train=2, val=2, spec=ShapesSpec(image_size=96))
+    labels = data / "annotations" / "instances_val.json"
+    coco = json.loads(labels.read_text())
+    change(coco)
+    labels.write_text(json.dumps(coco))
+    with pytest.raises(DataError, match=message):
+        open_splits(str(data))
 
 
 # --- options ---------------------------------------------------------------------------------------------------

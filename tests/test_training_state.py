@@ -230,6 +230,29 @@ def test_what_a_killed_process_left_is_no_state_and_goes(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["00000012"]
 
 
+def test_a_file_that_was_written_so_and_is_no_safetensors_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(of_state, "save", lambda _: b"of another version")
+        place = save_state(tmp_path, a_state())
+    with pytest.raises(CheckpointError, match=r"\.safetensors cannot be read: "):
+        read_state(place)
+
+
+def test_a_disk_that_does_not_say_what_is_free_is_told_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    with pytest.raises(
+        TrainingError, match=r"no room for the training state in .*: 1,048,\d{3} bytes are needed$"
+    ):
+        save_state(tmp_path, a_state())
+
+
 # ---------------------------------------------------------------------------------- optimisers
 
 

@@ -64,12 +64,19 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
+def fix_cublas_memory() -> None:
+    """Let cuBLAS compute the same whatever else the device does; torch refuses products of matrices on CUDA without it
+    where results may not depend on timing. cuBLAS asks once, when it begins: to be called before CUDA is used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Make torch refuse operations whose result depends on timing, for as long as the block runs."""
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:  # without it torch refuses every product of matrices on CUDA
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if wanted:
+        fix_cublas_memory()
     torch.use_deterministic_algorithms(wanted or before)
     try:
         yield

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import timm
+import torch
 
 from retinanet.checkpoint import Model
 from retinanet.errors import ConfigError
+from retinanet.model import ModelSpec, build_retinanet
 from retinanet.records import Classes
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.optimizer import MUON_FACTOR
@@ -45,6 +48,25 @@ def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
         if isinstance(found, str):
             return Path(found), f"found in the cache: {hub_id}"
     return None, f"no weights of {hub_id or backbone} in the cache; give a file with --pretrained"
+
+
+def started_from(options: TrainingOptions, begun: dict[str, Any]) -> tuple[Model | None, Path | None, str]:
+    """Return the model and the backbone's weights that a run started from, by its `plan.json`, and why. The model has
+    no values: a training state has them.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    start = None
+    try:
+        weights = None if begun["weights_file"] is None else Path(begun["weights_file"])
+        if options.weights is not None:
+            spec = ModelSpec.from_json(begun["spec"])
+            with torch.device("meta"):
+                start = Model(build_retinanet(spec), spec, training={"recipe": begun["recipe"]["name"]})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"plan.json of the run is damaged: {error!r}") from None
+    return start, weights, "as the run began"
 
 
 def choose_recipe(

@@ -115,7 +115,7 @@ def train_network(
                 for one in skipped.read():
                     if processes.main:
                         story.say(tell_skipped(folder, one, plan, train))
-                skipped.require_few(step, lr)
+                skipped.require_few(lr)
             if step % LOG_EVERY == 0 or judging:
                 story.trained(step, {**meter.read(), "lr": lr})
             if judging or saves:
@@ -181,7 +181,7 @@ class Saving:
         values = {"skipped_in_a_row": skipped.in_a_row, "unreadable": sorted(unreadable)}
         if train_on.average is not None:
             parts["average"] = train_on.average.model.state_dict()
-            values["averaged"] = train_on.average.updates
+            values["averaged"] = int(train_on.average.updates)
         if processes.main:
             save_state(self.folder, State(step, parts, values))
         processes.wait()  # in a step, where they would meet next, none waits for a slow disk
@@ -221,7 +221,7 @@ class Saving:
         restore_optimizers(train_on.optimizers, state.parts["optimizer"])
         if train_on.average is not None:
             train_on.average.model.load_state_dict(state.parts["average"])
-            train_on.average.updates = state.values["averaged"]
+            train_on.average.updates.fill_(state.values["averaged"])
         sums = state.parts["meter"].get("sums")
         meter.sums = None if sums is None else sums.to(train_on.device)
         skipped.in_a_row = state.values["skipped_in_a_row"]

@@ -103,7 +103,8 @@ def set_rate(optimizers: list[Optimizer], lr: float) -> None:
 
 
 class WeightAverage(Generic[M]):
-    """Exponential moving average of a model's weights: a <- a + (1 - d) (w - a), d = min(decay, (1 + t) / (10 + t)).
+    """Exponential moving average of a model's weights: a <- a + (1 - d) (w - a), d = min(decay, (1 + t) / (10 + t))
+    in update t = 1, 2, ...
 
     The short memory at the start keeps the initial weights out of it. Buffers (running statistics) are copied.
     """
@@ -112,12 +113,15 @@ class WeightAverage(Generic[M]):
         self.model = average
         average.requires_grad_(False)
         self.decay = decay
-        self.updates = 0
+        # On the device, which alone knows in time whether a step counts.
+        self.updates = torch.zeros((), dtype=torch.int64, device=next(average.parameters()).device)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+    def update(self, model: nn.Module, taken: Tensor | bool = True) -> None:
+        """Follow the model by one step; nothing moves or counts where that was not `taken`, a scalar."""
+        self.updates += taken
+        follows = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * taken
+        averaged: list[Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(averaged, list(model.parameters()), [follows] * len(averaged))
         for kept, new in zip(self.model.buffers(), model.buffers(), strict=True):
             kept.copy_(new)

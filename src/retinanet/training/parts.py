@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.model import RetinaNet
 
@@ -39,3 +40,20 @@ def trained_in_words(network: RetinaNet) -> str:
     whole = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     return f"{whole:,} parameters, {'all' if trained == whole else f'{trained:,}'} of them trained"
+
+
+def batch_norm_in_words(
+    network: RetinaNet, images: int, processes: int, parts: int
+) -> tuple[str, str, str] | None:
+    """Return a plan's line where a BatchNorm that trains does not see a step's images together, else None.
+
+    Args:
+        images: a step's.
+        parts: in which those of a process pass through the network.
+    """
+    trains = any(isinstance(module, _BatchNorm) and module.training for module in network.modules())
+    if not trains or processes * parts == 1:
+        return None
+    together = -(-images // (processes * parts))
+    why = "it trains, and its statistics are of the images that pass together: other processes or parts, other weights"
+    return ("BatchNorm", f"sees at most {together} of a step's {images} images at once", why)

@@ -26,7 +26,7 @@ from retinanet.model import ModelSpec, fitting_norm
 from retinanet.objective import Objective
 from retinanet.processes import ALONE, Processes, device_of_process
 from retinanet.training import objectives
-from retinanet.training.choosing import choose_rate, choose_recipe, find_pretrained
+from retinanet.training.choosing import choose_rate, choose_recipe, find_pretrained, started_from
 from retinanet.training.configuration import EVERY_SETTING, TrainingOptions
 from retinanet.training.objectives import build_objective, choose_loss
 from retinanet.training.recipes import Recipe
@@ -75,9 +75,8 @@ class Plan:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How training batches are prepared: a compiled network gets few sizes, as new ones take compiling."""
-        usual = self.spec.preprocessing
-        return dataclasses.replace(usual, divisor=COMPILED_DIVISOR) if self.options.compile else usual
+        """How training batches are prepared."""
+        return training_preprocessing(self.spec, self.options)
 
     def lasting(self, steps: int, why: str, validations: int = VALIDATIONS) -> Plan:
         """Return the plan with that many steps, and with everything that follows from their number.
@@ -183,30 +182,42 @@ class Plan:
         console.print(self.table())
 
 
+def training_preprocessing(spec: ModelSpec, options: TrainingOptions) -> Preprocessing:
+    """Return how training batches are prepared: a compiled network gets few sizes, as new ones take compiling."""
+    usual = spec.preprocessing
+    return dataclasses.replace(usual, divisor=COMPILED_DIVISOR) if options.compile else usual
+
+
 def plan_run(
     options: TrainingOptions,
     train: Dataset,
     change: Callable[[Recipe], Recipe] | None = None,
     processes: Processes = ALONE,
+    begun: dict[str, Any] | None = None,
 ) -> Plan:
     """Decide every setting: the user's option first, then the recipe, then a rule of the data and device.
 
     Args:
         change: what an experiment changes of the recipe that the options choose.
         processes: that will train together. What is decided does not depend on them, but for devices and workers.
+        begun: `plan.json` of a run that has a training state: what it says of the weights that the run started from is
+            enough, as the state has them.
     """
     reasons: list[tuple[str, str, str]] = []
     device = device_of_process(choose_device(options.device), processes)
     if options.compile and device.type == "cpu":
         require_cpp_compiler()
-    start = None if options.weights is None else load_model(options.weights)
-    weights, why = find_pretrained(options)
+    if begun is None:
+        start = None if options.weights is None else load_model(options.weights)
+        weights, why = find_pretrained(options)
+    else:
+        start, weights, why = started_from(options, begun)
     recipe = choose_recipe(options, start, weights, train.classes, device.type)
     if change is not None:
         recipe = change(recipe)
     origin = f"model {options.weights}" if start else f"weights of {weights}" if weights else "scratch"
     reasons.append(("backbone", f"{recipe.model.backbone.name}, from {origin}", why))
-    if start:
+    if start and begun is None:
         reasons.append(("classes", train.classes.changes_from(start.spec.classes), "by name"))
     auto = f"auto: {'weights' if weights else 'no weights'} for the backbone"
     if start:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rich.console import Console
 
 from retinanet.data import Dataset, available_splits, open_dataset, read_as
+from retinanet.devices import fix_cublas_memory
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import RetinaNet
 from retinanet.processes import ALONE, Processes
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
-from retinanet.training.parts import table_of_parts, trained_in_words
+from retinanet.training.parts import batch_norm_in_words, table_of_parts, trained_in_words
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.starting import build_network
@@ -48,14 +49,19 @@ def prepare(
     folder: RunFolder | None,
     stored: dict[str, Any] | None = None,
     processes: Processes = ALONE,
+    *,
+    trained: bool = False,
 ) -> Prepared:
     """Read the data, plan and build the network; say all of it.
 
     Args:
         folder: None is a dry run.
         stored: the plan of the run that goes on.
+        trained: it has a training state, and what it started from is not read again.
     """
     began = time.monotonic()
+    if options.deterministic:
+        fix_cublas_memory()
     with processes.main_first():
         writers = chosen_writers(options)  # what is missing for one is told before anything is read
         train_set, val_set = open_splits(
@@ -64,9 +70,9 @@ def prepare(
         console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
         for dataset in (train_set, val_set):
             _tell(dataset, console)
-        plan = plan_run(options, train_set, change, processes)
+        plan = plan_run(options, train_set, change, processes, stored if trained else None)
         data = {"train": train_set.digest(), "val": val_set.digest()}
-        network = build_network(plan)
+        network = build_network(plan, load=not trained)
     decided = {name: value for name, value in plan.to_json().items() if name not in OWN}
     processes.require_alike({"data": data, "plan": decided})
     seconds = options.seconds()
@@ -85,6 +91,8 @@ def prepare(
         plan = plan.validating(len(val_set))
     else:
         plan = fit_to_time(plan, network, train_set, val_set, began + seconds, processes)
+    if row := batch_norm_in_words(network, plan.batch_size, processes.count, options.accumulate):
+        plan = replace(plan, reasons=(*plan.reasons, row))
     plan.show(console)
     if plan.recipe.freeze != "none":
         console.print(table_of_parts(network))

@@ -195,12 +195,15 @@ def _go_on(
                 options = TrainingOptions(**{"data": "", **read_config(folder.path / "config.yaml")})
                 options = replace(options, workers=options.workers if workers is None else workers)
                 state = _state_of(folder, console)
+                if state is None:
+                    _require_weights(options)
                 step = 0 if state is None else state.step
                 begun = read_json(folder.plan) if folder.plan.is_file() else None
                 if begun is None and state is not None:
                     raise ConfigError(f"--resume needs the run's plan.json; {folder.path} has none")
             processes.require_alike({"step to go on from": step, "plan.json": begun})
-            prepared = prepare(options, console, change, folder, begun, processes)
+            trained = state is not None
+            prepared = prepare(options, console, change, folder, begun, processes, trained=trained)
             if processes.main:
                 folder.note_command()
                 folder.forget_after(step)
@@ -227,6 +230,15 @@ def _state_of(folder: RunFolder, console: Console) -> State | None:
     for message in damaged:
         console.print(f"{message}; the state before it is used")
     return state
+
+
+def _require_weights(options: TrainingOptions) -> None:
+    """Refuse to begin a run anew whose model to start from has gone; a training state needs it no more."""
+    if options.weights is not None and not Path(options.weights).exists():
+        raise ConfigError(
+            f"--resume needs the model of --weights once more, as the run has no training state yet; {options.weights} "
+            "does not exist. Put it back, or start a new run"
+        )
 
 
 def _train(

@@ -46,6 +46,8 @@ class SkippedSteps:
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.in_a_row = 0
+        # The longest streak of all readings, and its last step: on CUDA one may be over before it is read.
+        self.longest, self.until = 0, 0
         self._unread: list[tuple[int, tuple[int, ...], Tensor, Tensor]] = []
 
     def note(self, step: int, images: tuple[int, ...], finite: Tensor, loss: Tensor) -> None:
@@ -62,21 +64,23 @@ class SkippedSteps:
         found = []
         for (step, images, _, _), (finite, loss) in zip(self._unread, values, strict=True):
             self.in_a_row = 0 if finite else self.in_a_row + 1
+            if self.in_a_row > self.longest:
+                self.longest, self.until = self.in_a_row, step
             if not finite:  # in every process, as the sum over all of them was not
                 everywhere = tuple(itertools.chain(*self.processes.gathered(images)))
                 found.append(Skipped(step, everywhere, loss))
         self._unread = []
         return found
 
-    def require_few(self, step: int, lr: float) -> None:
-        """Raise where too many were skipped in a row.
+    def require_few(self, lr: float) -> None:
+        """Raise where too many were skipped in a row, by now or before.
 
         Raises:
             DivergedError: with what to try.
         """
-        if self.in_a_row >= IN_A_ROW:
+        if self.longest >= IN_A_ROW:
             raise DivergedError(
-                f"the last {self.in_a_row} steps until step {step} were skipped: a loss or gradient of theirs was not "
+                f"the {self.longest} steps until step {self.until} were skipped: a loss or gradient of theirs was not "
                 f"finite. One image does not do that, the weights do: start anew with a lower --lr, now {lr:g}, or "
                 "with --precision fp32"
             )

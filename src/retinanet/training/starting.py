@@ -14,14 +14,18 @@ from retinanet.training.planning import Plan
 OF_CLASSES = ("class_head.last.weight", "class_head.last.bias")
 
 
-def build_network(plan: Plan) -> RetinaNet:
-    """Build the plan's network: fresh weights by the seed, then those of the model or of the backbone's file."""
+def build_network(plan: Plan, *, load: bool = True) -> RetinaNet:
+    """Build the plan's network: fresh weights by the seed, then those of the model or of the backbone's file.
+
+    Args:
+        load: those of the files; False where a training state is going to bring them.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.options.seed)
         network = build_retinanet(plan.spec, prior=plan.recipe.prior)
-    if plan.start is not None:
+    if load and plan.start is not None:
         start_from(plan.start, network, plan.spec.classes)
-    elif plan.weights_file is not None:
+    elif load and plan.weights_file is not None:
         load_backbone(network.backbone, plan.weights_file)
     network.backbone.freeze(plan.recipe.freeze)
     return network

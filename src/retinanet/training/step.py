@@ -41,7 +41,7 @@ class TrainingStep:
     """Forward, losses, backward, clipping, optimiser, average. Nothing in it asks a CUDA device for a value.
 
     A step whose loss or gradient is not finite, in any process, changes nothing in any: neither weights nor running
-    statistics nor what the optimiser remembers.
+    statistics nor what the optimiser remembers nor the average. The next one goes on as if it had not been.
 
     Args:
         network: moved to the device, in channels_last: the heads' outputs then lie as the losses read them.
@@ -154,7 +154,7 @@ class TrainingStep:
         set_rate(self.optimizers, lr)
         self._update(finite)
         if self.average:
-            self.average.update(self.network)
+            self.average.update(self.network, finite)
         total, classes, boxes, positives = losses
         return Stepped(total, classes, boxes, positives, finite)
 
