@@ -13,6 +13,7 @@ from torchvision.ops import batched_nms, sigmoid_focal_loss
 from retinanet import kernels
 from retinanet.anchors import CPU, anchors_of_image
 from retinanet.bench import (
+    checkpointing,
     convolution,
     data,
     inputs,
@@ -54,6 +55,7 @@ SMALL = {
     "nms": lambda device: nms.contests(side=400, counts=(300,), device=device),
     "postprocess": lambda device: postprocess.contests(side=128, classes=5, device=device),
     "step": lambda device: step.contests([TINY], device=device),
+    "checkpointing": lambda device: checkpointing.contests([TINY], device=device),
 }
 CUDA = torch.device("cuda")
 on_cuda = pytest.param(
@@ -67,7 +69,8 @@ def test_outputs_agree(item, device):
     found = list(SMALL[item](device))
     assert found
     for contest in found:
-        assert contest.equal == {"torchvision": True}
+        assert [*contest.equal.values()] == [True]
+        assert [*contest.equal] == [*contest.peers]
         assert contest.ours() is not None
 
 
@@ -319,8 +322,9 @@ def test_the_command_hands_its_device_on(monkeypatch, capsys):
         monkeypatch.setattr(module, "contests", lambda *, device: seen.append(device) or iter(()))
     for contests in ("contests", "compiled_contests"):
         monkeypatch.setattr(step, contests, lambda _, *, device: seen.append(device) or iter(()))
+    monkeypatch.setattr(checkpointing, "contests", lambda _, *, device: seen.append(device) or iter(()))
     list(run([item for item in ALL if item not in ("import", "data")], Settings(device=CUDA)))
-    assert seen == [CUDA] * 7
+    assert seen == [CUDA] * 8
     monkeypatch.setattr("retinanet.bench.items.run", lambda _, settings: seen.append(settings.device) or ())
     assert result_of("bench", "nms", "--device", "cpu") == 0
     assert seen[-1] == CPU
@@ -328,10 +332,10 @@ def test_the_command_hands_its_device_on(monkeypatch, capsys):
 
 def test_a_step_with_a_wrong_gradient_is_not_equal():
     ours = step.our_step(TINY, CPU)
-    assert step._agree(ours, step.their_step(TINY, CPU))
+    assert step.agree(ours, step.their_step(TINY, CPU))
     wrong = step.our_step(TINY, CPU)
     wrong.network.box_head.last.weight.register_hook(lambda gradient: -gradient)
-    assert not step._agree(wrong, step.their_step(TINY, CPU))
+    assert not step.agree(wrong, step.their_step(TINY, CPU))
 
 
 def test_the_compiled_step_is_compared_once_a_batch_size(monkeypatch):
@@ -403,7 +407,7 @@ def test_the_matrix_rate(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
-    (row,) = memory.rows([TINY])
+    (row,) = memory.rows("step", [TINY])
     assert row.unit == "MiB"
     assert row.ours > 10
     assert row.theirs > 10

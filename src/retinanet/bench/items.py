@@ -9,7 +9,18 @@ from itertools import chain
 import torch
 
 from retinanet.anchors import CPU
-from retinanet.bench import convolution, data, importing, loss, matching, memory, nms, postprocess, step
+from retinanet.bench import (
+    checkpointing,
+    convolution,
+    data,
+    importing,
+    loss,
+    matching,
+    memory,
+    nms,
+    postprocess,
+    step,
+)
 from retinanet.bench.measuring import Contest, Row, measure
 from retinanet.devices import Precision
 
@@ -41,6 +52,7 @@ def run(items: Sequence[str], settings: Settings) -> Iterator[Row]:
             step.contests(settings.step_cases(), device=device),
             step.compiled_contests(settings.step_cases(), device=device),
         ),
+        "checkpointing": lambda: checkpointing.contests(checkpointing.CASES, device=device),
         "data": data.contests,
         "import": importing.contests,
     }
@@ -48,4 +60,6 @@ def run(items: Sequence[str], settings: Settings) -> Iterator[Row]:
         for contest in contests[item]():
             yield from measure(contest, repeats=settings.repeats, seconds=settings.seconds, device=device)
         if item == "step" and device.type == "cpu":
-            yield from memory.rows(settings.step_cases())
+            yield from memory.rows("step", settings.step_cases())
+        if item == "checkpointing" and device.type == "cpu":
+            yield from checkpointing.memory_rows(checkpointing.CASES)

@@ -20,6 +20,7 @@ from retinanet.folders import write_json
 from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
 from retinanet.training.folder import RunFolder
+from retinanet.training.memory import MemoryLog
 from retinanet.training.optimizer import rate
 from retinanet.training.planning import Plan
 from retinanet.training.progress import TrainingProgress
@@ -53,7 +54,7 @@ def train_network(
     recipe, seed = plan.recipe, plan.options.seed
     train_on = TrainingStep.of(plan, network)
     judge = Judge(plan, train_on.shipped, val, folder)
-    meter, saving = Meter(), Saving(plan, folder)
+    meter, memory, saving = Meter(), MemoryLog(plan.device), Saving(plan, folder)
     unreadable: set[str] = set()
     first = 0
     if state is not None:
@@ -103,7 +104,7 @@ def train_network(
                     )
             if step % LOG_EVERY == 0 or judging:
                 epoch = step * plan.batch_size / plan.train_images
-                record = {"step": step, "epoch": epoch, **meter.read(), "lr": lr}
+                record = {"step": step, "epoch": epoch, **meter.read(), "lr": lr, **memory.read()}
                 folder.log(record)
                 progress.step(step, record)
             if judging or saves:

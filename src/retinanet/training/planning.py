@@ -243,6 +243,8 @@ def plan_run(
     if options.compile:
         sizes = f"compiled, for padded sides in steps of {COMPILED_DIVISOR}"
         reasons.append(("network", sizes, "asked for"))
+    if options.checkpoint_gradients:
+        reasons.append(("activations", "computed again in the backward pass", "asked for"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # On a CPU the network has every core already: a worker only takes turns with it.
     fitting = 0 if device.type == "cpu" else min(8, max(1, cores - 1))
@@ -274,6 +276,8 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         for name in sorted(shared - {"epochs", "loss"})
         if getattr(options, name) is not None
     }
+    if options.asked_batch() is None:  # auto is found out when the rest is known
+        asked.pop("batch_size", None)
     if options.box_loss == "l1":
         asked |= {"box_beta": 0.0}
     augmentation = dataclasses.replace(recipe.augmentation, **options.augmentation())

@@ -14,12 +14,13 @@ from retinanet.data import Dataset, available_splits, open_dataset, read_as
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import RetinaNet
+from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.starting import build_network
-from retinanet.training.timing import fit_to_time
+from retinanet.training.timing import estimate_run, fit_to_time
 
 # Faults printed one by one; the rest is counted.
 FAULTS_SHOWN = 5
@@ -58,7 +59,12 @@ def prepare(
     plan = plan_run(options, train_set, change)
     data = {"train": train_set.digest(), "val": val_set.digest()}
     network = build_network(plan)
-    seconds = options.seconds()
+    seconds, estimate = options.seconds(), None
+    if options.batch_size == "auto" and stored is not None:
+        plan = with_stored_batch(plan, train_set, stored)
+    elif options.batch_size == "auto":
+        console.print("finding out how many images fit into memory", highlight=False)
+        plan = fit_batch(plan, network, train_set)
     if stored is not None:
         if "data" not in stored:
             raise ConfigError(
@@ -73,12 +79,16 @@ def prepare(
     elif seconds is None:
         plan = plan.validating(len(val_set))
     else:
-        plan = fit_to_time(plan, network, train_set, val_set, began + seconds)
+        plan, estimate = fit_to_time(plan, network, train_set, val_set, began + seconds)
     plan.show(console)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
     of_them = "all" if trained == whole else f"{trained:,}"
     console.print(f"{whole:,} parameters, {of_them} of them trained", highlight=False)
+    if folder is None and estimate is None:
+        estimate = estimate_run(plan, network, train_set, val_set)
+    if estimate is not None:
+        console.print(estimate.line(plan), highlight=False, soft_wrap=True)
     if folder is None:
         console.print("dry run: nothing was written", highlight=False)
     else:

@@ -17,6 +17,7 @@ from retinanet.inference import Detector, Validation, load
 from retinanet.training.configuration import TrainingOptions, option, read_config
 from retinanet.training.folder import RunFolder
 from retinanet.training.loop import go_on, train_network
+from retinanet.training.memory import memory_in_words
 from retinanet.training.preparation import Prepared, prepare
 from retinanet.training.progress import plain_console
 from retinanet.training.recipes import Recipe
@@ -183,5 +184,7 @@ def _train(
     with stop.at_once(f"stopped by a signal after the last step; write the report with: {go_on(folder)}"):
         report_run(plan, best, val_set, folder)
     console.print(best.metrics.table(), highlight=False, soft_wrap=True)
+    if memory := memory_in_words(folder.history()):
+        console.print(f"memory: {memory}", highlight=False)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
     return Run(folder.path, load(folder.best, device=plan.options.device), best)

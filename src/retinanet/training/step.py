@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from retinanet.batches import Batch, RawPredictions
 from retinanet.devices import Precision, autocast
 from retinanet.model import RetinaNet
 from retinanet.objective import Losses, Objective
+from retinanet.training.checkpointing import GradientCheckpoints
 from retinanet.training.optimizer import WeightAverage, build_optimizers, set_rate
 from retinanet.training.planning import Plan
 
@@ -27,6 +29,7 @@ class TrainingStep:
         clip_norm: longest gradient; None does not clip.
         compile: run the network through `torch.compile`. Each of the first image sizes
             compiles anew; then torch has a graph for all.
+        checkpoint_gradients: compute activations again in the backward pass; not together with `compile`.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class TrainingStep:
         device: torch.device,
         precision: Precision = "fp32",
         compile: bool = False,
+        checkpoint_gradients: bool = False,
     ) -> None:
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.objective = objective
@@ -56,6 +60,9 @@ class TrainingStep:
             lr=0.0,
             weight_decay=weight_decay,
             decay_all=decay_all,
+        )
+        self.activations: AbstractContextManager[None] = (
+            GradientCheckpoints(network) if checkpoint_gradients else nullcontext()
         )
         self.forward: Callable[[torch.Tensor], RawPredictions] = network
         if compile:
@@ -78,6 +85,7 @@ class TrainingStep:
             device=plan.device,
             precision=plan.options.precision,
             compile=plan.options.compile,
+            checkpoint_gradients=plan.options.checkpoint_gradients,
         )
 
     @property
@@ -89,7 +97,7 @@ class TrainingStep:
         """Train on a batch; return its losses, whose values are on the device."""
         self.network.train()
         images = batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), self.activations:
             predictions = self.forward(images)
         losses = self.objective(
             predictions, batch.targets.to(self.device), height=images.shape[2], width=images.shape[3]

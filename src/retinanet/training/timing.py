@@ -1,4 +1,4 @@
-"""`--time`: how many steps fit, measured on this machine before the run."""
+"""What a run takes on this machine, by a trial before it: `--time` plans by that, `--dry-run` says it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from retinanet.data.loading import training_batches
 from retinanet.errors import ConfigError
 from retinanet.inference import Detector
 from retinanet.model import RetinaNet
+from retinanet.training.estimate import Estimate
+from retinanet.training.memory import (
+    Limit,
+    limit_of,
+    peak_memory,
+    resident,
+    restart_peak_memory,
+    return_freed,
+)
 from retinanet.training.planning import VALIDATIONS, Plan
 from retinanet.training.step import TrainingStep
 
@@ -26,19 +35,31 @@ VALIDATION_IMAGES = 16
 PLANNED = 0.92
 # Share of the time for validations, of which the last one always takes place.
 VALIDATED = 0.05
+# Seconds of steps and of validating in the trial of a dry run, which need not be exact. With what has to be done
+# once, the parts add up to about ten on a CPU.
+ALONE, TOGETHER, LOOKING = 0.5, 2.0, 1.5
+# Share of the memory that such a trial may take.
+CAREFUL = 0.5
 
 
-def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, deadline: float) -> Plan:
-    """Return the plan with as many steps as end before `deadline` (of `time.monotonic`), validations included.
+def fit_to_time(
+    plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, deadline: float
+) -> tuple[Plan, Estimate]:
+    """Return the plan with as many steps as end before `deadline` (of `time.monotonic`), validations included; and what
+    the trial measured.
 
     A copy of the network takes a few steps and looks at a few images; the network itself is not touched.
 
     Raises:
         ConfigError: not even one step and a validation end in that time.
     """
+    began = time.monotonic()
     trial = copy.deepcopy(network)
-    step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline - time.monotonic())))
-    validation = _validation_seconds(plan, trial, val)
+    restart_peak_memory(plan.device)
+    step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline - began)))
+    validation = _validation_seconds(plan, trial, val, math.inf)
+    memory = peak_memory(plan.device)
+    estimate = Estimate(step, validation, memory, limit_of(plan.device), time.monotonic() - began)
     seconds = deadline - time.monotonic()
     every = plan.options.validate_every_steps
     if every:
@@ -56,7 +77,52 @@ def fit_to_time(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, de
     # Three digits are enough, and make runs on one machine comparable.
     steps = int(float(f"{steps:.3g}"))
     why = f"fit into the {seconds:.0f} s left: {step:.2f} s a step, {validation:.0f} s a validation"
-    return plan.lasting(steps, why, validations)
+    return plan.lasting(steps, why, validations), estimate
+
+
+def estimate_run(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset) -> Estimate:
+    """Return what a run will take, by a trial of a few seconds: about what is usual, not the worst that can happen.
+
+    A copy of the network is tried; with `--compile` as it is, not compiled.
+    """
+    began = time.monotonic()
+    tried, trial, limit = uncompiled(plan), copy.deepcopy(network), limit_of(plan.device)
+    if plan.device.type == "cpu":
+        step, memory = _by_few_images(tried, trial, train, limit)
+    else:
+        step, memory = _tried(tried, trial, train, TOGETHER)
+    validation = _validation_seconds(tried, trial, val, LOOKING)
+    return Estimate(step, validation, memory or None, limit, time.monotonic() - began)
+
+
+def _by_few_images(
+    plan: Plan, network: RetinaNet, train: Dataset, limit: Limit | None
+) -> tuple[float, float]:
+    """Return the time of a step and its memory, by steps of one image and then of the batch, or of as much of it as
+    there is time and, with care, memory for: the others take as much each, on top of what is held between steps.
+    """
+    alone, first = _tried(dataclasses.replace(plan, batch_size=1), network, train, ALONE)
+    return_freed()
+    held = resident() or 0
+    room = (CAREFUL * limit.bytes - held) / max(1, first - held) if limit else plan.batch_size
+    images = min(plan.batch_size, int(TOGETHER / alone), int(room))
+    if images <= 1:
+        return alone * plan.batch_size, first + (plan.batch_size - 1) * max(0, first - held)
+    # A run of a minute need not wait for seconds.
+    seconds = min(TOGETHER, TRIAL * plan.steps * plan.batch_size * alone)
+    step, peak = _tried(dataclasses.replace(plan, batch_size=images), network, train, seconds)
+    return step * plan.batch_size / images, peak + (plan.batch_size - images) * max(0, peak - held) / images
+
+
+def uncompiled(plan: Plan) -> Plan:
+    """Return the plan for a trial that has no minutes for compiling."""
+    return dataclasses.replace(plan, options=dataclasses.replace(plan.options, compile=False))
+
+
+def _tried(plan: Plan, network: RetinaNet, train: Dataset, seconds: float) -> tuple[float, int]:
+    """Return the time of a step and the most memory meanwhile; 0 where the system does not tell."""
+    restart_peak_memory(plan.device)
+    return _step_seconds(plan, network, train, seconds), peak_memory(plan.device) or 0
 
 
 def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float) -> float:
@@ -89,8 +155,8 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
     return sum(timed) / len(timed)
 
 
-def _validation_seconds(plan: Plan, network: RetinaNet, val: Dataset) -> float:
-    """Return the time of a validation, from a few images.
+def _validation_seconds(plan: Plan, network: RetinaNet, val: Dataset, seconds: float) -> float:
+    """Return the time of a validation, from a few images; of as many as fit into `seconds`, but at least one.
 
     Nothing that a fresh network sees scores above the threshold; here everything does, as the slowest case.
     """
@@ -99,5 +165,9 @@ def _validation_seconds(plan: Plan, network: RetinaNet, val: Dataset) -> float:
     few = [val.path(i) for i in range(min(VALIDATION_IMAGES, len(val)))]
     list(detector.detect_all(few[:1]))  # what is slow once only
     began = time.monotonic()
+    if seconds < math.inf:
+        list(detector.detect_all(few[:1]))
+        few = few[: max(1, int(seconds / (time.monotonic() - began)))]
+        began = time.monotonic()
     list(detector.detect_all(few, batch_size=plan.batch_size))
     return (time.monotonic() - began) / len(few) * len(val)

@@ -1,0 +1,208 @@
+"""What a run will take: the line of `--dry-run` and of `--time`, and the trial behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from retinanet.data import Dataset, open_dataset
+from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.training import timing
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.estimate import Estimate, in_words
+from retinanet.training.memory import Limit
+from retinanet.training.planning import Plan, plan_run
+from retinanet.training.run import run_training
+from retinanet.training.starting import build_network
+from test_training import TINY
+
+GB = 10**9
+MACHINE = Limit(16 * GB, "this machine")
+TEST: dict[str, Any] = {**TINY, "backbone": "test_resnet", "image_size": 64, "steps": 12}
+LINE = re.compile(
+    r"estimate: about \d+ (seconds?|minutes) \(12 steps of [\d.,]+ m?s, 1 validation of [\d.,]+ m?s\), "
+    r"memory \d+\.\d+ GB, \d+% of the [\d.]+ GB of .*; tried for \d+ seconds?$"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate_shapes(
+        tmp_path_factory.mktemp("data") / "shapes", train=6, val=2, spec=ShapesSpec(image_size=96)
+    )
+
+
+@pytest.fixture
+def train(data: Path) -> Dataset:
+    return open_dataset(data, "train")
+
+
+def plan_of(train: Dataset, **options: Any) -> Plan:
+    return plan_run(TrainingOptions(data="x", **{**TEST, **options}), train)
+
+
+# --- the line ---------------------------------------------------------------------------------------------------
+
+
+def test_the_line_has_every_figure(train: Dataset) -> None:
+    plan = dataclasses.replace(plan_of(train), steps=429, validate_every=90)
+    estimate = Estimate(step=3.1, validation=20, memory=2.1 * GB, limit=MACHINE, tried=8.2)
+    assert estimate.line(plan) == (
+        "estimate: about 24 minutes (429 steps of 3.1 s, 5 validations of 20 s), "
+        "memory 2.1 GB, 13% of the 16.0 GB of this machine; tried for 8 seconds"
+    )
+    short = dataclasses.replace(plan, steps=1, validate_every=1)
+    silent = Estimate(step=0.052, validation=0.4, memory=None, limit=MACHINE, tried=0.3)
+    assert silent.line(short) == (
+        "estimate: about 1 second (1 step of 52 ms, 1 validation of 400 ms); tried for 1 second"
+    )
+
+
+def test_more_than_there_is_gets_advice(train: Dataset) -> None:
+    line = Estimate(1.0, 1.0, 20 * GB, MACHINE, 8.0).line(plan_of(train))
+    assert "memory 20.0 GB, 125% of the 16.0 GB of this machine" in line
+    assert line.endswith(
+        "That is more memory than there is: give a smaller --batch-size, or --batch-size auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "1 second"),
+        (119, "119 seconds"),
+        (120, "2 minutes"),
+        (7199, "120 minutes"),
+        (7200, "2 hours"),
+        (9000, "2.5 hours"),
+        (172800, "2 days"),
+        (300000, "3.5 days"),
+    ],
+)
+def test_times_in_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
+
+
+# --- the trial --------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_ends_with_an_estimate(data: Path) -> None:
+    said = io.StringIO()
+    began = time.monotonic()
+    options = TrainingOptions(data=str(data), dry_run=True, **{**TEST, "validate_every_steps": 12})
+    assert run_training(options, Console(file=said, width=200)) is None
+    assert time.monotonic() - began < 60  # it is a second or two where nothing has to be compiled
+    *_, estimate, last = said.getvalue().splitlines()
+    assert last == "dry run: nothing was written"
+    assert LINE.match(estimate) or "memory" not in estimate, estimate  # where the system does not tell
+
+
+def test_the_network_is_not_touched(train: Dataset) -> None:
+    plan = plan_of(train)
+    network = build_network(plan)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    estimate = timing.estimate_run(plan, network, train, train)
+    assert estimate.step > 0
+    assert estimate.validation > 0
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class Clock:
+    """Steps that take a second an image, and 1 GB each beside the 2 of the process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, each: int = GB) -> None:
+        self.tried: list[int] = []
+
+        def tried(plan: Plan, *_: object) -> tuple[float, int]:
+            self.tried.append(plan.batch_size)
+            return 0.4 * plan.batch_size, 2 * GB + plan.batch_size * each
+
+        monkeypatch.setattr(timing, "_tried", tried)
+        monkeypatch.setattr(timing, "resident", lambda: 2 * GB)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "limit", "tried"),
+    [
+        (1, MACHINE, [1]),
+        (4, MACHINE, [1, 4]),
+        (16, MACHINE, [1, 5]),  # there are two seconds
+        (16, Limit(8 * GB, "this machine"), [1, 2]),  # no more than half of the memory
+        (16, Limit(3 * GB, "this machine"), [1]),
+        (16, None, [1, 5]),
+    ],
+)
+def test_a_part_of_the_batch_says_the_rest(
+    train: Dataset, monkeypatch: pytest.MonkeyPatch, batch_size: int, limit: Limit | None, tried: list[int]
+) -> None:
+    clock = Clock(monkeypatch)
+    step, memory = timing._by_few_images(plan_of(train, batch_size=batch_size), None, train, limit)  # type: ignore[arg-type]
+    assert clock.tried == tried
+    assert step == pytest.approx(0.4 * batch_size)
+    assert memory == pytest.approx((2 + batch_size) * GB)
+
+
+def test_a_device_is_tried_with_the_whole_batch(train: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 3.0)
+    monkeypatch.setattr(timing, "limit_of", lambda _: MACHINE)
+    plan = dataclasses.replace(plan_of(train, batch_size=16), device=torch.device("cuda"))
+    estimate = timing.estimate_run(plan, build_network(plan), train, train)
+    assert clock.tried == [16]
+    assert (estimate.step, estimate.validation, estimate.memory) == (0.4 * 16, 3.0, 18 * GB)
+
+
+def test_a_trial_does_not_wait_for_a_compiler(train: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retinanet.training.planning.require_cpp_compiler", lambda: None)
+    monkeypatch.setattr(torch, "compile", None)
+    plan = plan_of(train, compile=True)
+    assert timing.estimate_run(plan, build_network(plan), train, train).step > 0
+
+
+@pytest.mark.parametrize(("seconds", "looked_at"), [(0.0, 1), (1e9, 6)])
+def test_few_images_are_looked_at_where_they_take_long(
+    train: Dataset, monkeypatch: pytest.MonkeyPatch, seconds: float, looked_at: int
+) -> None:
+    plan = plan_of(train)
+    seen: list[int] = []
+    detect_all = timing.Detector.detect_all
+    monkeypatch.setattr(
+        timing.Detector,
+        "detect_all",
+        lambda self, images, **options: seen.append(len(images)) or detect_all(self, images, **options),
+    )
+    assert timing._validation_seconds(plan, build_network(plan), train, seconds) > 0
+    assert seen == [1, 1, looked_at]
+
+
+def test_a_run_with_a_time_says_it_as_well(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured for it is what it is told by; nothing is tried twice."""
+    monkeypatch.setattr(timing, "estimate_run", None)
+    monkeypatch.setattr("retinanet.training.preparation.estimate_run", None)
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 0.5)
+    said = io.StringIO()
+    options = TrainingOptions(data=str(data), dry_run=True, **{**TEST, "steps": None, "time": "60s"})
+    run_training(options, Console(file=said, width=200))
+    (line,) = [line for line in said.getvalue().splitlines() if line.startswith("estimate")]
+    assert re.match(
+        r"estimate: about 5\d seconds \(2\d steps of 2\.0 s, 5 validations of 500 ms\), memory ", line
+    )
+
+
+def test_a_run_says_nothing_that_nobody_measured(data: Path, tmp_path: Path) -> None:
+    said = io.StringIO()
+    options = TrainingOptions(data=str(data), output=str(tmp_path / "run"), **{**TEST, "steps": 1})
+    run_training(options, Console(file=said, width=200))
+    assert "estimate" not in said.getvalue()
+    assert re.search(r"^memory: at most \d+\.\d+ GB$", said.getvalue(), re.MULTILINE)
