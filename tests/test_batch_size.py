@@ -19,7 +19,8 @@ from retinanet.data import Dataset, open_dataset
 from retinanet.data.loading import training_batches
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.data.transforms import Augmentation
-from retinanet.errors import ConfigError, Stopped
+from retinanet.errors import ConfigError, Stopped, TrainingError
+from retinanet.processes import Processes
 from retinanet.training import batch_size, preparation
 from retinanet.training.batch_size import (
     MOST,
@@ -270,13 +271,20 @@ def test_a_refusal_of_the_device_is_no_end(train: Dataset, monkeypatch: pytest.M
     plan = dataclasses.replace(plan_of(train), device=torch.device("cuda"))
     tried: list[int] = []
 
-    def step(batch: Any, lr: float) -> None:
-        assert lr == 0
-        tried.append(len(batch.images))
-        if len(batch.images) > 4:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    class Step:
+        """As a real one: where there is no room it takes more parts, and complains when an image is one."""
 
-    monkeypatch.setattr(batch_size.TrainingStep, "of", lambda *_: step)
+        parts = 1
+
+        def __call__(self, batch: Any, lr: float) -> None:
+            assert lr == 0
+            tried.append(len(batch.images))
+            if room[0] == 0:
+                raise TrainingError("no memory left")
+            self.parts = -(-len(batch.images) // room[0])
+
+    room = [4]
+    monkeypatch.setattr(batch_size.TrainingStep, "of", lambda *_: Step())
     monkeypatch.setattr(batch_size, "limit_of", lambda _: Limit(16 * GB, "cuda"))
     for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
@@ -286,7 +294,7 @@ def test_a_refusal_of_the_device_is_no_end(train: Dataset, monkeypatch: pytest.M
     assert tried == [1, 2, 4, 8]
     why = next(why for setting, _, why in fitted.reasons if setting == "batch size")
     assert why.endswith(" boxes 1 takes 1.0 GB, 4 take 4.0 GB, 25% of the 16.0 GB of cuda; 64 at most")
-    monkeypatch.setattr(batch_size, "limit_of", lambda _: Limit(GB, "cuda"))
+    room[0] = 0
     with pytest.raises(ConfigError, match="a step takes more than there is"):
         fit_batch(plan, SimpleNamespace(), train)  # type: ignore[arg-type]
 
@@ -304,6 +312,62 @@ def test_rate_and_steps_follow(train: Dataset) -> None:
     assert rows["batch size"] == ("2", "why")
     assert rows["lr"][1].endswith("2/16; Muon's own rate is 10 times that") or "2/16" in rows["lr"][1]
     assert [setting for setting, *_ in fitted.reasons] == [setting for setting, *_ in plan.reasons]
+
+
+class Two(Processes):
+    """This process and another one, that found this."""
+
+    theirs: tuple[int, str] = (1, "theirs")
+
+    def gathered(self, value: Any) -> list[Any]:
+        return [value, self.theirs]
+
+
+@pytest.mark.parametrize(
+    ("device", "ours", "theirs", "together"),
+    [("cpu", 2, 1, 2), ("cpu", 2, 2, 3), ("cuda", 8, 4, 8), ("cuda", 8, 16, 16)],
+)
+def test_what_fits_each_process_is_taken_by_all(
+    train: Dataset, monkeypatch: pytest.MonkeyPatch, device: str, ours: int, theirs: int, together: int
+) -> None:
+    monkeypatch.setattr(Two, "theirs", (theirs, "theirs"))
+    asked: list[int] = []
+    for search in ("_on_cpu", "_on_cuda"):
+        monkeypatch.setattr(
+            batch_size, search, lambda plan, *_: asked.append(plan.batch_size) or (ours, "ours")
+        )
+    plan = with_batch(plan_of(train), train, 3, "as many")
+    plan = dataclasses.replace(plan, device=torch.device(device))
+    plan = dataclasses.replace(plan, reasons=(*plan.reasons, ("processes", "as it was", "torchrun")))
+    fitted = fit_batch(plan, SimpleNamespace(), train, Two(0, 2))  # type: ignore[arg-type]
+    assert asked == [2]  # of the 3 images of a step
+    assert fitted.batch_size == together
+    rows = {setting: (value, why) for setting, value, why in fitted.reasons}
+    assert rows["batch size"][1] == ("ours" if ours <= theirs else "theirs")
+    each = "1 or 2" if together == 3 else f"{together // 2}"
+    assert rows["processes"] == (f"2, with {each} images of a step each", "torchrun")
+
+
+@pytest.mark.parametrize("theirs", [0, 4])
+def test_all_hear_that_there_is_no_room_in_one(
+    train: Dataset, monkeypatch: pytest.MonkeyPatch, theirs: int
+) -> None:
+    """Nobody waits for it."""
+
+    def search(*_: object) -> tuple[int, str]:
+        if theirs:
+            raise ConfigError("no room")
+        return 4, "enough"
+
+    monkeypatch.setattr(batch_size, "_on_cpu", search)
+    monkeypatch.setattr(Two, "theirs", (theirs, "no room" if not theirs else "enough"))
+    with pytest.raises(ConfigError, match=r"^no room$"):
+        fit_batch(plan_of(train), SimpleNamespace(), train, Two(0, 2))  # type: ignore[arg-type]
+
+
+def test_fewer_images_than_processes_are_refused_when_a_run_goes_on(train: Dataset) -> None:
+    with pytest.raises(ConfigError, match="2 processes need --batch-size 2 or more, an image each; it is 1"):
+        batch_size.with_stored_batch(plan_of(train), train, {"batch_size": 1}, Two(0, 2))
 
 
 def test_the_reason_has_the_figures() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ def network_of(backbone: str = "test_resnet", norm: str = "native", head_norm: s
     return build_retinanet(spec)
 
 
-def step_of(network: RetinaNet, *, checkpoint_gradients: bool, precision: str = "fp32") -> TrainingStep:
+def step_of(
+    network: RetinaNet, *, checkpoint_gradients: bool, precision: str = "fp32", parts: int = 1
+) -> TrainingStep:
     spec = ModelSpec(Classes(("a", "b")))
     return TrainingStep(
         network,
@@ -51,6 +54,7 @@ def step_of(network: RetinaNet, *, checkpoint_gradients: bool, precision: str = 
         device=CPU,
         precision=precision,  # type: ignore[arg-type]
         checkpoint_gradients=checkpoint_gradients,
+        parts=parts,
     )
 
 
@@ -58,10 +62,10 @@ def batch(side: int = 96) -> Batch:
     return WorstCase(side, side + 32, boxes=5).batch(2, 2)
 
 
-def assert_equal_steps(network: RetinaNet, precision: str = "fp32") -> None:
+def assert_equal_steps(network: RetinaNet, **options: Any) -> None:
     """Two steps with and without; the second starts from moved weights, optimiser and statistics."""
-    plain = step_of(copy.deepcopy(network), checkpoint_gradients=False, precision=precision)
-    kept = step_of(network, checkpoint_gradients=True, precision=precision)
+    plain = step_of(copy.deepcopy(network), checkpoint_gradients=False, **options)
+    kept = step_of(network, checkpoint_gradients=True, **options)
     assert kept.activations.forwards  # type: ignore[attr-defined]
     for number in range(2):
         losses = []
@@ -102,7 +106,11 @@ def test_other_backbones_do_too(backbone: str) -> None:
 
 
 def test_also_in_bfloat16() -> None:
-    assert_equal_steps(network_of(), "bf16")
+    assert_equal_steps(network_of(), precision="bf16")
+
+
+def test_also_part_by_part() -> None:
+    assert_equal_steps(network_of(), parts=2)
 
 
 @pytest.mark.parametrize("stage", ["stem", "stage1", "backbone"])

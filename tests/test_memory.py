@@ -147,6 +147,12 @@ def test_shares_are_told_with_their_whole() -> None:
     assert Limit(16 * 10**9, "this container").share(10.24e9) == "64% of the 16.0 GB of this container"
 
 
+def test_processes_share_what_is_left() -> None:
+    limit = Limit(9 * GB, "this machine")
+    assert limit.shared(GB, 1) is limit
+    assert limit.shared(GB, 4) == Limit(3 * GB, "the part of one of 4 processes of this machine")
+
+
 def test_sizes_are_read_from_a_root(root: Path) -> None:
     assert resident(root) == GB
     assert peak_resident(root) == 2 * GB

@@ -97,19 +97,40 @@ def test_a_batch_by_hand():
     assert found.positives.item() == 1
 
 
+@pytest.mark.parametrize("normalizer", ["image", "all-processes"])
+def test_parts_of_a_step_with_their_shares_are_the_step(normalizer):
+    objective = dataclasses.replace(OBJECTIVE, normalizer=normalizer)
+    made, _, _ = predictions()
+    wanted = targets(BOXES, [[0] * len(image) for image in BOXES])
+    whole = objective(made, wanted, height=16, width=16)
+    positives = objective.positives(wanted, height=16, width=16)
+    shares = objective.shares(positives, total=positives.sum(), images=len(BOXES))
+    totals = []
+    for image in range(len(BOXES)):
+        rows = slice(image, image + 1)
+        part = dataclasses.replace(
+            made, logits=tuple(x[rows] for x in made.logits), deltas=tuple(x[rows] for x in made.deltas)
+        )
+        totals.append(objective(part, wanted[rows], height=16, width=16, shares=shares[rows]).total.item())
+    assert sum(totals) == pytest.approx(whole.total.item(), rel=1e-5)
+    assert positives.sum() == whole.positives
+
+
 @pytest.mark.parametrize(
     ("normalizer", "boxes", "divisors"),
     [
         # Positives an image: 1 and 0. Each image's sum is divided by:
         ("image", BOXES, (2, 2)),
-        ("batch", BOXES, (1, 1)),
         ("all-processes", BOXES, (1, 1)),
         # 3 and 1 (three squares and the whole image)
         ("image", [[[0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16]], [[0, 0, 16, 16], [0] * 4, [0] * 4]], (6, 2)),
-        ("batch", [[[0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16]], [[0, 0, 16, 16], [0] * 4, [0] * 4]], (4, 4)),
+        (
+            "all-processes",
+            [[[0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16]], [[0, 0, 16, 16], [0] * 4, [0] * 4]],
+            (4, 4),
+        ),
         # none anywhere: never below 1
         ("image", [[[0] * 4], [[0] * 4]], (2, 2)),
-        ("batch", [[[0] * 4], [[0] * 4]], (1, 1)),
         ("all-processes", [[[0] * 4], [[0] * 4]], (1, 1)),
     ],
 )

@@ -658,6 +658,14 @@ def test_a_process_that_is_killed_at_random_always_goes_on(data: Path, tmp_path:
     assert_the_same(run, whole)
 
 
+def test_deterministic_runs_write_the_same_log_twice(data: Path, tmp_path: Path) -> None:
+    for run, workers in (("first", 0), ("second", 2)):
+        told = {**TINY, "deterministic": True, "steps": 5, "workers": workers}
+        run_training(TrainingOptions(data=str(data), output=str(tmp_path / run), **told), quiet())
+    assert story(tmp_path / "first") == story(tmp_path / "second")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_python_can_resume(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = stopped_run(data, tmp_path / "run", monkeypatch)
     finished = retinanet.train(data=str(data), resume=str(run))

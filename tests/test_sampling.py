@@ -127,7 +127,7 @@ def test_with_repeats_a_run_goes_on_anywhere_as_it_would_have(first_step: int) -
 
 
 def test_with_repeats_processes_share_each_step() -> None:
-    halves = [requests(batch_size=2, rank=rank, processes=2) for rank in (0, 1)]
+    halves = [requests(rank=rank, processes=2) for rank in (0, 1)]
     assert [a + b for a, b in zip(*halves, strict=True)] == requests()
 
 

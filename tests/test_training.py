@@ -156,12 +156,17 @@ def test_an_existing_run_is_not_overwritten(run: object, data: Path) -> None:
         retinanet.train(data=str(data), output=str(run.path), steps=1, **TINY)  # type: ignore[attr-defined]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_images(data: Path, tmp_path: Path) -> None:
+def test_a_rate_that_is_too_high_ends_the_run_and_names_images(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = {**TINY, "lr": 1e30, "optimizer": "sgd", "steps": 30}
     with pytest.raises(
-        TrainingError, match=r"the loss is .* at step \d+ \(images now: images/train/.*lower --lr"
+        TrainingError, match=r"the last 10 steps until step 1\d were skipped: .* lower --lr, now "
     ):
         retinanet.train(data=str(data), output=str(tmp_path / "nan"), **options)
+    assert "was skipped, as the loss was nan; weights stay as they were. Its images: images/train/" in (
+        capsys.readouterr().err
+    )
 
 
 # --- options ---------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_a_run_that_starts_in_the_middle_sees_what_it_would_have_seen() -> None:
 def test_processes_share_each_step() -> None:
     whole = list(Requests(Epochs(7, 5), batch_size=4, image_sizes=(64,), steps=6))
     halves = [
-        list(Requests(Epochs(7, 5), batch_size=2, image_sizes=(64,), steps=6, rank=rank, processes=2))
+        list(Requests(Epochs(7, 5), batch_size=4, image_sizes=(64,), steps=6, rank=rank, processes=2))
         for rank in (0, 1)
     ]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole

@@ -43,6 +43,10 @@ class Targets:
             self.ignored.to(device, non_blocking=True),
         )
 
+    def __getitem__(self, images: slice) -> Targets:
+        """Return those of some images."""
+        return Targets(self.boxes[images], self.classes[images], self.ignored[images])
+
     def pin_memory(self) -> Targets:
         return Targets(self.boxes.pin_memory(), self.classes.pin_memory(), self.ignored.pin_memory())
 

@@ -68,6 +68,8 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Make torch refuse operations whose result depends on timing, for as long as the block runs."""
     before = torch.are_deterministic_algorithms_enabled()
+    if wanted:  # without it torch refuses every product of matrices on CUDA
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted or before)
     try:
         yield

@@ -36,6 +36,10 @@ class DivergedError(TrainingError):
     """The loss or the weights of a run are no longer finite."""
 
 
+class LostProcessError(TrainingError):
+    """Another process of a run has ended, so that this one cannot go on."""
+
+
 class Stopped(BaseException):
     """A run was stopped by a signal, after saving; `exit_code` is 128 + the signal's number.
 

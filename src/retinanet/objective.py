@@ -29,7 +29,7 @@ from retinanet.losses import (
 )
 from retinanet.matching import match_anchors
 
-Normalizer = Literal["image", "batch", "all-processes"]
+Normalizer = Literal["image", "all-processes"]
 
 
 class ClassLoss(Protocol):
@@ -155,9 +155,9 @@ class Objective:
             paper does. Boxes are learned from all positives and the normaliser counts them, either way.
         box_weight: lambda of L_loc; the paper's 1.
         normalizer: what the sums are divided by, never below 1: "image" divides each image's sums by its own
-            positives and takes the mean over images (the paper's text); "batch" divides by the positives of
-            the batch; "all-processes" by those of all processes' batches, so that N processes with b images
-            train as one with N b.
+            positives and takes the mean over images (the paper's text); "all-processes" divides by the positives of
+            the whole step, those of other processes included, so that N processes with b images train as one with
+            N b.
         positive_iou, negative_iou, low_quality: see `match_anchors`.
     """
 
@@ -176,13 +176,26 @@ class Objective:
         if not self.box_weight >= 0:
             raise ConfigError(f"--box-weight needs 0 or more; got {self.box_weight}")
 
-    def __call__(self, predictions: RawPredictions, targets: Targets, *, height: int, width: int) -> Losses:
-        """Return the losses for images of the padded size height x width, in float32."""
+    def __call__(
+        self,
+        predictions: RawPredictions,
+        targets: Targets,
+        *,
+        height: int,
+        width: int,
+        shares: Tensor | None = None,
+    ) -> Losses:
+        """Return the losses for images of the padded size height x width, in float32.
+
+        Args:
+            shares: what each image's sums are multiplied by, `[B]`, where these images are a part of a step; by default
+                they are all of it.
+        """
         levels = anchors_of_image(self.anchors, height, width, targets.boxes.device)
         anchors = all_anchors_of_image(self.anchors, height, width, targets.boxes.device)
         state, classes, box = self.assign(anchors, targets)
         positive = state == MatchState.POSITIVE
-        share = self._share(positive.sum(dim=1))
+        share = self.shares(positive.sum(dim=1)) if shares is None else shares
         counts = state != MatchState.IGNORED
         sizes = [len(level) for level in levels]
         if self.mining is not None:
@@ -198,6 +211,23 @@ class Objective:
         sum_boxes = self._boxes_of_all if deltas.is_cuda else self._boxes_of_positives
         box_loss = sum_boxes(deltas, anchors, targets.boxes, positive, box, share)
         return Losses(class_loss + self.box_weight * box_loss, class_loss, box_loss, positive.sum())
+
+    def positives(self, targets: Targets, *, height: int, width: int) -> Tensor:
+        """Return how many positive anchors each image has, `[B]`; that needs no prediction."""
+        anchors = all_anchors_of_image(self.anchors, height, width, targets.boxes.device)
+        return (self.assign(anchors, targets).state == MatchState.POSITIVE).sum(dim=1)
+
+    def shares(self, positives: Tensor, *, total: Tensor | None = None, images: int | None = None) -> Tensor:
+        """Return what the sums of each image are multiplied by, `[B]`: 1 / normaliser.
+
+        Args:
+            positives: of each image, `[B]`.
+            total, images: positive anchors and images of the whole step; by default those of these images.
+        """
+        if self.normalizer == "image":
+            return 1 / (positives.clamp(min=1) * (len(positives) if images is None else images))
+        total = positives.sum() if total is None else total
+        return (1 / total.clamp(min=1)).expand(len(positives))
 
     @torch.no_grad()
     def assign(self, anchors: Tensor, targets: Targets) -> Assignment:
@@ -259,14 +289,3 @@ class Objective:
         rows = [part.reshape(-1, 4) for part in (deltas, own, matched)]
         per_box = self.box_loss(rows[0], rows[1], rows[2], self.coding).view_as(positive)
         return torch.where(positive, per_box * share[:, None], 0).sum()
-
-    def _share(self, positives: Tensor) -> Tensor:
-        """Return what each image's sums are multiplied by, `[B]`."""
-        if self.normalizer == "image":
-            return 1 / (positives.clamp(min=1) * len(positives))
-        total, processes = positives.sum(), 1
-        if self.normalizer == "all-processes" and torch.distributed.is_initialized():
-            processes = torch.distributed.get_world_size()
-            torch.distributed.all_reduce(total)
-        # DistributedDataParallel averages gradients over processes; this makes the average a sum.
-        return (processes / total.clamp(min=1)).expand(len(positives))

@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RetinaNetError as error:
         if debug:
             raise
-        print(f"retinanet: {error}", file=sys.stderr)
+        print(f"retinanet: {_who()}{error}", file=sys.stderr)
         code = WRONG
     except Stopped as stop:
-        print(f"retinanet: {stop}", file=sys.stderr)
+        print(f"retinanet: {_who()}{stop}", file=sys.stderr)
         code = stop.exit_code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,6 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("retinanet: stopped", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
+
+
+def _who() -> str:
+    """Return which of several processes of `torchrun` speaks; the first needs no name."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
 
 
 def parse(given: list[str]) -> Command:

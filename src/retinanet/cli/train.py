@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,27 @@ class Train(TrainingOptions):
 
             resume_training(Path(self.resume), workers=self.workers)
             return 0
+        if restarted() and self.output is not None and (Path(self.output) / "config.yaml").is_file():
+            from retinanet.training.run import resume_training
+
+            resume_training(Path(self.output), workers=self.workers)
+            return 0
         # Before torch is imported: a run that is killed from now on can be started again by its folder.
-        folder = None if self.dry_run else RunFolder.create(self.output, self)
+        folder = None if self.dry_run or not is_main() else RunFolder.create(self.output, self)
         from retinanet.training.run import run_training
 
         run_training(self, folder=folder)
         return 0
+
+
+def is_main() -> bool:
+    """Return whether this process writes the run: alone it does, and of those of `torchrun` the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def restarted() -> bool:
+    """Return whether `torchrun --max-restarts` started this process again, after one of the run had ended."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:

@@ -1,7 +1,8 @@
 """From a data set to training batches: order, augmentation and preprocessing, in workers if wanted.
 
 Training sees one endless stream of images: epoch after epoch, each in an order by (seed, epoch). Step s of
-batch size B takes positions s B to (s + 1) B of it. Where a run stands is therefore one number, the step.
+batch size B takes positions s B to (s + 1) B of it. Where a run stands is therefore one number, the step,
+and what a step sees does not depend on how many processes share it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from retinanet.batches import Batch, Targets
 from retinanet.data.dataset import Dataset
 from retinanet.data.mosaic import mosaic_window, partners
-from retinanet.data.sampling import MOSAIC, PICTURE, SIZE, Epochs, generator, repeat_factors
+from retinanet.data.sampling import MOSAIC, PICTURE, SIZE, Epochs, generator, repeat_factors, share_of
 from retinanet.data.transforms import Augmentation, moved
 from retinanet.errors import DataError, ImageError, RetinaNetError
 from retinanet.images import Preprocessing, UInt8Array, decode
@@ -57,8 +58,10 @@ class Requests:
 
     Args:
         epochs: the order of images.
+        batch_size: images a step, of all processes together.
         first_step, steps: the steps first_step <= s < steps are given.
-        rank, processes: each process takes its share of every step's images.
+        rank, processes: each process takes its share of every step's images, neighbours in the stream; where they do
+            not come out even, some take one more.
     """
 
     def __init__(
@@ -85,11 +88,12 @@ class Requests:
 
     def __iter__(self) -> Iterator[list[Request]]:
         known = -1
+        share = share_of(self.batch_size, self.rank, self.processes)
         for step in range(self.first_step, self.steps):
             which = int(generator(SIZE, self.epochs.seed, step).integers(len(self.image_sizes)))
-            first = (step * self.processes + self.rank) * self.batch_size
+            first = step * self.batch_size
             requests = []
-            for position in range(first, first + self.batch_size):
+            for position in range(first + share.start, first + share.stop):
                 epoch, place = divmod(position, self.epochs.length)
                 if known != epoch:
                     known, (images, copies) = epoch, self.epochs.order(epoch)
@@ -209,6 +213,7 @@ def training_batches(
     """Yield one batch a step; what it gives does not depend on `workers`.
 
     Args:
+        batch_size, rank, processes: as in `Requests`.
         pin_memory: for a CUDA device, which then copies while the host goes on.
         repeat_rare: classes in a smaller share of the images are seen more often: see `sampling.repeat_factors`.
     """

@@ -20,6 +20,12 @@ ORDER, PICTURE, SIZE, MOSAIC = 0, 1, 2, 3
 PARTS = 1 << 32
 
 
+def share_of(count: int, rank: int, processes: int) -> range:
+    """Return which of `count` things in a row are those of a process: all are somebody's, and the largest share has at
+    most one more than the smallest."""
+    return range(count * rank // processes, count * (rank + 1) // processes)
+
+
 def generator(*words: int) -> np.random.Generator:
     """Return the random stream named by these numbers."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

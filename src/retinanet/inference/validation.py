@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from retinanet.data import Dataset, open_dataset
 from retinanet.errors import DataError, ImageError
 from retinanet.evaluation import Metrics, choose_operating_points, evaluate_detections
 from retinanet.inference.detector import Detector
+from retinanet.processes import ALONE, Processes
 from retinanet.records import Detections, OperatingPoints
 
 
@@ -48,31 +49,31 @@ def validate(
     *,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Validation:
     """Run a detector over a data set at the spec's score threshold and judge what it finds.
 
     Classes of model and data set meet by name. `detector.max_detections` is the cap and COCO's maxDets.
 
+    Args:
+        progress: is told how many images this process has done.
+        processes: each looks at every so many-th image, all at the same result: that of one process alone.
+
     Raises:
         DataError: model and data set have no class in common, or no image could be read.
     """
     check_classes(detector, dataset)
+    mine = range(processes.rank, len(dataset), processes.count)
+    shares = processes.gathered(_detect(detector, dataset, mine, batch_size, progress))
     found: list[Detections] = []
     failed: dict[str, str] = {}
-    paths = (dataset.path(i) for i in range(len(dataset)))
-    for i, one in enumerate(detector.detect_all(paths, batch_size=batch_size)):
-        if not isinstance(one, ImageError):
-            try:
-                dataset.require_size(i, one.width, one.height)
-            except ImageError as error:
-                one = error
-        if isinstance(one, ImageError):
-            failed[str(dataset.files[i])] = str(one)
+    for i in range(len(dataset)):
+        one = shares[i % processes.count][i // processes.count]
+        if isinstance(one, str):
+            failed[str(dataset.files[i])] = one
             width, height = dataset.size(i)
             one = Detections.none(detector.spec.classes, width, height)
         found.append(one)
-        if progress is not None:
-            progress(i + 1)
     readable = [i for i in range(len(dataset)) if str(dataset.files[i]) not in failed]
     if not readable:
         raise DataError(
@@ -86,6 +87,29 @@ def validate(
         failed=failed,
         capped=sum(len(one) >= detector.max_detections for one in judged),
     )
+
+
+def _detect(
+    detector: Detector,
+    dataset: Dataset,
+    which: Sequence[int],
+    batch_size: int | None,
+    progress: Callable[[int], None] | None,
+) -> list[Detections | str]:
+    """Return what is found in some images, or what is wrong with one."""
+    found: list[Detections | str] = []
+    results = detector.detect_all((dataset.path(i) for i in which), batch_size=batch_size)
+    for i, one in zip(which, results, strict=True):
+        try:
+            if isinstance(one, ImageError):
+                raise one
+            dataset.require_size(i, one.width, one.height)
+            found.append(one)
+        except ImageError as error:
+            found.append(str(error))
+        if progress is not None:
+            progress(len(found))
+    return found
 
 
 def check_classes(detector: Detector, dataset: Dataset) -> None:

@@ -1,7 +1,9 @@
 """`--batch-size auto`: as many images a step as fit into memory.
 
-A batch size is the images of a step, of all processes together. What has to fit is the worst step that a run can meet:
-every image as large as preprocessing and augmentation can make it, with as many boxes as the fullest has.
+A batch size is the images of a step, of all processes together; each finds out what fits for itself, and what fits
+for all is taken. With `--accumulate` a step passes in parts, in the trial as in the run. What has to fit is the worst
+step that a run can meet: every image as large as preprocessing and augmentation can make it, with as many boxes as the
+fullest has.
 
 On CUDA it is tried, with twice as many images each time, until the device refuses. On a CPU nothing refuses: the
 kernel kills. There steps of one, two and four images are measured, each when the ones before say that it fits, and the
@@ -16,6 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,8 +28,9 @@ import torch
 
 from retinanet.batches import Batch, Targets
 from retinanet.data import Dataset
-from retinanet.errors import ConfigError
+from retinanet.errors import ConfigError, TrainingError
 from retinanet.model import RetinaNet
+from retinanet.processes import ALONE, Processes
 from retinanet.training.choosing import choose_rate
 from retinanet.training.memory import (
     Limit,
@@ -38,15 +42,15 @@ from retinanet.training.memory import (
     restart_peak,
     return_freed,
 )
-from retinanet.training.planning import Plan
+from retinanet.training.planning import Plan, shares_in_words
 from retinanet.training.sizing import choose_steps
 from retinanet.training.step import TrainingStep
 from retinanet.training.timing import uncompiled
 
 # Share of what there is that is planned with.
 PLANNED = {"cpu": 0.8, "cuda": 0.9}
-# Images a step at most on CUDA. On a CPU the recipe's are the most: a step costs what its images cost, so that more of
-# them only mean fewer steps (decision 0008).
+# Images a step and device at most on CUDA. On a CPU the recipe's are the most: a step costs what its images cost, so
+# that more of them only mean fewer steps (decision 0008).
 MOST = 64
 # Steps that are measured on a CPU, beside one of a smaller image.
 MEASURED = (1, 2, 4)
@@ -169,7 +173,7 @@ class CpuTrial:
         return peak_resident() or 0
 
 
-def fit_batch(plan: Plan, network: RetinaNet, train: Dataset) -> Plan:
+def fit_batch(plan: Plan, network: RetinaNet, train: Dataset, processes: Processes = ALONE) -> Plan:
     """Return the plan with as many images a step as fit, and with the rate and the steps that follow from it.
 
     The network is not touched. With `--compile` it is tried as it is, not compiled.
@@ -179,29 +183,47 @@ def fit_batch(plan: Plan, network: RetinaNet, train: Dataset) -> Plan:
     """
     case = worst_case(plan, train)
     search = _on_cuda if plan.device.type == "cuda" else _on_cpu
-    with torch.random.fork_rng(devices=[]):
-        images, why = search(plan, network, train, case)
-    return with_batch(plan, train, images, why)
+    each = dataclasses.replace(plan, batch_size=-(-plan.batch_size // processes.count))
+    images, why = 0, ""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            images, why = search(each, network, train, case)
+    except ConfigError as error:
+        why = str(error)
+    # Nobody waits for one that has given up: all hear of it.
+    images, why = min(processes.gathered((images, why)))
+    if not images:
+        raise ConfigError(why)
+    together = images * processes.count
+    if plan.device.type == "cpu":
+        together = min(together, plan.batch_size)
+    return with_batch(plan, train, together, why, processes)
 
 
-def with_batch(plan: Plan, train: Dataset, images: int, why: str) -> Plan:
-    """Return the plan with so many images a step."""
+def with_batch(plan: Plan, train: Dataset, images: int, why: str, processes: Processes = ALONE) -> Plan:
+    """Return the plan with so many images a step.
+
+    Raises:
+        ConfigError: they are not enough for all processes.
+    """
     recipe = dataclasses.replace(plan.recipe, batch_size=images)
     lr, of_rate = choose_rate(recipe)
     rows = {"batch size": (str(images), why), "lr": (f"{lr:g}", of_rate)}
-    reasons = tuple((setting, *rows.get(setting, row)) for setting, *row in plan.reasons)
+    if processes.several:
+        rows["processes"] = (shares_in_words(images, processes), "torchrun")
+    reasons = tuple((setting, *rows.get(setting, (value, of))) for setting, value, of in plan.reasons)
     changed = dataclasses.replace(plan, recipe=recipe, batch_size=images, lr=lr, reasons=reasons)
     return changed.lasting(*choose_steps(recipe, plan.options, train, plan.preprocessing))
 
 
-def with_stored_batch(plan: Plan, train: Dataset, stored: dict[str, Any]) -> Plan:
+def with_stored_batch(
+    plan: Plan, train: Dataset, stored: dict[str, Any], processes: Processes = ALONE
+) -> Plan:
     """Return the plan with the images a step that `plan.json` holds; nothing is tried."""
     images = stored.get("batch_size")
-    return (
-        with_batch(plan, train, images, "as the run began")
-        if isinstance(images, int) and images > 0
-        else plan
-    )
+    if not isinstance(images, int) or images < 1:
+        return plan  # which is then found to be another
+    return with_batch(plan, train, images, "as the run began", processes)
 
 
 def _on_cpu(plan: Plan, network: RetinaNet, train: Dataset, case: WorstCase) -> tuple[int, str]:
@@ -211,6 +233,7 @@ def _on_cpu(plan: Plan, network: RetinaNet, train: Dataset, case: WorstCase) -> 
             "--batch-size auto on a CPU needs a system that tells how much memory a process held at most (Linux); "
             "give a number of images"
         )
+    limit = limit.shared(resident() or 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     need = measured(CpuTrial(plan, network), case, limit, most=plan.batch_size)
     loading, waiting = _of_loader(plan, train, case)
     need = dataclasses.replace(need, loading=loading, waiting=waiting)
@@ -275,9 +298,10 @@ def _on_cuda(plan: Plan, network: RetinaNet, train: Dataset, case: WorstCase) ->
         try:
             step(case.batch(images, len(plan.spec.classes)), 0.0)
             torch.cuda.synchronize(device)
-        except torch.cuda.OutOfMemoryError:
+        except TrainingError:  # no room for one at once
             return None
-        return torch.cuda.max_memory_reserved(device)
+        # A step that finds no room takes more parts, and finds it then.
+        return torch.cuda.max_memory_reserved(device) if step.parts == plan.options.accumulate else None
 
     taken = doubled(attempt, limit)
     del step

@@ -136,7 +136,10 @@ class _RunOptions:
     time: Annotated[str | None, tyro.conf.arg(metavar="TIME", help_behavior_hint=shown)] = None
     """As many steps as end in that time, such as 90s, 20m or 2h; measured on this machine before step 1."""
     batch_size: Annotated[int | Literal["auto"] | None, BY_RECIPE] = None
-    """Images a step. auto: as many as fit into memory, found out before step 1; on a CPU no more than the recipe's."""
+    """Images a step, of all processes together. auto: as many as fit into memory, found out before step 1; on a CPU no
+    more than the recipe's."""
+    accumulate: int = 1
+    """Parts in which a process's images of a step pass through the network, for less memory: same steps, same rate."""
     checkpoint_gradients: Flag = False
     """Compute activations again in the backward pass: less memory, more time, the same weights."""
     lr: Annotated[float | None, BY_RECIPE] = None
@@ -217,6 +220,7 @@ class _RunOptions:
             ("channels", 64),
             ("steps", 1),
             ("batch_size", 1),
+            ("accumulate", 1),
             ("max_detections", 1),
             ("validate_every_steps", 1),
             ("save_every_steps", 1),

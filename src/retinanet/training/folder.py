@@ -117,6 +117,11 @@ class RunFolder:
     def last(self) -> Path:
         return self.path / "last"
 
+    @property
+    def skipped(self) -> Path:
+        """What it takes to make skipped steps again, a file a step."""
+        return self.path / "skipped"
+
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,14 +19,16 @@ from retinanet.errors import CheckpointError, DivergedError, Stopped
 from retinanet.folders import write_json
 from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
+from retinanet.processes import ALONE, Processes
 from retinanet.training.folder import RunFolder
 from retinanet.training.memory import MemoryLog
 from retinanet.training.optimizer import rate
 from retinanet.training.planning import Plan
 from retinanet.training.progress import TrainingProgress
 from retinanet.training.signals import StopRequest
+from retinanet.training.skipping import SkippedSteps, tell_skipped
 from retinanet.training.state import State, optimizer_tensors, restore_optimizers, save_state
-from retinanet.training.step import TrainingStep
+from retinanet.training.step import Stepped, TrainingStep
 
 # Steps between two lines of metrics.jsonl.
 LOG_EVERY = 10
@@ -41,6 +43,7 @@ def train_network(
     console: Console,
     stop: StopRequest,
     state: State | None = None,
+    processes: Processes = ALONE,
 ) -> Validation:
     """Train a network by a plan: validate, log and save on the way. Return the best validation.
 
@@ -50,15 +53,19 @@ def train_network(
         stop: a signal that came is obeyed at the end of the step, or at once in a validation; either way the run can
             be resumed where it stopped.
         state: where an earlier process stopped; None starts at step 0.
+        processes: that train together; each takes its share of every step and of every validation, and the main one
+            writes.
     """
     recipe, seed = plan.recipe, plan.options.seed
-    train_on = TrainingStep.of(plan, network)
-    judge = Judge(plan, train_on.shipped, val, folder)
-    meter, memory, saving = Meter(), MemoryLog(plan.device), Saving(plan, folder)
+    train_on = TrainingStep.of(plan, network, processes, _line_of(console))
+    judge = Judge(plan, train_on.shipped, val, folder, processes)
+    meter, skipped, saving = Meter(), SkippedSteps(processes), Saving(plan, folder)
+    memory = MemoryLog(plan.device)
     unreadable: set[str] = set()
+    new_failures: set[str] = set()
     first = 0
     if state is not None:
-        first = saving.restore(state, train_on, meter, unreadable)
+        first = saving.restore(state, train_on, meter, skipped, unreadable)
         judge.remember()
     batches = training_batches(
         train,
@@ -69,6 +76,8 @@ def train_network(
         steps=plan.steps,
         first_step=first,
         workers=plan.workers,
+        rank=processes.rank,
+        processes=processes.count,
         pin_memory=plan.device.type == "cuda",
         repeat_rare=plan.recipe.repeat_rare,
     )
@@ -80,7 +89,8 @@ def train_network(
                 judge(first, progress)
         for step, batch in enumerate(batches, start=first + 1):
             # Whatever is random in a step (stochastic depth) follows from the step, not from what ran before.
-            torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+            words = (seed, step, processes.rank) if processes.rank else (seed, step)
+            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
             lr = plan.lr * rate(
                 step - 1,
                 plan.steps,
@@ -88,37 +98,48 @@ def train_network(
                 warmup_steps=plan.warmup_steps,
                 warmup_from=recipe.warmup_from,
             )
-            losses = train_on(batch, lr)
+            done = train_on(batch, lr)
 
-            meter.add(losses.total, losses.classes, losses.boxes, len(batch.indices))
-            for failure in set(batch.failed) - unreadable:
-                progress.say(f"skipped, and replaced by the next image: {failure}")
-            unreadable.update(batch.failed)
-            judging, saves = plan.judges(step), saving.due(step) or stop.number is not None
+            meter.add(done, plan.batch_size)
+            skipped.note(step, batch.indices, done.finite, done.total)
+            new_failures.update(set(batch.failed) - unreadable)
+            # A signal to any process stops all, after the same step; the main one's clock says when a state is due.
+            signal, due = processes.largest(stop.number or 0, processes.main and saving.due(step))
+            judging, saves = plan.judges(step), due or signal
             if step % LOG_EVERY == 0 or judging or saves:
-                loss = meter.mean()
-                if not np.isfinite(loss):  # before it is saved
-                    files = ", ".join(str(train.files[index]) for index in batch.indices)
-                    raise DivergedError(
-                        f"the loss is {loss} at step {step} (images now: {files}); lower --lr, now {lr:g}"
-                    )
+                for failure in sorted(set().union(*processes.gathered(new_failures)) - unreadable):
+                    progress.say(f"skipped, and replaced by the next image: {failure}")
+                    unreadable.add(failure)
+                new_failures.clear()
+            if step % LOG_EVERY == 0 or judging or saves or not train_on.decides_on_device:
+                for one in skipped.read():
+                    if processes.main:
+                        progress.say(tell_skipped(folder, one, plan, train))
+                skipped.require_few(step, lr)
             if step % LOG_EVERY == 0 or judging:
                 epoch = step * plan.batch_size / plan.train_images
                 record = {"step": step, "epoch": epoch, **meter.read(), "lr": lr, **memory.read()}
-                folder.log(record)
-                progress.step(step, record)
+                if processes.main and "loss" in record:
+                    folder.log(record)
+                    progress.step(step, record)
             if judging or saves:
-                saving.save(step, train_on, meter, unreadable)
+                train_on.share_statistics()
+                saving.save(step, train_on, meter, skipped, unreadable, processes)
             if judging:
                 with stop.at_once(f"stopped by a signal in the validation of step {step}; {how}"):
                     judge(step, progress)
                 meter.restart_clock()
-            if stop.number is not None and step < plan.steps:
-                if not judging:  # else it was just saved, with its thresholds
+            if signal and step < plan.steps:
+                if not judging and processes.main:  # else it was just saved, with its thresholds
                     save_model(folder.last, judge.model(step))
-                raise Stopped(stop.number, f"stopped by a signal at step {step} of {plan.steps}; {how}")
+                processes.wait()  # for what is written: where one process ends, torchrun ends the others
+                raise Stopped(signal, f"stopped by a signal at step {step} of {plan.steps}; {how}")
     with stop.at_once(f"stopped by a signal after the last step; {how}"):
         return judge.best()
+
+
+def _line_of(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, soft_wrap=True)
 
 
 def go_on(folder: RunFolder) -> str:
@@ -140,8 +161,16 @@ class Saving:
         by_steps = self.every_steps is not None and step % self.every_steps == 0
         return by_steps or time.monotonic() - self.saved_at >= self.every_seconds
 
-    def save(self, step: int, train_on: TrainingStep, meter: Meter, unreadable: Collection[str]) -> None:
-        """Save everything that the next step depends on, and what has been told.
+    def save(
+        self,
+        step: int,
+        train_on: TrainingStep,
+        meter: Meter,
+        skipped: SkippedSteps,
+        unreadable: Collection[str],
+        processes: Processes,
+    ) -> None:
+        """Save everything that the next step depends on, and what has been told: what every process has alike.
 
         Raises:
             DivergedError: a weight is not finite; the states before stay.
@@ -157,21 +186,29 @@ class Saving:
             "optimizer": optimizer_tensors(train_on.optimizers),
             "meter": {} if meter.sums is None else {"sums": meter.sums},
         }
-        values = {"meter_steps": meter.steps, "unreadable": sorted(unreadable)}
+        values = {"skipped_in_a_row": skipped.in_a_row, "unreadable": sorted(unreadable)}
         if train_on.average is not None:
             parts["average"] = train_on.average.model.state_dict()
             values["averaged"] = train_on.average.updates
-        save_state(self.folder, State(step, parts, values))
+        if processes.main:
+            save_state(self.folder, State(step, parts, values))
         self.saved_at = time.monotonic()
 
-    def restore(self, state: State, train_on: TrainingStep, meter: Meter, unreadable: set[str]) -> int:
+    def restore(
+        self,
+        state: State,
+        train_on: TrainingStep,
+        meter: Meter,
+        skipped: SkippedSteps,
+        unreadable: set[str],
+    ) -> int:
         """Put a state back into place; return its step.
 
         Raises:
             CheckpointError: it is of another network or optimiser.
         """
         try:
-            return self._restore(state, train_on, meter, unreadable)
+            return self._restore(state, train_on, meter, skipped, unreadable)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
@@ -179,7 +216,14 @@ class Saving:
                 f"{self.folder} is of others: {reason}"
             ) from None
 
-    def _restore(self, state: State, train_on: TrainingStep, meter: Meter, unreadable: set[str]) -> int:
+    def _restore(
+        self,
+        state: State,
+        train_on: TrainingStep,
+        meter: Meter,
+        skipped: SkippedSteps,
+        unreadable: set[str],
+    ) -> int:
         train_on.network.load_state_dict(state.parts["network"])
         restore_optimizers(train_on.optimizers, state.parts["optimizer"])
         if train_on.average is not None:
@@ -187,7 +231,7 @@ class Saving:
             train_on.average.updates = state.values["averaged"]
         sums = state.parts["meter"].get("sums")
         meter.sums = None if sums is None else sums.to(train_on.device)
-        meter.steps = state.values["meter_steps"]
+        skipped.in_a_row = state.values["skipped_in_a_row"]
         unreadable.update(state.values["unreadable"])
         return state.step
 
@@ -204,6 +248,7 @@ class Judge:
     network: RetinaNet
     val: Dataset
     folder: RunFolder
+    processes: Processes = ALONE
     steps: set[int] = field(default_factory=set)
     best_ap: float = 0.0
     newest_best: Validation | None = None
@@ -222,28 +267,40 @@ class Judge:
         """Return the best validation; that of an earlier process is made again from its model."""
         if self.newest_best is None:
             detector = Detector(load_model(find_model(self.folder.path)), device=str(self.plan.device))
-            self.newest_best = validate(detector, self.val, batch_size=self.plan.batch_size)
+            self.newest_best = self._validated(detector)
         return self.newest_best
 
     def __call__(self, step: int, progress: TrainingProgress) -> None:
         began = time.monotonic()
         # Just as `retinanet evaluate` will do it with the saved file, fp32 included: the figures must agree.
         detector = Detector(self.model(step), device=str(self.plan.device))
-        found = validate(detector, self.val, batch_size=self.plan.batch_size)
+        found = self._validated(detector)
+        self.steps.add(step)
+        best = (found.ap or 0) >= self.best_ap
+        if best:
+            self.newest_best, self.best_ap = found, found.ap or 0.0
+        if self.processes.main:
+            self._keep(step, found, best, progress, time.monotonic() - began)
+
+    def _validated(self, detector: Detector) -> Validation:
+        return validate(detector, self.val, batch_size=self.plan.batch_size, processes=self.processes)
+
+    def _keep(
+        self, step: int, found: Validation, best: bool, progress: TrainingProgress, seconds: float
+    ) -> None:
+        """Tell, save and log a validation; its line in the log comes last and says that the rest is done."""
         metrics = found.metrics.to_json()
-        progress.evaluated(step, found.metrics, time.monotonic() - began)
+        progress.evaluated(step, found.metrics, seconds)
         for file, failure in found.failed.items():
             progress.say(f"left out of the validation: {file}: {failure}")
         save_model(self.folder.last, self.model(step, found))
-        if (found.ap or 0) >= self.best_ap:
-            self.newest_best, self.best_ap = found, found.ap or 0.0
+        if best:
             save_model(self.folder.best, self.model(step, found))
             write_json(self.folder.path / "metrics.json", metrics)
         figures = {name: value for name, value in metrics.items() if name.startswith(("ap", "ar"))}
         self.folder.log(
             {"step": step, "epoch": step * self.plan.batch_size / self.plan.train_images, **figures}
         )
-        self.steps.add(step)
 
     def model(self, step: int, found: Validation | None = None) -> Model:
         """Return the model file's content after a step."""
@@ -267,11 +324,13 @@ class Judge:
 
 
 class Meter:
-    """Means of the losses and the speed since the last reading. Sums stay on the device until read."""
+    """Means of the losses and the speed since the last reading. Sums stay on the device until read.
+
+    A step whose numbers were not finite does not count.
+    """
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
-        self.steps = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -279,21 +338,21 @@ class Meter:
         self.began = time.monotonic()
         self.timed_images = 0
 
-    def add(self, total: Tensor, classes: Tensor, boxes: Tensor, images: int) -> None:
-        values = torch.stack([total.detach(), classes.detach(), boxes.detach()])
+    def add(self, done: Stepped, images: int) -> None:
+        counted = done.finite.float()
+        values = torch.stack([done.total, done.classes, done.boxes, counted])
+        values = torch.where(done.finite, values, 0.0)
         self.sums = values if self.sums is None else self.sums + values
-        self.steps += 1
         self.timed_images += images
 
-    def mean(self) -> float:
-        """Return the mean loss since the last reading."""
-        assert self.sums is not None
-        return float(self.sums[0]) / self.steps
-
     def read(self) -> dict[str, float]:
+        """Return the means and begin anew; nothing where no step counts."""
         assert self.sums is not None
-        total, classes, boxes = (self.sums / self.steps).tolist()
+        *sums, steps = self.sums.tolist()
         speed = self.timed_images / max(1e-9, time.monotonic() - self.began)
-        self.sums, self.steps = None, 0
+        self.sums = None
         self.restart_clock()
+        if not steps:
+            return {}
+        total, classes, boxes = (value / steps for value in sums)
         return {"loss": total, "loss_class": classes, "loss_box": boxes, "images_per_second": speed}

@@ -38,6 +38,13 @@ class Limit:
         """Return "64% of the 16.0 GB of this container"."""
         return f"{bytes / max(1, self.bytes):.0%} of the {gigabytes(self.bytes)} of {self.source}"
 
+    def shared(self, held: int, processes: int) -> Limit:
+        """Return the part of one of several processes, of which this one holds so much already."""
+        if processes == 1:
+            return self
+        left = max(0, self.bytes - held) // processes
+        return Limit(held + left, f"the part of one of {processes} processes of {self.source}")
+
 
 def gigabytes(bytes: float) -> str:
     """Return a size as people say it, in units of 10^9 bytes.

@@ -46,6 +46,9 @@ class Muon(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
+    # What fused optimisers of torch have, too: a scalar on the device, not 0 where nothing is to change in a step.
+    found_inf: Tensor | None = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
@@ -61,8 +64,11 @@ class Muon(Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(average, group["momentum"])
+                gradient = parameter.grad
+                if self.found_inf is not None:  # the momentum itself moves the momentum by nothing
+                    gradient = torch.where(self.found_inf != 0, state["momentum"], gradient)
+                average = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                ahead = gradient.lerp(average, group["momentum"])
                 # Channels last, as the weights lie in memory; the order of columns does not matter to U V^T.
                 matrix = ahead.movedim(1, -1).flatten(1)
                 alike[(matrix.shape[0], matrix.shape[1])].append((parameter, matrix))
@@ -70,7 +76,13 @@ class Muon(Optimizer):
                 steps = orthogonal_factor(torch.stack([matrix for _, matrix in members]))
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
                 for (parameter, _), step in zip(members, steps, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    decay = group["lr"] * group["weight_decay"]
+                    if self.found_inf is None:
+                        parameter.mul_(1 - decay)
+                    else:
+                        taken = self.found_inf == 0
+                        parameter.mul_(torch.where(taken, 1 - decay, 1.0))
+                        step = step * taken
                     last = step.view(parameter.movedim(1, -1).shape)
                     parameter.sub_(last.movedim(-1, 1), alpha=scale)
         return loss

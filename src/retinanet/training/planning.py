@@ -17,13 +17,14 @@ from rich.table import Table
 
 from retinanet.checkpoint import Model, load_model
 from retinanet.data import Dataset
-from retinanet.data.sampling import epoch_length
+from retinanet.data.sampling import epoch_length, share_of
 from retinanet.data.transforms import Augmentation
 from retinanet.devices import choose_device, require_cpp_compiler, resolve_precision
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
 from retinanet.model import ModelSpec, fitting_norm
 from retinanet.objective import Objective
+from retinanet.processes import ALONE, Processes, device_of_process
 from retinanet.training import objectives
 from retinanet.training.choosing import choose_rate, choose_recipe, find_pretrained
 from retinanet.training.configuration import EVERY_SETTING, TrainingOptions
@@ -183,15 +184,19 @@ class Plan:
 
 
 def plan_run(
-    options: TrainingOptions, train: Dataset, change: Callable[[Recipe], Recipe] | None = None
+    options: TrainingOptions,
+    train: Dataset,
+    change: Callable[[Recipe], Recipe] | None = None,
+    processes: Processes = ALONE,
 ) -> Plan:
     """Decide every setting: the user's option first, then the recipe, then a rule of the data and device.
 
     Args:
         change: what an experiment changes of the recipe that the options choose.
+        processes: that will train together. What is decided does not depend on them, but for devices and workers.
     """
     reasons: list[tuple[str, str, str]] = []
-    device = choose_device(options.device)
+    device = device_of_process(choose_device(options.device))
     if options.compile and device.type == "cpu":
         require_cpp_compiler()
     start = None if options.weights is None else load_model(options.weights)
@@ -224,6 +229,8 @@ def plan_run(
         reasons.append(("epoch", f"{length:,} images of {len(train):,}", why))
     choices = anchor_choices(options, recipe.model.anchors, fixed=start is not None)
     recipe = choose_batch(recipe, options, train, device, reasons)
+    if processes.several:
+        reasons.append(("processes", shares_in_words(recipe.batch_size, processes), "torchrun"))
     preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons)
     anchors = choose_anchors(options, train, choices, preprocessing, reasons)
     max_detections = choose_max_detections(options, train, reasons)
@@ -246,6 +253,7 @@ def plan_run(
     if options.checkpoint_gradients:
         reasons.append(("activations", "computed again in the backward pass", "asked for"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # On a CPU the network has every core already: a worker only takes turns with it.
     fitting = 0 if device.type == "cpu" else min(8, max(1, cores - 1))
     workers = fitting if options.workers is None else options.workers
@@ -264,6 +272,21 @@ def plan_run(
         reasons=tuple(reasons),
     )
     return plan.lasting(*choose_steps(recipe, options, train, plan.preprocessing))
+
+
+def shares_in_words(images: int, processes: Processes) -> str:
+    """Return how processes share the images of a step.
+
+    Raises:
+        ConfigError: there are not enough for all.
+    """
+    each = [len(share_of(images, rank, processes.count)) for rank in range(processes.count)]
+    if not min(each):
+        raise ConfigError(
+            f"{processes.count} processes need --batch-size {processes.count} or more, an image each; it is {images}"
+        )
+    shown = f"{min(each)}" if min(each) == max(each) else f"{min(each)} or {max(each)}"
+    return f"{processes.count}, with {shown} images of a step each"
 
 
 def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[str, str, str]]) -> Recipe:

@@ -14,6 +14,7 @@ from retinanet.data import Dataset, available_splits, open_dataset, read_as
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import RetinaNet
+from retinanet.processes import ALONE, Processes
 from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
@@ -42,6 +43,7 @@ def prepare(
     change: Callable[[Recipe], Recipe] | None,
     folder: RunFolder | None,
     stored: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Prepared:
     """Read the data, plan and build the network; say all of it.
 
@@ -50,21 +52,22 @@ def prepare(
         stored: the plan of the run that goes on.
     """
     began = time.monotonic()
-    train_set, val_set = open_splits(
-        options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
-    )
-    console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
-    for dataset in (train_set, val_set):
-        _tell(dataset, console)
-    plan = plan_run(options, train_set, change)
-    data = {"train": train_set.digest(), "val": val_set.digest()}
-    network = build_network(plan)
+    with processes.main_first():
+        train_set, val_set = open_splits(
+            options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
+        )
+        console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
+        for dataset in (train_set, val_set):
+            _tell(dataset, console)
+        plan = plan_run(options, train_set, change, processes)
+        data = {"train": train_set.digest(), "val": val_set.digest()}
+        network = build_network(plan)
     seconds, estimate = options.seconds(), None
     if options.batch_size == "auto" and stored is not None:
-        plan = with_stored_batch(plan, train_set, stored)
+        plan = with_stored_batch(plan, train_set, stored, processes)
     elif options.batch_size == "auto":
         console.print("finding out how many images fit into memory", highlight=False)
-        plan = fit_batch(plan, network, train_set)
+        plan = fit_batch(plan, network, train_set, processes)
     if stored is not None:
         if "data" not in stored:
             raise ConfigError(
@@ -79,20 +82,20 @@ def prepare(
     elif seconds is None:
         plan = plan.validating(len(val_set))
     else:
-        plan, estimate = fit_to_time(plan, network, train_set, val_set, began + seconds)
+        plan, estimate = fit_to_time(plan, network, train_set, val_set, began + seconds, processes)
     plan.show(console)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
     of_them = "all" if trained == whole else f"{trained:,}"
     console.print(f"{whole:,} parameters, {of_them} of them trained", highlight=False)
     if folder is None and estimate is None:
-        estimate = estimate_run(plan, network, train_set, val_set)
+        estimate = estimate_run(plan, network, train_set, val_set, processes)
     if estimate is not None:
         console.print(estimate.line(plan), highlight=False, soft_wrap=True)
     if folder is None:
         console.print("dry run: nothing was written", highlight=False)
     else:
-        if stored is None:
+        if stored is None and processes.main:
             write_json(folder.plan, {**plan.to_json(), "data": data})
         console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
     return Prepared(plan, network, train_set, val_set)

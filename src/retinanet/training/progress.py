@@ -19,6 +19,11 @@ def plain_console() -> Console:
     return Console(stderr=True, markup=False, highlight=False)
 
 
+def silent_console() -> Console:
+    """Return a console that says nothing, for processes beside the one that speaks."""
+    return Console(quiet=True, force_terminal=False)
+
+
 class TrainingProgress:
     """Show steps, losses, rate and speed of a run of `steps` steps, of which the `first` are done already."""
 

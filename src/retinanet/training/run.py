@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -14,12 +16,13 @@ from retinanet.devices import deterministic_algorithms
 from retinanet.errors import CheckpointError, ConfigError, RetinaNetError
 from retinanet.folders import read_json, require_new
 from retinanet.inference import Detector, Validation, load
+from retinanet.processes import ALONE, Processes, joined_processes
 from retinanet.training.configuration import TrainingOptions, option, read_config
 from retinanet.training.folder import RunFolder
 from retinanet.training.loop import go_on, train_network
 from retinanet.training.memory import memory_in_words
 from retinanet.training.preparation import Prepared, prepare
-from retinanet.training.progress import plain_console
+from retinanet.training.progress import plain_console, silent_console
 from retinanet.training.recipes import Recipe
 from retinanet.training.run_report import report_run
 from retinanet.training.signals import StopRequest, noted_signals
@@ -86,25 +89,39 @@ def run_training(
     if options.resume is not None:
         _require_nothing_else(options)
         return resume_training(Path(options.resume), console, change, workers=options.workers)
-    if options.output and folder is None:
-        require_new(Path(options.output))
-    try:
-        with noted_signals() as stop:
-            if folder is None and not options.dry_run:
-                folder = RunFolder.create(options.output, options)
-            where = "" if folder is None else f"; start it again with: retinanet train --resume {folder.path}"
-            with stop.at_once(f"stopped by a signal before the first step{where}"):
-                if folder is None:
-                    prepare(options, console, change, None)
-                    return None
-            with folder.held():
+    with joined_processes() as processes, noted_signals(patient=processes.several) as stop:
+        console = console if processes.main else silent_console()
+        where = ""
+        try:
+            if not options.dry_run:
+                folder = _folder_of(options, folder, processes)
+                where = f"; start it again with: {go_on(folder)}"
+            with _held(folder, processes):
                 with stop.at_once(f"stopped by a signal before the first step{where}"):
-                    prepared = prepare(options, console, change, folder)
-                return _train(prepared, folder, console, stop)
-    except RetinaNetError:
-        if folder is not None and not folder.plan.exists():
-            folder.take_back()
-        raise
+                    prepared = prepare(options, console, change, folder, processes=processes)
+                if folder is None:
+                    return None
+                return _train(prepared, folder, console, stop, processes=processes)
+        except RetinaNetError:
+            if folder is not None and processes.main and not folder.plan.exists():
+                folder.take_back()
+            raise
+
+
+def _folder_of(options: TrainingOptions, folder: RunFolder | None, processes: Processes) -> RunFolder:
+    """Return the run's folder, which the main process makes unless it is made already."""
+    with processes.main_first():
+        if processes.main and folder is None:
+            if options.output:
+                require_new(Path(options.output))
+            folder = RunFolder.create(options.output, options)
+    path = processes.told("" if folder is None else os.path.abspath(folder.path))
+    return folder or RunFolder(Path(path))
+
+
+def _held(folder: RunFolder | None, processes: Processes) -> AbstractContextManager[None]:
+    """Keep other runs out of the folder; the main process does it for all."""
+    return folder.held() if folder is not None and processes.main else nullcontext()
 
 
 def _require_nothing_else(options: TrainingOptions) -> None:
@@ -138,20 +155,27 @@ def resume_training(
     folder = RunFolder.existing(path)
     options = TrainingOptions(**{"data": "", **read_config(path / "config.yaml")})
     options = replace(options, workers=options.workers if workers is None else workers)
-    with folder.held(), noted_signals() as stop:
-        with stop.at_once(f"stopped by a signal; go on with: retinanet train --resume {path}"):
-            state = _state_of(folder, console)
-            begun = read_json(folder.plan) if folder.plan.is_file() else None
-            if begun is None and state is not None:
-                raise ConfigError(f"--resume needs the run's plan.json; {path} has none")
-            prepared = prepare(options, console, change, folder, begun)
-            folder.note_command()
-            step = 0 if state is None else state.step
-            folder.forget_after(step)
-            plan = prepared.plan
-            epoch, epochs = (int(done * plan.batch_size / plan.train_images) for done in (step, plan.steps))
-            console.print(f"resuming at epoch {epoch}/{epochs}, step {step}", highlight=False)
-        return _train(prepared, folder, console, stop, state)
+    with joined_processes() as processes, noted_signals(patient=processes.several) as stop:
+        console = console if processes.main else silent_console()
+        with _held(folder, processes):
+            with stop.at_once(f"stopped by a signal; go on with: {go_on(folder)}"):
+                with processes.main_first():  # what is damaged is told once, and put aside once
+                    state = _state_of(folder, console)
+                    begun = read_json(folder.plan) if folder.plan.is_file() else None
+                    if begun is None and state is not None:
+                        raise ConfigError(f"--resume needs the run's plan.json; {path} has none")
+                prepared = prepare(options, console, change, folder, begun, processes)
+                step = 0 if state is None else state.step
+                if processes.main:
+                    folder.note_command()
+                    folder.forget_after(step)
+                plan = prepared.plan
+                epoch, epochs = (
+                    int(done * plan.batch_size / plan.train_images) for done in (step, plan.steps)
+                )
+                console.print(f"resuming at epoch {epoch}/{epochs}, step {step}", highlight=False)
+                processes.wait()  # until the log is cut, which all read
+            return _train(prepared, folder, console, stop, state, processes)
 
 
 def _state_of(folder: RunFolder, console: Console) -> State | None:
@@ -173,18 +197,25 @@ def _state_of(folder: RunFolder, console: Console) -> State | None:
 
 
 def _train(
-    prepared: Prepared, folder: RunFolder, console: Console, stop: StopRequest, state: State | None = None
+    prepared: Prepared,
+    folder: RunFolder,
+    console: Console,
+    stop: StopRequest,
+    state: State | None = None,
+    processes: Processes = ALONE,
 ) -> Run:
     plan, val_set = prepared.plan, prepared.val_set
     # Steps seed torch's generator; the caller's is given back as it was.
     with deterministic_algorithms(plan.options.deterministic), torch.random.fork_rng(devices=[]):
         best = train_network(
-            plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state
+            plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state, processes
         )
     with stop.at_once(f"stopped by a signal after the last step; write the report with: {go_on(folder)}"):
-        report_run(plan, best, val_set, folder)
+        if processes.main:
+            report_run(plan, best, val_set, folder)
+        processes.wait()  # for the files of the main one
     console.print(best.metrics.table(), highlight=False, soft_wrap=True)
     if memory := memory_in_words(folder.history()):
         console.print(f"memory: {memory}", highlight=False)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
-    return Run(folder.path, load(folder.best, device=plan.options.device), best)
+    return Run(folder.path, load(folder.best, device=str(plan.device)), best)

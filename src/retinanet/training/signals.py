@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from retinanet.errors import Stopped
+from retinanet.errors import LostProcessError, Stopped
 
 
 class StopRequest:
@@ -34,7 +34,8 @@ class StopRequest:
         try:
             self.check()
             yield
-        except KeyboardInterrupt:  # what is left of it where it came while a kernel ran
+        except (KeyboardInterrupt, LostProcessError):
+            # What is left of a signal that came while a kernel ran; or another process obeyed the signal first.
             self.check()
             raise
         finally:
@@ -42,11 +43,15 @@ class StopRequest:
 
 
 @contextmanager
-def noted_signals() -> Iterator[StopRequest]:
+def noted_signals(*, patient: bool = False) -> Iterator[StopRequest]:
     """Turn SIGINT and SIGTERM into a request that the run reads where it can stop.
 
     A second signal acts as usual, so that a stuck process can still be stopped by hand. Outside the main
     thread, where Python allows no handlers, nothing changes.
+
+    Args:
+        patient: a second signal does nothing more: one Ctrl-C reaches the processes of `torchrun` from the terminal and
+            once more from torchrun, which ends those that stay for half a minute.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -61,7 +66,7 @@ def noted_signals() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_IGN if patient else handler)
         request.note(number, frame)
 
     for number in before:

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from retinanet.errors import CheckpointError, TrainingError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VALUES = "state.json"
 # Sound states that stay when a newer one is there.
 KEPT = 2

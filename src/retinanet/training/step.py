@@ -5,23 +5,45 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet import kernels
-from retinanet.batches import Batch, RawPredictions
+from retinanet.batches import Batch, RawPredictions, Targets
+from retinanet.data.sampling import share_of
 from retinanet.devices import Precision, autocast
+from retinanet.errors import TrainingError
 from retinanet.model import RetinaNet
-from retinanet.objective import Losses, Objective
+from retinanet.objective import Objective
+from retinanet.processes import ALONE, Processes
 from retinanet.training.checkpointing import GradientCheckpoints
+from retinanet.training.gradients import GradientSum
 from retinanet.training.optimizer import WeightAverage, build_optimizers, set_rate
 from retinanet.training.planning import Plan
 
 
+@dataclass(frozen=True)
+class Stepped:
+    """What a step found, on the device: the losses of all its images, those of other processes included; how many
+    anchors were positive; whether all numbers were finite, without which the weights stay as they were.
+    """
+
+    total: Tensor
+    classes: Tensor
+    boxes: Tensor
+    positives: Tensor
+    finite: Tensor
+
+
 class TrainingStep:
     """Forward, losses, backward, clipping, optimiser, average. Nothing in it asks a CUDA device for a value.
+
+    A step whose loss or gradient is not finite, in any process, changes nothing in any: neither weights nor running
+    statistics nor what the optimiser remembers.
 
     Args:
         network: moved to the device, in channels_last: the heads' outputs then lie as the losses read them.
@@ -30,6 +52,12 @@ class TrainingStep:
         compile: run the network through `torch.compile`. Each of the first image sizes
             compiles anew; then torch has a graph for all.
         checkpoint_gradients: compute activations again in the backward pass; not together with `compile`.
+        parts: in how many parts this process's images pass through the network, one after the other, for less memory.
+            The gradient is that of all of them together, but for rounding and for the statistics of a BatchNorm that
+            trains. Too little memory on a CUDA device doubles it.
+        images: a step's, of all processes together; by default those of this one.
+        processes: that take the step together.
+        told: is given one line when `parts` doubles.
     """
 
     def __init__(
@@ -46,12 +74,22 @@ class TrainingStep:
         precision: Precision = "fp32",
         compile: bool = False,
         checkpoint_gradients: bool = False,
+        parts: int = 1,
+        images: int | None = None,
+        processes: Processes = ALONE,
+        told: Callable[[str], None] | None = None,
     ) -> None:
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.objective = objective
         self.clip_norm = clip_norm
         self.device = device
         self.precision: Precision = precision
+        for tensor in network.state_dict().values():
+            processes.copy_of_main(tensor)
+        self.parts = parts
+        self.images = images
+        self.processes = processes
+        self.told = told
         self.average = WeightAverage(copy.deepcopy(network), average_decay) if average_decay else None
         self.optimizers = build_optimizers(
             network,
@@ -61,17 +99,27 @@ class TrainingStep:
             weight_decay=weight_decay,
             decay_all=decay_all,
         )
+        self.trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.gradients = GradientSum(self.trained, processes)
+        # A CPU's values are at hand. A CUDA device's are not, and what depends on them has to be decided there.
+        self.decides_on_device = device.type != "cpu"
         self.activations: AbstractContextManager[None] = (
             GradientCheckpoints(network) if checkpoint_gradients else nullcontext()
         )
-        self.forward: Callable[[torch.Tensor], RawPredictions] = network
+        self.forward: Callable[[Tensor], RawPredictions] = network
         if compile:
             # Known before it is traced: what is found out later makes torch compile again.
             kernels.available(device.type)
             self.forward = torch.compile(network)
 
     @classmethod
-    def of(cls, plan: Plan, network: RetinaNet) -> TrainingStep:
+    def of(
+        cls,
+        plan: Plan,
+        network: RetinaNet,
+        processes: Processes = ALONE,
+        told: Callable[[str], None] | None = None,
+    ) -> TrainingStep:
         """Return the step of a plan."""
         recipe = plan.recipe
         return cls(
@@ -86,6 +134,10 @@ class TrainingStep:
             precision=plan.options.precision,
             compile=plan.options.compile,
             checkpoint_gradients=plan.options.checkpoint_gradients,
+            parts=plan.options.accumulate,
+            images=plan.batch_size,
+            processes=processes,
+            told=told,
         )
 
     @property
@@ -93,23 +145,105 @@ class TrainingStep:
         """The network that is validated and saved: the average where there is one."""
         return self.average.model if self.average else self.network
 
-    def __call__(self, batch: Batch, lr: float) -> Losses:
-        """Train on a batch; return its losses, whose values are on the device."""
+    def __call__(self, batch: Batch, lr: float) -> Stepped:
+        """Train on this process's share of a batch."""
         self.network.train()
-        images = batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        with autocast(self.device, self.precision), self.activations:
-            predictions = self.forward(images)
-        losses = self.objective(
-            predictions, batch.targets.to(self.device), height=images.shape[2], width=images.shape[3]
-        )
-        del predictions  # the losses keep the gradients of the logits, and the way back needs no others
-        losses.total.backward()
+        before = self._statistics()
+        losses = self._all_parts(batch)
+        self.gradients.finish()
+        losses = self.processes.add(losses)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm, foreach=True)
+            norm = nn.utils.clip_grad_norm_(self.trained, self.clip_norm, foreach=True)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None], foreach=True)
+        finite = torch.isfinite(losses[0]) & torch.isfinite(norm)
+        for buffer, old in before:
+            buffer.copy_(torch.where(finite, buffer, old))
         set_rate(self.optimizers, lr)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self._update(finite)
         if self.average:
             self.average.update(self.network)
-        return losses
+        total, classes, boxes, positives = losses
+        return Stepped(total, classes, boxes, positives, finite)
+
+    def _all_parts(self, batch: Batch) -> Tensor:
+        """Pass a batch through the network and back, for lack of memory in more parts; return the losses."""
+        while True:
+            try:
+                return self._there_and_back(batch)
+            except torch.cuda.OutOfMemoryError:
+                more = min(2 * self.parts, len(batch.images))
+                if more == self.parts or self.processes.several:
+                    raise TrainingError(
+                        f"no memory left on {self.device} for {-(-len(batch.images) // self.parts)} images at once; "
+                        f"use --accumulate {2 * self.parts}, a smaller --image-size, or --checkpoint-gradients"
+                    ) from None
+                self.parts = more
+            # Out of the handler: the error keeps the graph, and with it the memory.
+            for parameter in self.trained:
+                parameter.grad = None
+            torch.cuda.empty_cache()
+            if self.told:
+                self.told(
+                    f"no memory left on {self.device}: from now on the images of a step pass in {self.parts} parts, "
+                    f"as with --accumulate {self.parts}; the result stays the same"
+                )
+
+    def _there_and_back(self, batch: Batch) -> Tensor:
+        images = batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        targets = batch.targets.to(self.device)
+        height, width = images.shape[2:]
+        parts = min(self.parts, len(images))
+        whole = parts == 1 and not self.processes.several
+        shares = None if whole else self._shares(targets, height, width)
+        found = []
+        for part in range(parts):
+            of_part = share_of(len(images), part, parts)
+            rows = slice(of_part.start, of_part.stop)
+            with autocast(self.device, self.precision), self.activations:
+                predictions = self.forward(images[rows])
+            losses = self.objective(
+                predictions,
+                targets[rows],
+                height=height,
+                width=width,
+                shares=None if shares is None else shares[rows],
+            )
+            del predictions  # the losses keep the gradients of the logits, and the way back needs no others
+            self.gradients.begin(last=part == parts - 1)
+            losses.total.backward()
+            found.append(
+                torch.stack([losses.total, losses.classes, losses.boxes, losses.positives.float()]).detach()
+            )
+        return torch.stack(found).sum(dim=0)
+
+    def _shares(self, targets: Targets, height: int, width: int) -> Tensor:
+        """Return what the sums of each image here are multiplied by, so that those of the step add up to its loss."""
+        positives = self.objective.positives(targets, height=height, width=width)
+        return self.objective.shares(
+            positives, total=self.processes.add(positives.sum()), images=self.images or len(positives)
+        )
+
+    def share_statistics(self) -> None:
+        """Give all processes the main one's running statistics, which each gathers from its own images."""
+        for network in (self.network, *([self.average.model] if self.average else [])):
+            for norm in network.modules():
+                if isinstance(norm, _BatchNorm):
+                    for buffer in norm.buffers():
+                        self.processes.copy_of_main(buffer)
+
+    def _statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the running statistics that a forward pass is going to change, each with a copy."""
+        norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
+        return [(buffer, buffer.clone()) for norm in norms if norm.training for buffer in norm.buffers()]
+
+    def _update(self, finite: Tensor) -> None:
+        """Take the optimisers' steps where all is finite."""
+        takes = self.decides_on_device or bool(finite)
+        for optimizer in self.optimizers:
+            if self.decides_on_device:
+                # Torch's fused optimisers, and our Muon, leave everything as it is where this is not 0.
+                optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            if takes:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)

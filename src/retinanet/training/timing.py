@@ -14,6 +14,7 @@ from retinanet.data.loading import training_batches
 from retinanet.errors import ConfigError
 from retinanet.inference import Detector
 from retinanet.model import RetinaNet
+from retinanet.processes import ALONE, Processes
 from retinanet.training.estimate import Estimate
 from retinanet.training.memory import (
     Limit,
@@ -37,18 +38,24 @@ PLANNED = 0.92
 VALIDATED = 0.05
 # Seconds of steps and of validating in the trial of a dry run, which need not be exact. With what has to be done
 # once, the parts add up to about ten on a CPU.
-ALONE, TOGETHER, LOOKING = 0.5, 2.0, 1.5
+FIRST, TOGETHER, LOOKING = 0.5, 2.0, 1.5
 # Share of the memory that such a trial may take.
 CAREFUL = 0.5
 
 
 def fit_to_time(
-    plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, deadline: float
+    plan: Plan,
+    network: RetinaNet,
+    train: Dataset,
+    val: Dataset,
+    deadline: float,
+    processes: Processes = ALONE,
 ) -> tuple[Plan, Estimate]:
     """Return the plan with as many steps as end before `deadline` (of `time.monotonic`), validations included; and what
     the trial measured.
 
-    A copy of the network takes a few steps and looks at a few images; the network itself is not touched.
+    A copy of the network takes a few steps and looks at a few images; the network itself is not touched. What the main
+    process finds counts for all.
 
     Raises:
         ConfigError: not even one step and a validation end in that time.
@@ -56,11 +63,10 @@ def fit_to_time(
     began = time.monotonic()
     trial = copy.deepcopy(network)
     restart_peak_memory(plan.device)
-    step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline - began)))
-    validation = _validation_seconds(plan, trial, val, math.inf)
-    memory = peak_memory(plan.device)
-    estimate = Estimate(step, validation, memory, limit_of(plan.device), time.monotonic() - began)
-    seconds = deadline - time.monotonic()
+    step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline - began)), processes)
+    validation = _validation_seconds(plan, trial, val, math.inf) / processes.count
+    memory, tried = peak_memory(plan.device), time.monotonic() - began
+    step, validation, seconds = processes.told((step, validation, deadline - time.monotonic()))
     every = plan.options.validate_every_steps
     if every:
         validations, per_step = 1, step + validation / every
@@ -77,21 +83,25 @@ def fit_to_time(
     # Three digits are enough, and make runs on one machine comparable.
     steps = int(float(f"{steps:.3g}"))
     why = f"fit into the {seconds:.0f} s left: {step:.2f} s a step, {validation:.0f} s a validation"
+    estimate = Estimate(step, validation, memory, limit_of(plan.device), tried)
     return plan.lasting(steps, why, validations), estimate
 
 
-def estimate_run(plan: Plan, network: RetinaNet, train: Dataset, val: Dataset) -> Estimate:
+def estimate_run(
+    plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, processes: Processes = ALONE
+) -> Estimate:
     """Return what a run will take, by a trial of a few seconds: about what is usual, not the worst that can happen.
 
-    A copy of the network is tried; with `--compile` as it is, not compiled.
+    A copy of the network is tried, of several processes by each for itself; with `--compile` as it is, not compiled.
     """
     began = time.monotonic()
-    tried, trial, limit = uncompiled(plan), copy.deepcopy(network), limit_of(plan.device)
+    trial, limit = copy.deepcopy(network), limit_of(plan.device)
+    tried = dataclasses.replace(uncompiled(plan), batch_size=-(-plan.batch_size // processes.count))
     if plan.device.type == "cpu":
         step, memory = _by_few_images(tried, trial, train, limit)
     else:
         step, memory = _tried(tried, trial, train, TOGETHER)
-    validation = _validation_seconds(tried, trial, val, LOOKING)
+    validation = _validation_seconds(tried, trial, val, LOOKING) / processes.count
     return Estimate(step, validation, memory or None, limit, time.monotonic() - began)
 
 
@@ -101,7 +111,7 @@ def _by_few_images(
     """Return the time of a step and its memory, by steps of one image and then of the batch, or of as much of it as
     there is time and, with care, memory for: the others take as much each, on top of what is held between steps.
     """
-    alone, first = _tried(dataclasses.replace(plan, batch_size=1), network, train, ALONE)
+    alone, first = _tried(dataclasses.replace(plan, batch_size=1), network, train, FIRST)
     return_freed()
     held = resident() or 0
     room = (CAREFUL * limit.bytes - held) / max(1, first - held) if limit else plan.batch_size
@@ -125,9 +135,11 @@ def _tried(plan: Plan, network: RetinaNet, train: Dataset, seconds: float) -> tu
     return _step_seconds(plan, network, train, seconds), peak_memory(plan.device) or 0
 
 
-def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float) -> float:
+def _step_seconds(
+    plan: Plan, network: RetinaNet, train: Dataset, seconds: float, processes: Processes = ALONE
+) -> float:
     """Return the mean time of the later half of the steps that fit into `seconds`, of at least `LEAST_STEPS`."""
-    train_on = TrainingStep.of(plan, network)
+    train_on = TrainingStep.of(plan, network, processes)
     batches = training_batches(
         train,
         plan.preprocessing,
@@ -135,6 +147,8 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
         batch_size=plan.batch_size,
         seed=plan.options.seed,
         steps=sys.maxsize,  # the time ends it
+        rank=processes.rank,
+        processes=processes.count,
         workers=plan.workers,
         pin_memory=plan.device.type == "cuda",
         repeat_rare=plan.recipe.repeat_rare,
@@ -149,7 +163,7 @@ def _step_seconds(plan: Plan, network: RetinaNet, train: Dataset, seconds: float
         began = now
         enough = len(taken) >= LEAST_STEPS and sum(taken) >= seconds
         # A slow machine must not lose its time to the trial: there the second step has to do.
-        if enough or (taken and sum(taken) >= 2 * seconds):
+        if processes.told(bool(enough or (taken and sum(taken) >= 2 * seconds))):
             break
     timed = taken[len(taken) // 2 :]  # caches and clocks take a while to warm up
     return sum(timed) / len(timed)

@@ -1,0 +1,467 @@
+"""What a run survives, done to real runs, with figures: kills, damage, full disks, signals.
+
+    python tests/faults.py kills --times 200      SIGKILL at random moments, saving included, each time resumed
+    python tests/faults.py damage --times 2000    flipped bytes and cuts in every file of a state
+    python tests/faults.py disk                   disks and files that are full
+    python tests/faults.py signals                SIGTERM and SIGINT in each phase, alone and with two processes
+
+Each prints a line a case, and exits with 1 where something is lost that should not be. `test_faults.py`: short forms.
+Processes are forked when everything is imported and nothing has run yet: a life takes a second or two, not ten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retinanet.cli.main import main as command
+from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.errors import CheckpointError
+from retinanet.training import loop, preparation, run
+from retinanet.training.state import State, read_state, save_state
+from retinanet.training.step import TrainingStep
+
+TINY: dict[str, Any] = {
+    "backbone": "test_resnet",
+    "pretrained": "none",
+    "channels": 64,
+    "image_size": 64,
+    "batch_size": 2,
+    "device": "cpu",
+    "workers": 0,
+    "steps": 24,
+    "validate_every_steps": 8,
+    "save_every_steps": 1,
+}
+PHASES = ("planning", "step", "saving", "validation", "report")
+# Longest that a stop may take.
+PATIENCE = 30.0
+
+
+def generated(folder: Path) -> Path:
+    return generate_shapes(folder / "shapes", train=6, val=2, spec=ShapesSpec(image_size=96))
+
+
+@contextlib.contextmanager
+def phases(entered: Callable[[str, int], None]) -> Iterator[None]:
+    """Call `entered` with each phase that a run comes to, and how many steps are done."""
+    done, made = [0], [0]
+    plan, step, save, judge, report = (
+        preparation.plan_run,
+        TrainingStep.__call__,
+        loop.save_state,
+        loop.validate,
+        run.report_run,
+    )
+
+    def planning(*args: Any, **kwargs: Any) -> Any:
+        entered("planning", 0)
+        return plan(*args, **kwargs)
+
+    def stepping(self: TrainingStep, batch: Any, lr: float) -> Any:
+        entered("step", made[0])
+        made[0] += 1
+        return step(self, batch, lr)
+
+    def saving(folder: Path, state: State) -> Any:
+        done[0] = state.step
+        entered("saving", state.step)
+        found = save(folder, state)
+        entered("saved", state.step)
+        return found
+
+    def judging(*args: Any, **kwargs: Any) -> Any:
+        entered("validation", done[0])
+        return judge(*args, **kwargs)
+
+    def reporting(*args: Any, **kwargs: Any) -> Any:
+        entered("report", done[0])
+        return report(*args, **kwargs)
+
+    preparation.plan_run, TrainingStep.__call__, loop.save_state = planning, stepping, saving  # type: ignore[method-assign]
+    loop.validate, run.report_run = judging, reporting
+    try:
+        yield
+    finally:
+        preparation.plan_run, TrainingStep.__call__, loop.save_state = plan, step, save  # type: ignore[method-assign]
+        loop.validate, run.report_run = judge, report
+
+
+def forked(body: Callable[[], None], said: Path, environment: dict[str, str] | None = None) -> int:
+    """Run a command in a process of its own; return its number. What it says goes to a file."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ.update(environment or {})
+        stream = said.open("a")
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        torch.set_num_threads(1)
+        try:
+            body()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(child: int, seconds: float = 120.0) -> tuple[int, float]:
+    """Wait for a process; return its exit code (minus the signal's number) and how long it took."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status), time.monotonic() - began
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -999, seconds
+
+
+def trained(data: Path, folder: Path) -> Callable[[], None]:
+    """Return what begins a run, or goes on with it where it has begun."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+
+    def body() -> None:
+        if (folder / "config.yaml").is_file():
+            command(["train", "--resume", str(folder)])
+        else:
+            command(["train", str(data), "--output", str(folder), *options])
+
+    return body
+
+
+def newest(folder: Path) -> State | None:
+    """Return the newest sound state, and leave everything as it lies."""
+    for place in sorted((folder / "checkpoints").glob("[0-9]*"), reverse=True):
+        with contextlib.suppress(CheckpointError):
+            return read_state(place)
+    return None
+
+
+def same(ours: State | None, theirs: State | None) -> bool:
+    assert theirs is not None
+    return (
+        ours is not None
+        and (ours.step, ours.values) == (theirs.step, theirs.values)
+        and all(
+            torch.equal(tensor, theirs.parts[part][name])
+            for part, tensors in ours.parts.items()
+            for name, tensor in tensors.items()
+        )
+    )
+
+
+@dataclass
+class Kills:
+    """What became of runs that were killed."""
+
+    lives: int = 0
+    killed: Counter[str] = field(default_factory=Counter)
+    finished: int = 0
+    wrong: list[str] = field(default_factory=list)
+    most_lost: int = 0
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{phase} {times}" for phase, times in sorted(self.killed.items()))
+        return (
+            f"{sum(self.killed.values())} kills ({where}); {self.finished} runs came to their end, equal to one that "
+            f"was never stopped; at most {self.most_lost} steps lost of the 1 between two states; "
+            f"{len(self.wrong)} failures"
+        )
+
+
+def kills(folder: Path, times: int, seed: int) -> Kills:
+    """Kill runs at random moments until it was done `times` times, each time resumed.
+
+    A state is saved at every step: of the last step that ended before a kill nothing may be lost but the step in hand.
+    """
+    random_ = random.Random(seed)
+    data = generated(folder)
+    whole = folder / "whole"
+    began = time.monotonic()
+    code, _ = ended(
+        forked(trained(data, whole), folder / "said-whole"), 600.0
+    )  # kernels may have to be compiled
+    assert code == 0, (folder / "said-whole").read_text()
+    usual = time.monotonic() - began
+    expected, found = newest(whole), Kills()
+    notes = folder / "phase"
+    number = 0
+    while sum(found.killed.values()) < times:
+        number += 1
+        target = folder / f"run-{number}"
+        known = 0
+        while True:
+            notes.write_text("start 0")
+            handle = os.open(notes, os.O_WRONLY)
+
+            def noted(phase: str, step: int, handle: int = handle) -> None:
+                os.pwrite(handle, f"{phase} {step}".ljust(40).encode(), 0)
+
+            def life(target: Path = target, noted: Callable[[str, int], None] = noted) -> None:
+                with phases(noted):
+                    trained(data, target)()
+
+            said = folder / f"said-{number}"
+            child = forked(life, said)
+            found.lives += 1
+            deadline = time.monotonic() + random_.uniform(0.02, 0.5 * usual)
+            code = None
+            while time.monotonic() < deadline and code is None:
+                pid, status = os.waitpid(child, os.WNOHANG)
+                code = os.waitstatus_to_exitcode(status) if pid else None
+                time.sleep(0.001)
+            if code is None:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            os.close(handle)
+            phase, step = notes.read_text().split()
+            if code is not None:
+                if code != 0:
+                    found.wrong.append(f"run {number} ended with {code}: {said.read_text()[-300:]}")
+                elif same(newest(target), expected) and log_of(target) == log_of(whole):
+                    found.finished += 1
+                else:
+                    found.wrong.append(f"run {number} ended with other weights or another log")
+                break
+            found.killed[phase] += 1
+            if phase == "saved":
+                known = max(known, int(step))
+            state = newest(target)
+            reached = 0 if state is None else state.step
+            at_least = int(step) if phase in ("saved", "step", "validation", "report") else known
+            found.most_lost = max(found.most_lost, at_least - reached)
+            if reached < at_least:
+                found.wrong.append(f"run {number}: killed in {phase} of step {step}, state of step {reached}")
+            known = max(known, reached)
+            if sum(found.killed.values()) >= times + 20:
+                break
+        shutil.rmtree(target, ignore_errors=True)
+    return found
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """Return what a run's log says, but for times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k in ("step", "loss", "lr", "ap", "ap50")} for line in lines]
+
+
+def damage(folder: Path, times: int, seed: int) -> tuple[int, list[str]]:
+    """Flip bytes and cut files of a state; return how often, and which damage was not noticed."""
+    random_ = random.Random(seed)
+    torch.manual_seed(0)
+    parts = {
+        "network": {"weight": torch.randn(50, 7)},
+        "optimizer": {"0/0/step": torch.tensor(3.0)},
+        "meter": {},
+    }
+    place = save_state(folder / "states", State(7, parts, {"skipped_in_a_row": 0, "unreadable": ["a"]}))
+    files = sorted(place.iterdir())
+    missed = []
+    for number in range(times):
+        file = files[number % len(files)]
+        content = file.read_bytes()
+        at = random_.randrange(len(content))
+        if number // len(files) % 4 == 3:
+            wrong, what = content[:at], f"{file.name} cut at {at}"
+        else:
+            bit = 1 << random_.randrange(8)
+            wrong = content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
+            what = f"{file.name}: bit {bit} of byte {at}"
+        file.write_bytes(wrong)
+        try:
+            read_state(place)
+            missed.append(what)
+        except CheckpointError as error:
+            if str(place) not in str(error):
+                missed.append(f"{what}: {error}")
+        file.write_bytes(content)
+    read_state(place)
+    return times, missed
+
+
+def disk(folder: Path) -> list[tuple[str, bool, str]]:
+    """Fill the disk in the middle of a run: a small file system where we may mount one, and a limit on files."""
+    data = generated(folder)
+    found = []
+    small = folder / "small"
+    small.mkdir()
+    if os.geteuid() == 0 and os.system(f"mount -t tmpfs -o size=24m tmpfs {small} 2>/dev/null") == 0:
+        try:
+            found.append(_filled("a disk of 24 MiB", data, small / "run", fill=small / "other", limit=None))
+        finally:
+            os.system(f"umount -l {small}")
+    found.append(_filled("files of at most 1 MiB", data, folder / "limited", fill=None, limit=2**20))
+    return found
+
+
+def _filled(
+    name: str, data: Path, target: Path, fill: Path | None, limit: int | None
+) -> tuple[str, bool, str]:
+    said = target.parent / f"said-{target.name}" if fill is None else data.parent / "said-small"
+
+    def entered(phase: str, step: int) -> None:
+        if (phase, step) == ("step", 5):
+            if fill is not None:
+                with contextlib.suppress(OSError), fill.open("wb") as stream:
+                    while True:
+                        stream.write(bytes(2**16))
+                        stream.flush()
+            else:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit or 0, limit or 0))
+
+    def body() -> None:
+        with phases(entered):
+            trained(data, target)()
+
+    code, _ = ended(forked(body, said))
+    state = newest(target)
+    message = said.read_text().strip().splitlines()[-1]
+    right = (
+        code == 2 and state is not None and state.step == 5 and "no room for the training state" in message
+    )
+    if fill is not None:
+        fill.unlink(missing_ok=True)
+    code, _ = ended(forked(trained(data, target), said))
+    finished = newest(target)
+    right = right and code == 0 and finished is not None and finished.step == TINY["steps"]
+    return name, right, message
+
+
+def signals(
+    folder: Path, numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+) -> list[tuple[str, bool, str]]:
+    """Stop runs by a signal in each phase, alone and with two processes; return what was done, whether it was right."""
+    data = generated(folder)
+    whole = {count: folder / f"whole-{count}" for count in (1, 2)}
+    found = []
+    for count, target in whole.items():
+        codes = [code for code, _ in _together(trained(data, target), count, folder, None, -1, 0)]
+        assert codes == [0] * count, (folder / "said-0").read_text()
+    for count in (1, 2):
+        for phase in PHASES:
+            for rank in range(count):
+                for number in numbers:
+                    target = folder / f"run-{count}-{phase}-{rank}-{number}"
+                    ends = _together(trained(data, target), count, folder, phase, rank, number)
+                    name = f"{signal.Signals(number).name} in {phase}, process {rank + 1} of {count}"
+                    code, seconds = ends[rank][0], max(seconds for _, seconds in ends)
+                    again = _together(trained(data, target), count, folder, None, -1, 0)
+                    right = (
+                        code == 128 + number
+                        and seconds < PATIENCE
+                        and all(end[0] == 0 for end in again)
+                        and same(newest(target), newest(whole[count]))
+                    )
+                    found.append(
+                        (name, right, f"exit {code} after {seconds:.1f} s, then resumed to the same weights")
+                    )
+                    shutil.rmtree(target, ignore_errors=True)
+    return found
+
+
+def _together(
+    body: Callable[[], None], count: int, folder: Path, phase: str | None, rank: int, number: int
+) -> list[tuple[int, float]]:
+    """Run one or two processes, one of which gets a signal when it comes to a phase; return how each ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    # What the first process alone does (saving, the report), the parent sees in a file, and tells the second.
+    there = folder / "there"
+    there.unlink(missing_ok=True)
+    for each in range(count):
+        sent = [False]
+
+        def entered(now: str, step: int, each: int = each, sent: list[bool] = sent) -> None:
+            if now != phase or sent[0] or (now == "step" and step != 5):
+                return
+            sent[0] = True
+            if each == rank:
+                os.kill(os.getpid(), number)
+            elif each == 0 and now in ("saving", "report"):
+                there.touch()
+                time.sleep(0.5)
+
+        def life(entered: Callable[[str, int], None] = entered) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with phases(entered):
+                body()
+
+        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(each)}
+        said = folder / f"said-{each}"
+        said.write_text("")
+        children.append(forked(life, said, told if count > 1 else {}))
+    ends: dict[int, tuple[int, float]] = {}
+    began = time.monotonic()
+    while len(ends) < count:
+        if there.exists():
+            there.unlink()
+            os.kill(children[rank], number)
+        for each, child in enumerate(children):
+            if each not in ends:
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    ends[each] = (os.waitstatus_to_exitcode(status), time.monotonic() - began)
+                    if count > 1 and ends[each][0]:  # as torchrun does
+                        for other in set(range(count)) - set(ends):
+                            os.kill(children[other], signal.SIGTERM)
+        time.sleep(0.005)
+        if time.monotonic() - began > 120:
+            for each in set(range(count)) - set(ends):
+                os.kill(children[each], signal.SIGKILL)
+    return [ends[each] for each in range(count)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("kills", "damage", "disk", "signals"))
+    parser.add_argument("--times", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if given.what == "kills":
+            of_kills = kills(folder, given.times, given.seed)
+            print(of_kills)
+            print(*of_kills.wrong, sep="\n")
+            return int(bool(of_kills.wrong))
+        if given.what == "damage":
+            times, missed = damage(folder, given.times, given.seed)
+            print(f"{times} flips and cuts, {times - len(missed)} noticed")
+            print(*missed, sep="\n")
+            return int(bool(missed))
+        rows = disk(folder) if given.what == "disk" else signals(folder)
+        for what, right, told in rows:
+            print(f"{'right' if right else 'WRONG'}: {what}: {told}", flush=True)
+        return int(not all(right for _, right, _ in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

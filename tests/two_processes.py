@@ -1,0 +1,280 @@
+"""What two processes do together; `test_processes.py` starts it twice and judges what each writes.
+
+RANK=0 WORLD_SIZE=2 ... python two_processes.py DATA OUT CASE...
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from retinanet.batches import Batch, Targets
+from retinanet.data import open_dataset
+from retinanet.data.loading import training_batches
+from retinanet.errors import DataError, LostProcessError, RetinaNetError, Stopped
+from retinanet.processes import Processes, joined_processes
+from retinanet.training import loop
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.gradients import GradientSum
+from retinanet.training.planning import Plan, plan_run
+from retinanet.training.recipes import Recipe
+from retinanet.training.run import resume_training, run_training
+from retinanet.training.starting import build_network
+from retinanet.training.step import TrainingStep
+
+TINY: dict[str, Any] = {
+    "backbone": "test_resnet",
+    "pretrained": "none",
+    "channels": 64,
+    "image_size": 64,
+    "batch_size": 3,
+    "device": "cpu",
+    "workers": 0,
+    "steps": 6,
+    "validate_every_steps": 4,
+    "zoom": "1,1",
+}
+STEPS = 3
+
+
+def steps_of(
+    plan: Plan, processes: Processes, *, parts: int = 1, spoil: Callable[[int, Batch], Batch] | None = None
+) -> dict[str, Any]:
+    """Train for some steps; return the weights, their average and what the steps said."""
+    torch.manual_seed(0)
+    train = open_dataset(plan.options.data, "train")
+    network = build_network(plan)
+    train_on = TrainingStep.of(plan, network, processes)
+    train_on.parts = parts
+    said = []
+    began = {name: value.clone() for name, value in network.state_dict().items()}
+    batches = training_batches(
+        train,
+        plan.preprocessing,
+        plan.augmentation,
+        batch_size=plan.batch_size,
+        seed=0,
+        steps=plan.steps,
+        rank=processes.rank,
+        processes=processes.count,
+    )
+    for step, batch in enumerate(batches):
+        done = train_on(batch if spoil is None else spoil(step, batch), 0.001)
+        said.append({name: getattr(done, name).clone() for name in ("total", "positives", "finite")})
+        if step == 0:
+            moved = [(value - began[name]).flatten() for name, value in network.state_dict().items()]
+    assert train_on.average is not None
+    return {
+        "said": said,
+        "moved": torch.cat(moved),  # in the first step: later ones enlarge what rounding made different
+        "weights": {name: value.clone() for name, value in network.state_dict().items()},
+        "average": train_on.average.model.state_dict(),
+    }
+
+
+def plan_of(data: str, batch_size: int = 4, normalizer: str = "all-processes", steps: int = STEPS) -> Plan:
+    """Return a plan without BatchNorm, whose statistics are of each process's own images, and with SGD: it does not
+    make much of what is nearly nothing, as AdamW and Muon do."""
+    told = {"batch_size": batch_size, "steps": steps, "backbone": "test_efficientnet_gn", "optimizer": "sgd"}
+    options = TrainingOptions(data=data, **{**TINY, **told})
+
+    def change(recipe: Recipe) -> Recipe:
+        return replace(recipe, normalizer=normalizer)  # type: ignore[arg-type]
+
+    return plan_run(options, open_dataset(data, "train"), change)
+
+
+def exchange(processes: Processes, *_: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "told": processes.told(f"rank {processes.rank}"),
+        "gathered": processes.gathered(processes.rank),
+        "largest": processes.largest(processes.rank, 5 - processes.rank),
+        "added": processes.add(torch.full((3,), float(processes.rank + 1))).tolist(),
+    }
+    copied = torch.full((2,), float(processes.rank + 1))
+    processes.copy_of_main(copied)
+    found["copied"] = copied.tolist()
+    order: list[str] = []
+    with processes.main_first():
+        order.append("body")
+    found["order"] = order
+    try:
+        with processes.main_first():
+            raise DataError("no data")
+    except RetinaNetError as error:
+        found["failed"] = type(error).__name__
+    return found
+
+
+def gradients(processes: Processes, *_: str) -> dict[str, Any]:
+    """Sums over buckets of any size, over parts, with a parameter that no loss depends on."""
+    found = {}
+    for bucket in (1, 200, 10**9):
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 5, 3), torch.nn.Linear(2, 2)
+        )
+        layers.to(memory_format=torch.channels_last)
+        summed = GradientSum(layers.parameters(), processes, bucket=bucket)
+        torch.manual_seed(1 + processes.rank)
+        images = torch.randn(2, 3, 8, 8)
+        for part in range(2):
+            summed.begin(last=part == 1)
+            layers[1](layers[0](images[part : part + 1])).square().sum().backward()
+        summed.finish()
+        found[bucket] = [None if p.grad is None else p.grad.clone() for p in layers.parameters()]
+    return found
+
+
+def steps(processes: Processes, data: str, _: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for normalizer in ("image", "all-processes"):
+        found[normalizer] = steps_of(plan_of(data, 4, normalizer), processes)
+    found["uneven, in parts"] = steps_of(plan_of(data, 3), processes, parts=2)
+    return found
+
+
+def empty(processes: Processes, data: str, _: str) -> dict[str, Any]:
+    """Twenty steps in which the second process never sees an object."""
+
+    def without(_: int, batch: Batch) -> Batch:
+        if processes.main:
+            return batch
+        none = Targets(
+            torch.zeros(len(batch.images), 0, 4),
+            torch.zeros(len(batch.images), 0, dtype=torch.int64),
+            torch.zeros(len(batch.images), 0, dtype=torch.bool),
+        )
+        return Batch(batch.images, none, batch.indices)
+
+    return steps_of(plan_of(data, 2, steps=20), processes, spoil=without)
+
+
+def spoilt(processes: Processes, data: str, _: str) -> dict[str, Any]:
+    """An image of the second process is not a number in the second step."""
+
+    def spoil(step: int, batch: Batch) -> Batch:
+        if step == 1 and not processes.main:
+            batch.images[0, 0, 5, 5] = float("nan")
+        return batch
+
+    return steps_of(plan_of(data), processes, spoil=spoil)
+
+
+def run(processes: Processes, data: str, out: str) -> dict[str, Any]:
+    """A run, the same stopped by a signal to the second process and resumed, and one that is left stopped."""
+    said = io.StringIO()
+    told = Console(file=said, width=200)
+    options = {**TINY, "data": data}
+    run_training(TrainingOptions(output=f"{out}/whole", **options), told)
+    stopped = stop(processes, 2, 1, lambda: TrainingOptions(output=f"{out}/stopped", **options))
+    resume_training(Path(out) / "stopped", told)
+    stop(processes, 3, 0, lambda: TrainingOptions(output=f"{out}/handed", **options))
+    return {"stopped": stopped, "said": said.getvalue()}
+
+
+def matrix(processes: Processes, data: str, out: str) -> dict[str, Any]:
+    """Stopped anywhere by a signal to either, with and without workers."""
+    options = {**TINY, "data": data, "accumulate": 2}
+    quiet = Console(file=io.StringIO())
+    run_training(TrainingOptions(output=f"{out}/whole-2", **options), quiet)
+    found = {}
+    for workers in (0, 2):
+        # The first step; in a part; mid-epoch; an epoch's end; in a validation.
+        for where in ("1", "part", "3", "2", "validation"):
+            name = f"{where}-{workers}"
+            told = TrainingOptions(output=f"{out}/{name}", **{**options, "workers": workers})
+            rank = (workers // 2 + len(where)) % 2
+            found[name] = stop(processes, where, rank, lambda told=told: told)
+            resume_training(Path(out) / name, quiet)
+    return found
+
+
+def stop(
+    processes: Processes, where: int | str, rank: int, options: Callable[[], TrainingOptions]
+) -> tuple[int, str]:
+    """Run until a process is stopped somewhere; return the exit code and the message."""
+    step, validate, there = TrainingStep.__call__, loop.validate, TrainingStep._there_and_back
+    made = [0]
+
+    def signalled() -> None:
+        if processes.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stepping(self: TrainingStep, batch: Batch, lr: float) -> Any:
+        done = step(self, batch, lr)
+        made[0] += 1
+        if str(made[0]) == str(where):
+            signalled()
+        return done
+
+    def in_a_part(self: TrainingStep, batch: Batch) -> Any:
+        begin = self.gradients.begin
+
+        def begun(last: bool) -> None:
+            if last and made[0] == 2:
+                signalled()
+            begin(last)
+
+        self.gradients.begin = begun  # type: ignore[method-assign]
+        try:
+            return there(self, batch)
+        finally:
+            self.gradients.begin = begin  # type: ignore[method-assign]
+
+    def validating(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun tells every process
+        return validate(*args, **kwargs)
+
+    TrainingStep.__call__ = stepping  # type: ignore[method-assign]
+    if where == "part":
+        TrainingStep._there_and_back = in_a_part  # type: ignore[method-assign]
+    if where == "validation":
+        loop.validate = validating  # type: ignore[assignment]
+    try:
+        run_training(options(), Console(file=io.StringIO()))
+    except Stopped as stopped:
+        return stopped.exit_code, str(stopped)
+    finally:
+        TrainingStep.__call__ = step  # type: ignore[method-assign]
+        TrainingStep._there_and_back = there  # type: ignore[method-assign]
+        loop.validate = validate  # type: ignore[assignment]
+    return 0, "not stopped"
+
+
+def left(processes: Processes, *_: str) -> dict[str, Any]:
+    """The second process goes away; comes last."""
+    if not processes.main:
+        os._exit(0)
+    try:
+        processes.largest(1)
+    except LostProcessError as error:
+        return {"message": str(error)}
+    return {}
+
+
+CASES = {
+    function.__name__: function for function in (exchange, gradients, steps, empty, spoilt, run, matrix, left)
+}
+
+
+def main() -> None:
+    data, out, *cases = sys.argv[1:]
+    torch.set_num_threads(1)
+    with joined_processes() as processes:
+        for case in cases:
+            found = CASES[case](processes, data, out)
+            torch.save(found, Path(out) / f"{case}-{processes.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
