@@ -55,7 +55,6 @@ SMALL = {
     "nms": lambda device: nms.contests(side=400, counts=(300,), device=device),
     "postprocess": lambda device: postprocess.contests(side=128, classes=5, device=device),
     "step": lambda device: step.contests([TINY], device=device),
-    "checkpointing": lambda device: checkpointing.contests([TINY], device=device),
 }
 CUDA = torch.device("cuda")
 on_cuda = pytest.param(
@@ -322,9 +321,9 @@ def test_the_command_hands_its_device_on(monkeypatch, capsys):
         monkeypatch.setattr(module, "contests", lambda *, device: seen.append(device) or iter(()))
     for contests in ("contests", "compiled_contests"):
         monkeypatch.setattr(step, contests, lambda _, *, device: seen.append(device) or iter(()))
-    monkeypatch.setattr(checkpointing, "contests", lambda _, *, device: seen.append(device) or iter(()))
-    list(run([item for item in ALL if item not in ("import", "data")], Settings(device=CUDA)))
-    assert seen == [CUDA] * 8
+    of_the_cpu = ("import", "data", "checkpointing")
+    list(run([item for item in ALL if item not in of_the_cpu], Settings(device=CUDA)))
+    assert seen == [CUDA] * 7
     monkeypatch.setattr("retinanet.bench.items.run", lambda _, settings: seen.append(settings.device) or ())
     assert result_of("bench", "nms", "--device", "cpu") == 0
     assert seen[-1] == CPU
@@ -407,10 +406,30 @@ def test_the_matrix_rate(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
-    (row,) = memory.rows("step", [TINY])
+    (row,) = memory.rows([TINY])
     assert row.unit == "MiB"
     assert row.ours > 10
     assert row.theirs > 10
+
+
+def test_checkpointing_is_timed_in_turns(monkeypatch):
+    asked = []
+
+    def in_process(call, build, case, *steps):
+        asked.append(build)
+        if call is checkpointing._equal:
+            return call(build, case)
+        first = build is memory.ours
+        return (300.0 if first else 150.0), ([9e3, 9e3, 1e3, 2e3] if first else [9e3, 9e3, 2e3, 3e3])
+
+    monkeypatch.setattr(checkpointing, "in_process", in_process)
+    monkeypatch.setattr(checkpointing, "restart_peak", lambda: True)
+    time, peak = checkpointing.rows([TINY], turns=2)
+    assert asked == [checkpointing.checkpointed, *[memory.ours, checkpointing.checkpointed] * 2]
+    assert (time.ours, time.theirs, time.equal, time.unit) == (1500, 2500, True, "ms")
+    assert (peak.ours, peak.theirs, peak.equal, peak.unit) == (300, 150, None, "MiB")
+    monkeypatch.setattr(checkpointing, "restart_peak", lambda: False)  # another system than Linux
+    assert list(checkpointing.rows([TINY], turns=1)) == []
 
 
 def test_the_machine_is_described():

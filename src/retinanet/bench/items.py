@@ -52,14 +52,14 @@ def run(items: Sequence[str], settings: Settings) -> Iterator[Row]:
             step.contests(settings.step_cases(), device=device),
             step.compiled_contests(settings.step_cases(), device=device),
         ),
-        "checkpointing": lambda: checkpointing.contests(checkpointing.CASES, device=device),
         "data": data.contests,
         "import": importing.contests,
     }
     for item in items:
+        if item == "checkpointing":
+            yield from checkpointing.rows(turns=min(settings.repeats, checkpointing.TURNS))
+            continue
         for contest in contests[item]():
             yield from measure(contest, repeats=settings.repeats, seconds=settings.seconds, device=device)
         if item == "step" and device.type == "cpu":
-            yield from memory.rows("step", settings.step_cases())
-        if item == "checkpointing" and device.type == "cpu":
-            yield from checkpointing.memory_rows(checkpointing.CASES)
+            yield from memory.rows(settings.step_cases())

@@ -22,7 +22,8 @@ class Bench:
     items: Annotated[tuple[Item, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ITEM")] = ()
     """loss, matching, nms, postprocess, convolution, step, checkpointing, data, import; without any, all of them."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
-    """auto, cpu, cuda or cuda:N; import runs where a model is loaded by default, data on one core."""
+    """auto, cpu, cuda or cuda:N; import runs where a model is loaded by default, data on one core, checkpointing on a
+    CPU."""
     repeats: int = 10
     """Turns; each contestant runs once a turn."""
     seconds: float = 60.0

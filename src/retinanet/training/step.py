@@ -22,6 +22,7 @@ from retinanet.objective import Objective
 from retinanet.processes import ALONE, Processes
 from retinanet.training.checkpointing import GradientCheckpoints
 from retinanet.training.gradients import GradientSum
+from retinanet.training.memory import return_large_blocks
 from retinanet.training.optimizer import WeightAverage, build_optimizers, set_rate
 from retinanet.training.planning import Plan
 
@@ -103,9 +104,11 @@ class TrainingStep:
         self.gradients = GradientSum(self.trained, processes)
         # A CPU's values are at hand. A CUDA device's are not, and what depends on them has to be decided there.
         self.decides_on_device = device.type != "cpu"
-        self.activations: AbstractContextManager[None] = (
-            GradientCheckpoints(network) if checkpoint_gradients else nullcontext()
-        )
+        self.activations: AbstractContextManager[None] = nullcontext()
+        if checkpoint_gradients:
+            self.activations = GradientCheckpoints(network)
+            if device.type == "cpu":
+                return_large_blocks()  # else a CPU's memory hardly shows what is not kept
         self.forward: Callable[[Tensor], RawPredictions] = network
         if compile:
             # Known before it is traced: what is found out later makes torch compile again.
