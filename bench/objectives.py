@@ -96,12 +96,20 @@ class VarifocalObjective(Objective):
     the focal loss as it is.
     """
 
-    def __call__(self, predictions: RawPredictions, targets: Targets, *, height: int, width: int) -> Losses:
+    def __call__(
+        self,
+        predictions: RawPredictions,
+        targets: Targets,
+        *,
+        height: int,
+        width: int,
+        shares: Tensor | None = None,
+    ) -> Losses:
         levels = anchors_of_image(self.anchors, height, width)
         anchors = torch.cat(levels)
         state, classes, box = self.assign(anchors, targets)
         positive = state == MatchState.POSITIVE
-        share = self._share(positive.sum(dim=1))
+        share = self.shares(positive.sum(dim=1)) if shares is None else shares
         weight = (state != MatchState.IGNORED) * share[:, None]
         image, anchor = torch.nonzero(positive, as_tuple=True)
         own = classes[image, anchor]

@@ -186,6 +186,7 @@ def run(job: Job, folders: dict[str, str], backbone: str, runs: Path) -> None:
         recipe="small",
         device="cpu",
         seed=job.seed,
+        log_to="none",
         **variant.options,
     )
     with patch.object(of_training, "Objective", variant.objective):

@@ -68,7 +68,7 @@ def phases(entered: Callable[[str, int], None]) -> Iterator[None]:
         TrainingStep.__call__,
         loop.save_state,
         loop.validate,
-        run.report_run,
+        run.draw_run,
     )
 
     def planning(*args: Any, **kwargs: Any) -> Any:
@@ -96,12 +96,12 @@ def phases(entered: Callable[[str, int], None]) -> Iterator[None]:
         return report(*args, **kwargs)
 
     preparation.plan_run, TrainingStep.__call__, loop.save_state = planning, stepping, saving  # type: ignore[method-assign]
-    loop.validate, run.report_run = judging, reporting
+    loop.validate, run.draw_run = judging, reporting
     try:
         yield
     finally:
         preparation.plan_run, TrainingStep.__call__, loop.save_state = plan, step, save  # type: ignore[method-assign]
-        loop.validate, run.report_run = judge, report
+        loop.validate, run.draw_run = judge, report
 
 
 def forked(body: Callable[[], None], said: Path, environment: dict[str, str] | None = None) -> int:

@@ -319,6 +319,8 @@ class Two(Processes):
 
     theirs: tuple[int, str] = (1, "theirs")
 
+    def wait(self) -> None: ...
+
     def gathered(self, value: Any) -> list[Any]:
         return [value, self.theirs]
 
@@ -408,7 +410,7 @@ def test_the_random_numbers_of_the_caller_stay(train: Dataset, monkeypatch: pyte
     plan = plan_of(train)
     network = build_network(plan)
     before = torch.random.get_rng_state()
-    monkeypatch.setattr(batch_size, "memory_limit", lambda: Limit(10**15, "this machine"))
+    monkeypatch.setattr(batch_size, "limit_of", lambda _: Limit(10**15, "this machine"))
     fit_batch(plan, network, train)
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -419,7 +421,7 @@ def test_a_run_takes_what_fits_and_is_resumed_with_it(
 ) -> None:
     """Nothing is tried when it goes on, wherever that is."""
     run, said = tmp_path / "run", io.StringIO()
-    monkeypatch.setattr(batch_size, "memory_limit", lambda: Limit(10**15, "this machine"))
+    monkeypatch.setattr(batch_size, "limit_of", lambda _: Limit(10**15, "this machine"))
     monkeypatch.setattr(batch_size, "measured", lambda *_, **__: Need({1: 3 * 10**14}))
     options = TrainingOptions(data=str(data), output=str(run), steps=4, **AUTO)
     with monkeypatch.context() as patch:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from retinanet.training import estimate, memory
+from retinanet.training import memory
 from retinanet.training.memory import (
     Limit,
     MemoryLog,
     held_by,
-    memory_in_words,
     memory_limit,
+    most_held,
     peak_memory,
     peak_resident,
     resident,
@@ -147,10 +147,16 @@ def test_shares_are_told_with_their_whole() -> None:
     assert Limit(16 * 10**9, "this container").share(10.24e9) == "64% of the 16.0 GB of this container"
 
 
-def test_processes_share_what_is_left() -> None:
-    limit = Limit(9 * GB, "this machine")
-    assert limit.shared(GB, 1) is limit
-    assert limit.shared(GB, 4) == Limit(3 * GB, "the part of one of 4 processes of this machine")
+def test_processes_share_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "memory_limit", lambda: Limit(9 * GB, "this machine"))
+    monkeypatch.setattr(memory, "resident", lambda: GB)
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert memory.limit_of(cpu) == Limit(9 * GB, "this machine")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.limit_of(cpu) == Limit(3 * GB, "the part of one of 4 processes of this machine")
+    monkeypatch.setattr(memory, "memory_limit", lambda: None)
+    assert memory.limit_of(cpu) is None
 
 
 def test_sizes_are_read_from_a_root(root: Path) -> None:
@@ -223,15 +229,12 @@ def test_a_system_that_does_not_tell_is_not_logged(monkeypatch: pytest.MonkeyPat
     assert MemoryLog(torch.device("cpu")).read() == {}
 
 
-def test_memory_of_a_run_in_words() -> None:
-    lines = [{"memory_gb": 1.0}, {"memory_gb": 2.14, "workers_gb": 0.8}, {"ap": 0.5}]
-    assert memory_in_words(lines) == "at most 2.1 GB, and 0.80 GB in the loader's processes"
-    assert memory_in_words([{"memory_gb": 2.14}]) == "at most 2.1 GB"
-    assert memory_in_words([{"ap": 0.5}]) == memory_in_words([]) == ""
+def test_a_log_that_does_not_tell_is_silent() -> None:
+    assert most_held([{"memory_gb": 2.14}]) == [("memory at most", "2.1 GB")]
+    assert most_held([{"ap": 0.5}]) == most_held([]) == []
 
 
-@pytest.mark.parametrize("module", [memory, estimate])
-def test_examples_hold(module: object) -> None:
-    result = doctest.testmod(module)  # type: ignore[arg-type]
+def test_examples_hold() -> None:
+    result = doctest.testmod(memory)
     assert result.attempted > 0
     assert result.failed == 0

@@ -37,6 +37,8 @@ from retinanet.training.run import resume_training, run_training
 from retinanet.training.state import State, newest_state, read_state, save_state
 from retinanet.training.step import TrainingStep
 
+# What a line holds that no two runs have in common.
+MEASURED = ("images_per_second", "seconds_", "memory_gb", "workers_gb")
 IMAGES, BATCH, STEPS = 6, 2, 9  # three steps an epoch, three epochs
 TINY: dict[str, Any] = {
     "backbone": "test_resnet",
@@ -83,8 +85,7 @@ def images_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def story(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    of_the_machine = ("images_per_second", "memory_gb", "workers_gb")
-    return [{k: v for k, v in line.items() if k not in of_the_machine} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
 
 
 def final(run: Path) -> State:

@@ -93,7 +93,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
 
 def test_the_run_folder_is_complete(run: object) -> None:
     names = {path.name for path in run.path.iterdir()}  # type: ignore[attr-defined]
-    assert names == {
+    assert names - {"tensorboard"} == {
         "config.yaml",
         "command.txt",
         "plan.json",
@@ -105,6 +105,7 @@ def test_the_run_folder_is_complete(run: object) -> None:
         "checkpoints",
         ".lock",
         "curves.png",
+        "pictures",
         "pictures.png",
         "report.html",
     }
@@ -117,7 +118,9 @@ def test_the_run_folder_is_complete(run: object) -> None:
     assert all(line["memory_gb"] > 0 for line in trained if Path("/proc").exists())
     assert trained[-1]["epoch"] == 12 * 2 / 6
     page = (run.path / "report.html").read_text()  # type: ignore[attr-defined]
-    assert "data:image/png;base64," in page
+    assert "data:image/jpeg;base64," in page
+    assert "<svg" in page
+    assert "memory at most" in page or not Path("/proc").exists()
     assert "http" not in page.split("</style>")[1]  # nothing is loaded from elsewhere
 
 
@@ -191,6 +194,7 @@ def test_a_rate_that_is_too_high_ends_the_run_and_names_images(
         ({"gamma": -1.0}, "--gamma needs 0 or more"),
         ({"gamma": float("nan")}, "--gamma needs 0 or more"),
         ({"prior": 0.0}, r"--prior needs a number in \(0, 1\)"),
+        ({"patience": 0}, "--patience needs 1 or more; got 0"),
         ({"seed": 2**64}, "--seed needs 0 or more and below 2.63"),
         ({"gamma": float("inf")}, "--gamma needs 0 or more"),
         ({"workers": -1}, "--workers needs 0 or more"),
@@ -266,6 +270,7 @@ MOVED = [
     ("max_detections", 17, lambda plan: plan.spec.post_processing.max_detections),
     ("workers", 5, lambda plan: plan.workers),
     ("validate_every_steps", 9, lambda plan: plan.validate_every),
+    ("patience", 7, lambda plan: next(int(v.split()[1]) for s, v, _ in plan.reasons if s == "early stop")),
     ("recipe", "small", lambda plan: plan.recipe.name),
     ("flip", 0.25, lambda plan: plan.augmentation.flip),
     ("flip_vertical", 0.25, lambda plan: plan.augmentation.flip_vertical),

@@ -175,9 +175,8 @@ def _meet(backend: str) -> None:
 
     store, rank, count = next(rendezvous("env://"))
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(
-        backend, store=dist.PrefixStore(f"retinanet/{again}", store), rank=rank, world_size=count
-    )
+    own = dist.PrefixStore(f"retinanet/{again}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=own, rank=rank, world_size=count)
 
 
 def device_of_process(device: torch.device) -> torch.device:

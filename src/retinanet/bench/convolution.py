@@ -15,13 +15,15 @@ from retinanet.bench.measuring import Contest
 # Channels and side of the image: residual blocks, heads and pyramid at 512 pixels.
 SHAPES = ((64, 128), (128, 64), (256, 64), (256, 32), (256, 8), (512, 16))
 BATCH_SIZE = 2
+# A result is as good as torch's, too, where it is so many roundings of float32 of the largest value from the exact one.
+ROUNDINGS, EPSILON = 8, 2.0**-23
 
 
 def contests(shapes: Sequence[tuple[int, int]] = SHAPES, *, device: torch.device = CPU) -> Iterator[Contest]:
     """Ours (Winograd) and torch's (oneDNN), channels_last, fp32, forward and backward.
 
-    `equal` says that ours is at most twice as far from the result in float64 as torch's. There is no contest on CUDA,
-    where ours is torch's.
+    `equal` says that ours is at most twice as far from the result in float64 as torch's, or within `ROUNDINGS`. There
+    is no contest on CUDA, where ours is torch's.
     """
     if device.type != "cpu" or not kernels.available("cpu"):
         return
@@ -75,6 +77,10 @@ def _step(
 
 
 def _agree(ours: Sequence[Tensor], theirs: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
+    """Return whether ours is at most twice as far from float64 as torch's, or as few roundings of the largest value as
+    count for nothing: how torch adds up depends on the processor.
+    """
     return all(
-        (a - c).abs().max() <= 2 * (b - c).abs().max() for a, b, c in zip(ours, theirs, exact, strict=True)
+        (a - c).abs().max() <= max(2 * (b - c).abs().max(), ROUNDINGS * EPSILON * c.abs().max())
+        for a, b, c in zip(ours, theirs, exact, strict=True)
     )

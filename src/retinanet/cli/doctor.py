@@ -21,7 +21,7 @@ REQUIRED = (
     "faster-coco-eval",
     "tyro",
 )
-EXTRAS = {"supervision": "supervision"}
+EXTRAS = {"supervision": "supervision", "tensorboard": "tensorboard"}
 # Below these, files from strangers can harm: CVE-2025-32434 and CVE-2026-24747.
 LEAST_TORCH = (2, 10)
 

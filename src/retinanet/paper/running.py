@@ -206,7 +206,7 @@ def run_one(job: Job, store: Store) -> None:
     clock = seconds_of(choose_device("auto"))
     began, own = time.monotonic(), clock()
     options = options_of(job.setting, SCALES[job.scale], job.data, seed=job.seed, pretrained=job.pretrained)
-    options = replace(options, output=str(folder), validate_every_steps=options.steps)
+    options = replace(options, output=str(folder), validate_every_steps=options.steps, log_to="none")
     result: dict[str, Any] = {"setting": asdict(job.setting), "rate": job.rate, "seed": job.seed}
     try:
         result |= _train(job, options) if job.setting.peer is None else _train_peer(job, options)

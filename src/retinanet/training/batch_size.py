@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,7 +35,6 @@ from retinanet.training.memory import (
     Limit,
     gigabytes,
     limit_of,
-    memory_limit,
     peak_resident,
     resident,
     restart_peak,
@@ -182,6 +180,7 @@ def fit_batch(plan: Plan, network: RetinaNet, train: Dataset, processes: Process
         ConfigError: not even one image fits, or the system does not say.
     """
     case = worst_case(plan, train)
+    processes.wait()  # all read what is left before one of them takes some of it
     search = _on_cuda if plan.device.type == "cuda" else _on_cpu
     each = dataclasses.replace(plan, batch_size=-(-plan.batch_size // processes.count))
     images, why = 0, ""
@@ -227,13 +226,12 @@ def with_stored_batch(
 
 
 def _on_cpu(plan: Plan, network: RetinaNet, train: Dataset, case: WorstCase) -> tuple[int, str]:
-    limit = memory_limit()
+    limit = limit_of(plan.device)
     if limit is None or not restart_peak():
         raise ConfigError(
             "--batch-size auto on a CPU needs a system that tells how much memory a process held at most (Linux); "
             "give a number of images"
         )
-    limit = limit.shared(resident() or 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     need = measured(CpuTrial(plan, network), case, limit, most=plan.batch_size)
     loading, waiting = _of_loader(plan, train, case)
     need = dataclasses.replace(need, loading=loading, waiting=waiting)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import tyro
 import yaml
 
-from retinanet.errors import ConfigError
+from retinanet.errors import ConfigError, did_you_mean
 from retinanet.folders import write_text
 from retinanet.plain import from_plain
 from retinanet.training.anchor_file import AskedAnchors, parse_anchors
 
 DEFAULT_BACKBONE = "resnet50"
 LossName: TypeAlias = Literal["focal", "ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"]
+WriterName: TypeAlias = Literal["tensorboard", "wandb", "mlflow"]
 
 # What each loss can be told, and what it is told where nobody says anything: the paper's best.
 SETTINGS: dict[LossName, dict[str, float]] = {
@@ -191,10 +192,15 @@ class _RunOptions:
     """Refuse operations whose result depends on timing."""
     validate_every_steps: Annotated[int | None, OPTIONAL] = None
     """Steps between validations; the last step always has one."""
+    patience: Annotated[int | None, OPTIONAL] = None
+    """Validations without a better AP after which the run stops; none by default. The schedule is not changed."""
     save_every_steps: Annotated[int | None, OPTIONAL] = None
     """Steps between training states, of which the last two stay; every validation, signal and the end save one, too."""
     save_every_minutes: float = 10.0
     """Minutes between training states."""
+    log_to: Annotated[str, tyro.conf.arg(metavar="WRITERS")] = "auto"
+    """Where figures go beside metrics.jsonl: auto (tensorboard where it is installed), none, or tensorboard, wandb and
+    mlflow, several with commas."""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="(default: a new run)")] = (
         None
     )
@@ -223,6 +229,7 @@ class _RunOptions:
             ("accumulate", 1),
             ("max_detections", 1),
             ("validate_every_steps", 1),
+            ("patience", 1),
             ("save_every_steps", 1),
             ("workers", 0),
             ("seed", 0),
@@ -280,6 +287,7 @@ class _RunOptions:
         if self.box_beta is not None and self.box_loss not in (None, "smooth-l1"):
             raise ConfigError(f"--box-beta belongs to --box-loss smooth-l1; got --box-loss {self.box_loss}")
         self.asked_anchors()
+        self.writers()
 
     def asked_batch(self) -> int | None:
         """Return `--batch-size` where it is a number."""
@@ -301,6 +309,20 @@ class _RunOptions:
         if not 0 < seconds < float("inf"):
             raise ConfigError(f"--time needs a number with s, m or h, such as 20m; got {self.time!r}")
         return seconds
+
+    def writers(self) -> tuple[WriterName, ...] | None:
+        """Return the writers of `--log-to`, each once; None is auto."""
+        if self.log_to == "auto":
+            return None
+        asked = [] if self.log_to == "none" else [name.strip() for name in self.log_to.split(",")]
+        known: tuple[WriterName, ...] = get_args(WriterName)
+        for name in asked:
+            if name not in known:
+                near = did_you_mean(name, [*known, "auto", "none"])
+                raise ConfigError(
+                    f"--log-to needs auto, none, or some of {', '.join(known)} with commas; got {self.log_to!r}.{near}"
+                )
+        return tuple(name for name in known if name in asked)
 
     def asked_anchors(self) -> AskedAnchors | None:
         """Return the anchors of `--anchors`."""

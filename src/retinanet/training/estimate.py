@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from retinanet.training.memory import Limit, gigabytes
 from retinanet.training.planning import Plan
-
-HOUR = 3600
-UNITS = ((24 * HOUR, "day"), (HOUR, "hour"), (60, "minute"), (1, "second"))
+from retinanet.training.time_left import in_time
 
 
 @dataclass(frozen=True)
@@ -29,30 +27,17 @@ class Estimate:
     tried: float
 
     def line(self, plan: Plan) -> str:
-        """Return "estimate: about 24 minutes (429 steps of 3.1 s, 5 validations of 20 s), 2.1 GB ..." for a plan."""
+        """Return "estimate: about 23:50 min (429 steps of 3.1 s, 5 validations of 20 s), 2.1 GB ..." for a plan."""
         validations = -(-plan.steps // plan.validate_every)
         seconds = plan.steps * self.step + validations * self.validation
         parts = [_many(plan.steps, "step", self.step), _many(validations, "validation", self.validation)]
-        text = f"estimate: about {in_words(seconds)} ({', '.join(parts)})"
+        text = f"estimate: about {in_time(max(1.0, seconds))} ({', '.join(parts)})"
         if self.memory is not None and self.limit is not None:
             text += f", memory {gigabytes(self.memory)}, {self.limit.share(self.memory)}"
-        text += f"; tried for {in_words(self.tried)}"
+        text += f"; tried for {in_time(max(1.0, self.tried))}"
         if self.memory is not None and self.limit is not None and self.memory > self.limit.bytes:
             text += ". That is more memory than there is: give a smaller --batch-size, or --batch-size auto"
         return text
-
-
-def in_words(seconds: float) -> str:
-    """Return a time as people say it, with two digits or more.
-
-    >>> in_words(8.04), in_words(1424), in_words(12600), in_words(0.5)
-    ('8 seconds', '24 minutes', '3.5 hours', '1 second')
-    """
-    unit, name = next((unit for unit in UNITS if seconds >= 2 * unit[0]), UNITS[-1])
-    number = (
-        f"{seconds / unit:.1f}".removesuffix(".0") if unit >= HOUR else f"{max(1, round(seconds / unit))}"
-    )
-    return f"{number} {name}" + ("" if number == "1" else "s")
 
 
 def _many(number: int, what: str, seconds: float) -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from retinanet.errors import ConfigError
-from retinanet.folders import RUNS, new_folder, write_json, write_text
+from retinanet.folders import RUNS, new_folder, read_json, write_json, write_text
 from retinanet.training.configuration import TrainingOptions, write_config
 from retinanet.version import __version__
 
@@ -110,6 +111,16 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def report(self) -> Path:
+        """What the run tells people, as it stands."""
+        return self.path / "report.html"
+
+    @property
+    def pictures(self) -> Path:
+        """Detections of some validation images, a file for each validation."""
+        return self.path / "pictures"
+
+    @property
     def best(self) -> Path:
         return self.path / "best"
 
@@ -130,15 +141,8 @@ class RunFolder:
             os.fsync(file.fileno())  # a state must not know of steps that the log does not
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl`; one that a kill cut short is none."""
-        file = self.path / "metrics.jsonl"
-        if not file.is_file():
-            return []
-        records = []
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                records.append(json.loads(line))
-        return records
+        """Return the lines of `metrics.jsonl`."""
+        return _lines_of(self.path / "metrics.jsonl")
 
     def forget_after(self, step: int) -> None:
         """Take the lines of later steps out of `metrics.jsonl`: they are going to be done again."""
@@ -148,6 +152,51 @@ class RunFolder:
     def validations(self) -> list[dict[str, Any]]:
         """Return the lines of validations."""
         return [record for record in self.history() if "ap" in record]
+
+    def note_resume(self, step: int) -> None:
+        """Add a line to `resumes.jsonl`: after which step the run went on, and when."""
+        with (self.path / "resumes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "at": datetime.now().astimezone().isoformat()}) + "\n")
+
+    def resumes(self) -> list[dict[str, Any]]:
+        """Return the lines of `resumes.jsonl`."""
+        return _lines_of(self.path / "resumes.jsonl")
+
+    def commands(self) -> list[str]:
+        """Return the lines of `command.txt`."""
+        file = self.path / "command.txt"
+        return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+
+    def environment(self) -> dict[str, Any]:
+        """Return what `environment.json` holds; nothing where it cannot be read."""
+        with suppress(ConfigError):
+            return read_json(self.path / "environment.json")
+        return {}
+
+    def remote_ids(self) -> dict[str, str]:
+        """Return what this run is called elsewhere, by the writer's name."""
+        file = self.path / "remote.json"
+        return read_json(file) if file.is_file() else {}
+
+    def keep_remote_id(self, writer: str, run: str) -> None:
+        """Keep what this run is called elsewhere, so that it goes on there when it is resumed."""
+        write_json(self.path / "remote.json", {**self.remote_ids(), writer: run})
+
+
+def go_on(folder: RunFolder) -> str:
+    """Return the command that resumes a run."""
+    return f"retinanet train --resume {shlex.quote(str(folder.path))}"
+
+
+def _lines_of(file: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one on each line; a line that a kill cut short is none."""
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def from_anywhere(options: TrainingOptions) -> TrainingOptions:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from retinanet.batches import Batch
 from retinanet.checkpoint import Model, find_model, load_model, save_model
 from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
@@ -20,15 +20,15 @@ from retinanet.folders import write_json
 from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
 from retinanet.processes import ALONE, Processes
-from retinanet.training.folder import RunFolder
-from retinanet.training.memory import MemoryLog
+from retinanet.training.folder import RunFolder, go_on
 from retinanet.training.optimizer import rate
+from retinanet.training.patience import EarlyStop, early_stop
 from retinanet.training.planning import Plan
-from retinanet.training.progress import TrainingProgress
 from retinanet.training.signals import StopRequest
 from retinanet.training.skipping import SkippedSteps, tell_skipped
 from retinanet.training.state import State, optimizer_tensors, restore_optimizers, save_state
 from retinanet.training.step import Stepped, TrainingStep
+from retinanet.training.story import RunStory
 
 # Steps between two lines of metrics.jsonl.
 LOG_EVERY = 10
@@ -60,7 +60,6 @@ def train_network(
     train_on = TrainingStep.of(plan, network, processes, _line_of(console))
     judge = Judge(plan, train_on.shipped, val, folder, processes)
     meter, skipped, saving = Meter(), SkippedSteps(processes), Saving(plan, folder)
-    memory = MemoryLog(plan.device)
     unreadable: set[str] = set()
     new_failures: set[str] = set()
     first = 0
@@ -83,11 +82,11 @@ def train_network(
     )
     how = f"go on with: {go_on(folder)}"
 
-    with TrainingProgress(console, plan.steps, first) as progress:
+    with RunStory(plan, train, val, folder, console, first, main=processes.main) as story:
         if plan.judges(first) and not judge.knows(first):  # stopped before that validation was done
             with stop.at_once(f"stopped by a signal in the validation of step {first}; {how}"):
-                judge(first, progress)
-        for step, batch in enumerate(batches, start=first + 1):
+                judge(first, story)
+        for step, batch in enumerate(story.batches(judge.until_enough(batches)), start=first + 1):
             # Whatever is random in a step (stochastic depth) follows from the step, not from what ran before.
             words = (seed, step, processes.rank) if processes.rank else (seed, step)
             torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
@@ -107,44 +106,36 @@ def train_network(
             signal, due = processes.largest(stop.number or 0, processes.main and saving.due(step))
             judging, saves = plan.judges(step), due or signal
             if step % LOG_EVERY == 0 or judging or saves:
-                for failure in sorted(set().union(*processes.gathered(new_failures)) - unreadable):
-                    progress.say(f"skipped, and replaced by the next image: {failure}")
-                    unreadable.add(failure)
+                failures = set().union(*processes.gathered(new_failures)) - unreadable
+                story.unreadable(step, sorted(failures))
+                unreadable |= failures
                 new_failures.clear()
             if step % LOG_EVERY == 0 or judging or saves or not train_on.decides_on_device:
                 for one in skipped.read():
                     if processes.main:
-                        progress.say(tell_skipped(folder, one, plan, train))
+                        story.say(tell_skipped(folder, one, plan, train))
                 skipped.require_few(step, lr)
             if step % LOG_EVERY == 0 or judging:
-                epoch = step * plan.batch_size / plan.train_images
-                record = {"step": step, "epoch": epoch, **meter.read(), "lr": lr, **memory.read()}
-                if processes.main and "loss" in record:
-                    folder.log(record)
-                    progress.step(step, record)
+                story.trained(step, {**meter.read(), "lr": lr})
             if judging or saves:
-                train_on.share_statistics()
-                saving.save(step, train_on, meter, skipped, unreadable, processes)
+                with story.clock.during("saving"):
+                    train_on.share_statistics()
+                    saving.save(step, train_on, meter, skipped, unreadable, processes)
             if judging:
                 with stop.at_once(f"stopped by a signal in the validation of step {step}; {how}"):
-                    judge(step, progress)
+                    judge(step, story)
                 meter.restart_clock()
             if signal and step < plan.steps:
                 if not judging and processes.main:  # else it was just saved, with its thresholds
                     save_model(folder.last, judge.model(step))
                 processes.wait()  # for what is written: where one process ends, torchrun ends the others
                 raise Stopped(signal, f"stopped by a signal at step {step} of {plan.steps}; {how}")
-    with stop.at_once(f"stopped by a signal after the last step; {how}"):
-        return judge.best()
+        with stop.at_once(f"stopped by a signal after the last step; {how}"):
+            return judge.best()
 
 
 def _line_of(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, soft_wrap=True)
-
-
-def go_on(folder: RunFolder) -> str:
-    """Return the command that resumes a run."""
-    return f"retinanet train --resume {shlex.quote(str(folder.path))}"
 
 
 class Saving:
@@ -252,12 +243,27 @@ class Judge:
     steps: set[int] = field(default_factory=set)
     best_ap: float = 0.0
     newest_best: Validation | None = None
+    early: EarlyStop | None = None
 
     def remember(self) -> None:
         """Take up what an earlier process of this run judged."""
         for record in self.folder.validations():
             self.steps.add(record["step"])
             self.best_ap = max(self.best_ap, record["ap"] or 0.0)
+        self._decide()
+
+    def until_enough(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches until validations say that the run stops early."""
+        waiting = iter(batches)
+        while self.early is None and (batch := next(waiting, None)) is not None:
+            yield batch
+
+    def _decide(self) -> None:
+        """Find out whether the run stops early; the main process knows what was told."""
+        patience = self.plan.options.patience
+        if patience is not None:
+            validations = self.folder.validations() if self.processes.main else []
+            self.early = self.processes.told(early_stop(validations, patience))
 
     def knows(self, step: int) -> bool:
         """Return whether the weights of a step are judged."""
@@ -270,7 +276,12 @@ class Judge:
             self.newest_best = self._validated(detector)
         return self.newest_best
 
-    def __call__(self, step: int, progress: TrainingProgress) -> None:
+    def __call__(self, step: int, story: RunStory) -> None:
+        with story.clock.during("validating"):
+            self._judge(step, story)
+            self._decide()
+
+    def _judge(self, step: int, story: RunStory) -> None:
         began = time.monotonic()
         # Just as `retinanet evaluate` will do it with the saved file, fp32 included: the figures must agree.
         detector = Detector(self.model(step), device=str(self.plan.device))
@@ -280,27 +291,18 @@ class Judge:
         if best:
             self.newest_best, self.best_ap = found, found.ap or 0.0
         if self.processes.main:
-            self._keep(step, found, best, progress, time.monotonic() - began)
+            self._keep(step, found, best, story, time.monotonic() - began)
 
     def _validated(self, detector: Detector) -> Validation:
         return validate(detector, self.val, batch_size=self.plan.batch_size, processes=self.processes)
 
-    def _keep(
-        self, step: int, found: Validation, best: bool, progress: TrainingProgress, seconds: float
-    ) -> None:
-        """Tell, save and log a validation; its line in the log comes last and says that the rest is done."""
-        metrics = found.metrics.to_json()
-        progress.evaluated(step, found.metrics, seconds)
-        for file, failure in found.failed.items():
-            progress.say(f"left out of the validation: {file}: {failure}")
+    def _keep(self, step: int, found: Validation, best: bool, story: RunStory, seconds: float) -> None:
+        """Save and tell a validation; its line in the log comes last and says that the models are there."""
         save_model(self.folder.last, self.model(step, found))
         if best:
             save_model(self.folder.best, self.model(step, found))
-            write_json(self.folder.path / "metrics.json", metrics)
-        figures = {name: value for name, value in metrics.items() if name.startswith(("ap", "ar"))}
-        self.folder.log(
-            {"step": step, "epoch": step * self.plan.batch_size / self.plan.train_images, **figures}
-        )
+            write_json(self.folder.path / "metrics.json", found.metrics.to_json())
+        story.validated(step, found, seconds)
 
     def model(self, step: int, found: Validation | None = None) -> Model:
         """Return the model file's content after a step."""

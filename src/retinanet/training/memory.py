@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -144,9 +145,12 @@ def restart_peak_memory(device: torch.device) -> bool:
 
 
 def limit_of(device: torch.device) -> Limit | None:
-    """Return what tensors may take on a CUDA device, beside what others hold there; on a CPU `memory_limit`."""
+    """Return what this process may hold: on a CUDA device its tensors, beside what others have there; on a CPU
+    `memory_limit`, of which each process that torchrun started on this machine gets its part.
+    """
     if device.type != "cuda":
-        return memory_limit()
+        limit = memory_limit()
+        return limit and limit.shared(resident() or 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Limit(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), str(device))
 
 
@@ -173,18 +177,18 @@ class MemoryLog:
         return {name: round(size / GB, 3) for name, size in sizes.items() if size is not None}
 
 
-def memory_in_words(history: Iterable[Mapping[str, float]]) -> str:
-    """Return "at most 2.1 GB, and 0.8 GB in the loader's processes", by the lines of `metrics.jsonl`.
+def most_held(history: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return what a run held at most, by the lines of `metrics.jsonl`, which need not tell.
 
-    Nothing where no line tells.
+    >>> most_held([{"memory_gb": 1.0}, {"memory_gb": 2.14, "workers_gb": 0.8}, {"ap": 0.5}])
+    [('memory at most', '2.1 GB'), ("the loader's processes", '0.80 GB')]
     """
     lines = list(history)
-    names = ("memory_gb", "workers_gb")
-    own, workers = (max((line.get(name, 0.0) for line in lines), default=0.0) * GB for name in names)
-    if not own:
-        return ""
-    of_workers = f", and {gigabytes(workers)} in the loader's processes" if workers else ""
-    return f"at most {gigabytes(own)}{of_workers}"
+    names = {"memory_gb": "memory at most", "workers_gb": "the loader's processes"}
+    found = [
+        (what, max((line.get(name) or 0.0 for line in lines), default=0.0)) for name, what in names.items()
+    ]
+    return [(what, gigabytes(size * GB)) for what, size in found if size]
 
 
 def _left_on_machine(root: Path) -> Iterator[int]:

@@ -43,7 +43,11 @@ def build_optimizers(
     ]
     groups = [group for group in groups if group["params"]]
     if name == "sgd":
-        return [SGD(groups, lr=lr, momentum=0.9, fused=True)]
+        sgd = SGD(groups, lr=lr, momentum=0.9, fused=True)
+        for parameter in rest:
+            # Torch makes it in the first step, of memory as it lies there; where that step is skipped, it stays so.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return [sgd]
     adamw = AdamW(groups, lr=lr, fused=True)
     if name == "adamw":
         return [adamw]

@@ -11,7 +11,7 @@ from retinanet.drawing import contact_sheet, draw_boxes, save_image
 from retinanet.images import decode
 from retinanet.inference import Validation
 from retinanet.inference.detector import DEFAULT_THRESHOLD
-from retinanet.records import Ignore
+from retinanet.records import Detections, Ignore
 
 # Rows of the sheet, and how many picture pairs stand in one.
 ROWS, PAIRS = 3, 2
@@ -23,21 +23,23 @@ def draw_validation(dataset: Dataset, found: Validation, path: Path) -> None:
     The images stand at equal distances in the data set: neither the best nor the worst are picked.
     """
     classes = found.detections[0].classes
-    limits = found.operating_points.threshold_per_class(classes, DEFAULT_THRESHOLD)
     tiles, captions = [], []
     readable = [i for i in range(len(dataset)) if str(dataset.files[i]) not in found.failed]
     for place in np.linspace(0, len(readable) - 1, min(ROWS * PAIRS, len(readable))):
         index = readable[int(place)]
-        image, truth, detections = (
-            decode(dataset.path(index)),
-            dataset.ground_truth(index),
-            found.detections[index],
-        )
+        image, truth = decode(dataset.path(index)), dataset.ground_truth(index)
         truth = truth.select(truth.ignore == Ignore.NO)
         names = [dataset.classes.names[label] for label in truth.classes]
         # Colours are those of the model's classes on both sides.
         groups = [classes.names.index(name) if name in classes.names else len(classes) for name in names]
         tiles.append(draw_boxes(image, truth.boxes, captions=names, groups=groups))
-        tiles.append(detections.select(detections.scores >= limits[detections.labels]).draw(image))
+        tiles.append(sure_detections(found, index).draw(image))
         captions += [f"ground truth: {Path(str(dataset.files[index])).name}", "detections"]
     save_image(contact_sheet(tiles, columns=2 * PAIRS, captions=captions), path)
+
+
+def sure_detections(found: Validation, index: int) -> Detections:
+    """Return the detections of an image from the best-F1 thresholds on."""
+    detections = found.detections[index]
+    limits = found.operating_points.threshold_per_class(detections.classes, DEFAULT_THRESHOLD)
+    return detections.select(detections.scores >= limits[detections.labels])

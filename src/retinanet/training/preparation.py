@@ -18,10 +18,12 @@ from retinanet.processes import ALONE, Processes
 from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
+from retinanet.training.parts import table_of_parts, trained_in_words
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.starting import build_network
 from retinanet.training.timing import estimate_run, fit_to_time
+from retinanet.training.writers import chosen_writers
 
 # Faults printed one by one; the rest is counted.
 FAULTS_SHOWN = 5
@@ -53,6 +55,7 @@ def prepare(
     """
     began = time.monotonic()
     with processes.main_first():
+        writers = chosen_writers(options)  # what is missing for one is told before anything is read
         train_set, val_set = open_splits(
             options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
         )
@@ -84,10 +87,9 @@ def prepare(
     else:
         plan, estimate = fit_to_time(plan, network, train_set, val_set, began + seconds, processes)
     plan.show(console)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in network.parameters())
-    of_them = "all" if trained == whole else f"{trained:,}"
-    console.print(f"{whole:,} parameters, {of_them} of them trained", highlight=False)
+    if plan.recipe.freeze != "none":
+        console.print(table_of_parts(network))
+    console.print(trained_in_words(network), highlight=False)
     if folder is None and estimate is None:
         estimate = estimate_run(plan, network, train_set, val_set, processes)
     if estimate is not None:
@@ -97,7 +99,8 @@ def prepare(
     else:
         if stored is None and processes.main:
             write_json(folder.plan, {**plan.to_json(), "data": data})
-        console.print(f"writing to {folder.path}", highlight=False, soft_wrap=True)
+        also = f", and to {', '.join(writers)}" if writers else ""
+        console.print(f"writing to {folder.path}{also}", highlight=False, soft_wrap=True)
     return Prepared(plan, network, train_set, val_set)
 
 

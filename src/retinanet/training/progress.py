@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from retinanet.evaluation import Metrics
+from retinanet.training.time_left import in_time
 
 # Seconds between plain lines where there is no terminal.
 PLAIN_INTERVAL = 15.0
@@ -30,18 +35,17 @@ class TrainingProgress:
     def __init__(self, console: Console, steps: int, first: int = 0) -> None:
         self.console = console
         self.steps = steps
-        self.first = first
         self.live = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            _TimeLeftColumn(Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.live.add_task("train", total=steps, completed=first, figures="")
-        self.shown_at = self.began = time.monotonic()
+        self.task = self.live.add_task("train", total=steps, completed=first, figures="", ends_at=None)
+        self.shown_at = time.monotonic()
 
     def __enter__(self) -> TrainingProgress:
         self.live.start()
@@ -52,18 +56,23 @@ class TrainingProgress:
     ) -> None:
         self.live.stop()
 
-    def step(self, step: int, record: dict[str, float]) -> None:
-        """Show what `metrics.jsonl` got for a step."""
+    def step(self, step: int, record: Mapping[str, Any], left: float | None) -> None:
+        """Show what `metrics.jsonl` got for a step.
+
+        Args:
+            left: seconds to the end of the run, if known.
+        """
         figures = (
             f"loss {record['loss']:.3f} (class {record['loss_class']:.3f}, box {record['loss_box']:.3f})  "
             f"lr {record['lr']:.2g}  {record['images_per_second']:.1f} images/s"
         )
-        self.live.update(self.task, completed=step, figures=figures)
         now = time.monotonic()
+        ends_at = None if left is None else now + left
+        self.live.update(self.task, completed=step, figures=figures, ends_at=ends_at)
         if not self.console.is_terminal and (now - self.shown_at > PLAIN_INTERVAL or step == self.steps):
             self.shown_at = now
-            left = (now - self.began) / max(1, step - self.first) * (self.steps - step)
-            self.say(f"step {step}/{self.steps}  {figures}  {_minutes(left)} left")
+            remaining = "" if left is None else f"  {in_time(left)} left"
+            self.say(f"step {step}/{self.steps}  {figures}{remaining}")
 
     def evaluated(self, step: int, metrics: Metrics, seconds: float) -> None:
         """Show a validation."""
@@ -77,5 +86,13 @@ class TrainingProgress:
         self.console.print(text, soft_wrap=True)
 
 
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+class _TimeLeftColumn(ProgressColumn):
+    """Count down what was estimated last."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Return the time left, for rich."""
+        ends_at = task.fields["ends_at"]
+        left = "" if ends_at is None else f"{in_time(max(0.0, ends_at - time.monotonic()))} left"
+        return Text(left, style="progress.remaining")

@@ -13,18 +13,18 @@ import torch
 from rich.console import Console
 
 from retinanet.devices import deterministic_algorithms
-from retinanet.errors import CheckpointError, ConfigError, RetinaNetError
+from retinanet.errors import CheckpointError, ConfigError, LostProcessError, RetinaNetError
 from retinanet.folders import read_json, require_new
 from retinanet.inference import Detector, Validation, load
 from retinanet.processes import ALONE, Processes, joined_processes
 from retinanet.training.configuration import TrainingOptions, option, read_config
-from retinanet.training.folder import RunFolder
-from retinanet.training.loop import go_on, train_network
-from retinanet.training.memory import memory_in_words
+from retinanet.training.folder import RunFolder, go_on
+from retinanet.training.loop import train_network
+from retinanet.training.memory import most_held
 from retinanet.training.preparation import Prepared, prepare
 from retinanet.training.progress import plain_console, silent_console
 from retinanet.training.recipes import Recipe
-from retinanet.training.run_report import report_run
+from retinanet.training.run_report import draw_run
 from retinanet.training.signals import StopRequest, noted_signals
 from retinanet.training.state import State, newest_state
 
@@ -102,8 +102,9 @@ def run_training(
                 if folder is None:
                     return None
                 return _train(prepared, folder, console, stop, processes=processes)
-        except RetinaNetError:
-            if folder is not None and processes.main and not folder.plan.exists():
+        except RetinaNetError as error:
+            lost = isinstance(error, LostProcessError)  # torchrun may start it again
+            if folder is not None and processes.main and not lost and not folder.plan.exists():
                 folder.take_back()
             raise
 
@@ -210,12 +211,12 @@ def _train(
         best = train_network(
             plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state, processes
         )
-    with stop.at_once(f"stopped by a signal after the last step; write the report with: {go_on(folder)}"):
+    with stop.at_once(f"stopped by a signal after the last step; draw its pictures with: {go_on(folder)}"):
         if processes.main:
-            report_run(plan, best, val_set, folder)
+            draw_run(best, val_set, folder)
         processes.wait()  # for the files of the main one
     console.print(best.metrics.table(), highlight=False, soft_wrap=True)
-    if memory := memory_in_words(folder.history()):
-        console.print(f"memory: {memory}", highlight=False)
+    if memory := most_held(folder.history()):
+        console.print(", ".join(f"{what} {size}" for what, size in memory), highlight=False)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
     return Run(folder.path, load(folder.best, device=str(plan.device)), best)

@@ -1,0 +1,80 @@
+"""How long a run still takes, validations included."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+# Lines of `metrics.jsonl` that tell the speed: the later half of what there is, at most so many.
+RECENT = 20
+
+
+class TimeLeft:
+    """An estimate from the lines of `metrics.jsonl`.
+
+    time left = (steps to come) x (seconds of a step) + (validations to come) x (seconds of a validation)
+
+    A step takes as long as the recent ones did, with waiting for images and with states that are saved between
+    validations. The first steps, which compile and fill caches, are forgotten soon: the later half of the lines counts.
+    A validation takes as long as those before did, with the state that is saved before each; the first is guessed.
+
+    Args:
+        steps: of the run.
+        validate_every: steps between validations, of which the last step has one, too.
+        validation_in_steps: how many steps' time a validation is guessed to take.
+        first: steps that are done.
+    """
+
+    def __init__(
+        self, *, steps: int, validate_every: int, validation_in_steps: float, first: int = 0
+    ) -> None:
+        self.steps = steps
+        self.every = validate_every
+        self.guess = validation_in_steps
+        self.done = first
+        self.told_lines = 0
+        self.lines: deque[tuple[int, float]] = deque()
+        self.validations = self.judged = 0
+        self.validating = 0.0
+
+    def told(self, record: Mapping[str, Any]) -> None:
+        """Take up a line that was just written."""
+        self.remember(record)
+        seconds = sum(record.get(f"seconds_{name}", 0.0) for name in ("data", "step", "saving"))
+        if "loss" in record and record["step"] > self.done:
+            self.lines.append((record["step"] - self.done, seconds))
+            self.told_lines += 1
+            self.done = record["step"]
+            while len(self.lines) > min(RECENT, -(-self.told_lines // 2)):
+                self.lines.popleft()
+
+    def remember(self, record: Mapping[str, Any]) -> None:
+        """Take up a line of an earlier process: how long validations take, not how fast that machine was."""
+        # What a validation's page takes to write is told by the line after it.
+        self.validating += record.get("seconds_validating", 0.0)
+        if "ap" in record:
+            self.judged = max(self.judged, record["step"])
+            self.validations += "seconds_validating" in record
+            self.validating += record.get("seconds_saving", 0.0)
+
+    def seconds(self) -> float | None:
+        """Return how long the run still takes after the last line; None before the first."""
+        if not self.lines:
+            return None
+        step = sum(seconds for _, seconds in self.lines) / sum(steps for steps, _ in self.lines)
+        validation = self.validating / self.validations if self.validations else self.guess * step
+        to_come = math.ceil(self.steps / self.every) - math.ceil(self.judged / self.every)
+        return (self.steps - self.done) * step + to_come * validation
+
+
+def in_time(seconds: float) -> str:
+    """Return a duration for people: 45 s, 4:10 min, 2 h 05 min, 1 d 3 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, of_hour = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {of_hour:02d} min"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
