@@ -18,6 +18,7 @@ from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import ConfigError
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
 from retinanet.objective import Objective
+from retinanet.processes import ALONE, Processes
 from retinanet.records import Classes
 from retinanet.training import checkpointing
 from retinanet.training.batch_size import WorstCase
@@ -42,7 +43,12 @@ def network_of(backbone: str = "test_resnet", norm: str = "native", head_norm: s
 
 
 def step_of(
-    network: RetinaNet, *, checkpoint_gradients: bool, precision: str = "fp32", parts: int = 1
+    network: RetinaNet,
+    *,
+    checkpoint_gradients: bool = False,
+    precision: str = "fp32",
+    parts: int = 1,
+    processes: Processes = ALONE,
 ) -> TrainingStep:
     spec = ModelSpec(Classes(("a", "b")))
     return TrainingStep(
@@ -55,6 +61,7 @@ def step_of(
         precision=precision,  # type: ignore[arg-type]
         checkpoint_gradients=checkpoint_gradients,
         parts=parts,
+        processes=processes,
     )
 
 
@@ -126,17 +133,21 @@ def test_frozen_stages_stay_as_they_are(stage: str) -> None:
         assert stage != "backbone" or torch.equal(value, before[name]), name
 
 
-def test_stochastic_depth_draws_the_same_again() -> None:
-    network = network_of()
+def dropping(network: RetinaNet) -> RetinaNet:
+    """Return a network with random numbers in its forward pass."""
     block = network.backbone.network.get_submodule("layer2.0")
-    dropping = type(block).forward
+    usual = type(block).forward
 
     class Dropping(type(block)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
-            return dropping(self, x) * nn.functional.dropout(torch.ones(len(x), 1, 1, 1), 0.5)
+            return usual(self, x) * nn.functional.dropout(torch.ones(len(x), 1, 1, 1), 0.5)
 
     block.__class__ = Dropping
-    assert_equal_steps(network)
+    return network
+
+
+def test_stochastic_depth_draws_the_same_again() -> None:
+    assert_equal_steps(dropping(network_of()))
 
 
 def saved_bytes(network: RetinaNet, *, checkpoint_gradients: bool) -> int:

@@ -80,7 +80,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(data: Path, out: Path) -> Found:
-    return two(data, out, "exchange", "gradients", "steps", "empty", "spoilt", "run", "left")
+    return two(data, out, "exchange", "gradients", "fitting", "steps", "empty", "spoilt", "run", "left")
 
 
 def test_what_the_main_process_says_is_told_to_all(found: Found) -> None:
@@ -142,6 +142,18 @@ def test_two_processes_train_as_one_with_all_images(
     for ours, theirs in zip(first["said"], alone["said"], strict=True):
         torch.testing.assert_close(ours["total"], theirs["total"], rtol=1e-3, atol=0)
         assert ours["positives"] == theirs["positives"]
+
+
+def test_as_many_images_are_taken_as_fit_into_the_fullest_process(found: Found) -> None:
+    """All take the same number, or none go on."""
+    first, second = found("fitting")
+    assert first == second
+    assert first["asked"] == 4
+    images, _, reasons = first["fewer"]
+    assert images == 2  # of both together
+    why = {setting: why for setting, _, why in reasons}
+    assert "50% of the 2000.0 GB of rank 1" in why["batch size"]
+    assert "of rank 1. Give a smaller" in first["none"]
 
 
 def nearly_the_same_way(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
