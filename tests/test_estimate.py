@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import io
 import re
 import time
@@ -74,6 +75,10 @@ def test_more_than_there_is_gets_advice(train: Dataset) -> None:
     )
 
 
+def test_examples_hold() -> None:
+    assert tuple(doctest.testmod(timing)) == (0, 1)
+
+
 # --- the trial --------------------------------------------------------------------------------------------------
 
 
@@ -99,48 +104,71 @@ def test_the_network_is_not_touched(train: Dataset) -> None:
 
 
 class Clock:
-    """Steps that take a second an image, and 1 GB each beside the 2 of the process."""
+    """Steps of 0.3 s and 0.1 s an image, which take 1 GB and 1 GB an image beside the 2 of the process."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, each: int = GB) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slow: float = 1.0) -> None:
         self.tried: list[int] = []
 
         def tried(plan: Plan, *_: object) -> tuple[float, int]:
-            self.tried.append(plan.batch_size)
-            return 0.4 * plan.batch_size, 2 * GB + plan.batch_size * each
+            images = plan.batch_size
+            self.tried.append(images)
+            return slow * (0.3 + 0.1 * images), (3 + -(-images // plan.options.accumulate)) * GB
 
         monkeypatch.setattr(timing, "_tried", tried)
         monkeypatch.setattr(timing, "resident", lambda: 2 * GB)
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "limit", "tried"),
+    ("batch_size", "accumulate", "limit", "slow", "tried"),
     [
-        (1, MACHINE, [1]),
-        (4, MACHINE, [1, 4]),
-        (16, MACHINE, [1, 5]),  # there are two seconds
-        (16, Limit(8 * GB, "this machine"), [1, 2]),  # no more than half of the memory
-        (16, Limit(3 * GB, "this machine"), [1]),
-        (16, None, [1, 5]),
+        (1, 1, MACHINE, 1, [1]),
+        (4, 1, MACHINE, 1, [1, 3]),  # no more than half of the memory, by the first image's
+        (4, 1, None, 1, [1, 4]),
+        (16, 1, Limit(32 * GB, "this machine"), 1, [1, 7]),
+        (16, 1, None, 10, [1, 3]),  # there is half a minute for two steps
+        (16, 4, None, 10, [1, 3]),  # all of them in a part of one
+        (16, 4, None, 1, [1, 16]),
     ],
 )
 def test_a_part_of_the_batch_says_the_rest(
-    train: Dataset, monkeypatch: pytest.MonkeyPatch, batch_size: int, limit: Limit | None, tried: list[int]
+    train: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    accumulate: int,
+    limit: Limit | None,
+    slow: float,
+    tried: list[int],
 ) -> None:
-    clock = Clock(monkeypatch)
-    step, memory = timing._by_few_images(plan_of(train, batch_size=batch_size), None, train, limit)  # type: ignore[arg-type]
+    clock = Clock(monkeypatch, slow)
+    plan = plan_of(train, batch_size=batch_size, accumulate=accumulate)
+    step, memory = timing._by_few_images(plan, None, train, limit)  # type: ignore[arg-type]
     assert clock.tried == tried
-    assert step == pytest.approx(0.4 * batch_size)
-    assert memory == pytest.approx((2 + batch_size) * GB)
+    assert step == pytest.approx(slow * (0.3 + 0.1 * batch_size))
+    at_once = -(-batch_size // accumulate)
+    # Of one image at once nobody knows what of it is the optimiser's.
+    both = max(tried) > accumulate or at_once == 1
+    assert memory == pytest.approx((3 + at_once if both else 2 + 2 * at_once) * GB)
+
+
+@pytest.mark.parametrize(("limit", "slow"), [(Limit(3 * GB, "this machine"), 1), (None, 100)])
+def test_one_image_says_at_most_how_much_the_batch_takes(
+    train: Dataset, monkeypatch: pytest.MonkeyPatch, limit: Limit | None, slow: float
+) -> None:
+    clock = Clock(monkeypatch, slow)
+    plan = plan_of(train, batch_size=8)
+    assert timing._by_few_images(plan, None, train, limit) == (8 * slow * 0.4, 18 * GB)  # type: ignore[arg-type]
+    assert clock.tried == [1]
 
 
 def test_a_device_is_tried_with_the_whole_batch(train: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 3.0)
     monkeypatch.setattr(timing, "limit_of", lambda _: MACHINE)
+    monkeypatch.setattr(timing.TrainingStep, "of", lambda *_: None)
     plan = dataclasses.replace(plan_of(train, batch_size=16), device=torch.device("cuda"))
     estimate = timing.estimate_run(plan, build_network(plan), train, train)
     assert clock.tried == [16]
-    assert (estimate.step, estimate.validation, estimate.memory) == (0.4 * 16, 3.0, 18 * GB)
+    assert (estimate.step, estimate.validation, estimate.memory) == (0.3 + 0.1 * 16, 3.0, 19 * GB)
 
 
 def test_a_trial_does_not_wait_for_a_compiler(train: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

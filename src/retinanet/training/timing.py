@@ -36,9 +36,10 @@ VALIDATION_IMAGES = 16
 PLANNED = 0.92
 # Share of the time for validations, of which the last one always takes place.
 VALIDATED = 0.05
-# Seconds of steps and of validating in the trial of a dry run, which need not be exact. With what has to be done
-# once, the parts add up to about ten on a CPU.
-FIRST, TOGETHER, LOOKING = 0.5, 2.0, 1.5
+# Seconds of steps of one image, of steps of more, and of validating in the trial of a dry run, which need not be exact:
+# with what has to be done once, a usual CPU takes about ten. A slow one tries fewer images, so that the two steps of
+# them take no longer than the last number.
+FIRST, TOGETHER, LOOKING, PATIENCE = 0.5, 2.0, 1.5, 30.0
 # Share of the memory that such a trial may take.
 CAREFUL = 0.5
 
@@ -62,7 +63,6 @@ def fit_to_time(
     """
     began = time.monotonic()
     trial = copy.deepcopy(network)
-    restart_peak_memory(plan.device)
     step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline - began)), processes)
     validation = _validation_seconds(plan, trial, val, math.inf) / processes.count
     memory, tried = peak_memory(plan.device), time.monotonic() - began
@@ -97,31 +97,50 @@ def estimate_run(
     began = time.monotonic()
     trial, limit = copy.deepcopy(network), limit_of(plan.device)
     tried = dataclasses.replace(uncompiled(plan), batch_size=-(-plan.batch_size // processes.count))
+    train_on = TrainingStep.of(tried, trial)
     if plan.device.type == "cpu":
-        step, memory = _by_few_images(tried, trial, train, limit)
+        step, memory = _by_few_images(tried, train_on, train, limit)
     else:
-        step, memory = _tried(tried, trial, train, TOGETHER)
+        step, memory = _tried(tried, train_on, train, TOGETHER)
     validation = _validation_seconds(tried, trial, val, LOOKING) / processes.count
     return Estimate(step, validation, memory or None, limit, time.monotonic() - began)
 
 
 def _by_few_images(
-    plan: Plan, network: RetinaNet, train: Dataset, limit: Limit | None
+    plan: Plan, train_on: TrainingStep, train: Dataset, limit: Limit | None
 ) -> tuple[float, float]:
     """Return the time of a step and its memory, by steps of one image and then of the batch, or of as much of it as
-    there is time and, with care, memory for: the others take as much each, on top of what is held between steps.
+    there is time and, with care, memory for. The rest follows from a line through both: what a step takes whatever its
+    images (gradients, the optimiser) is in both.
     """
-    alone, first = _tried(dataclasses.replace(plan, batch_size=1), network, train, FIRST)
+    alone, first = _tried(dataclasses.replace(plan, batch_size=1), train_on, train, FIRST)
     return_freed()
     held = resident() or 0
     room = (CAREFUL * limit.bytes - held) / max(1, first - held) if limit else plan.batch_size
-    images = min(plan.batch_size, int(TOGETHER / alone), int(room))
+    images = min(plan.batch_size, int(PATIENCE / (2 * alone)), int(room))
+    at_once = [-(-n // plan.options.accumulate) for n in (1, images, plan.batch_size)]
     if images <= 1:
-        return alone * plan.batch_size, first + (plan.batch_size - 1) * max(0, first - held)
+        return alone * plan.batch_size, first + (at_once[-1] - 1) * max(0, first - held)
     # A run of a minute need not wait for seconds.
     seconds = min(TOGETHER, TRIAL * plan.steps * plan.batch_size * alone)
-    step, peak = _tried(dataclasses.replace(plan, batch_size=images), network, train, seconds)
-    return step * plan.batch_size / images, peak + (plan.batch_size - images) * max(0, peak - held) / images
+    step, peak = _tried(dataclasses.replace(plan, batch_size=images), train_on, train, seconds)
+    return (
+        _on_line(plan.batch_size, images, step, 1, alone, 0.0),
+        _on_line(at_once[2], at_once[1], peak, at_once[0], first, held),
+    )
+
+
+def _on_line(wanted: int, many: int, taken: float, few: int, taken_by_few: float, least: float) -> float:
+    """Return what is on the line through two points at a third, or on that from `least` at 0 where both are one.
+
+    Times and peaks waver: the line rises, and no more than that from `least` does.
+
+    >>> _on_line(16, 4, 7.0, 1, 4.0, 0.0), _on_line(16, 4, 7.0, 1, 1.0, 0.0), _on_line(16, 4, 7.0, 4, 7.0, 1.0)
+    (19.0, 28.0, 25.0)
+    """
+    most = (taken - least) / many
+    each = (taken - taken_by_few) / (many - few) if many > few else most
+    return taken + (wanted - many) * min(most, max(0.0, each))
 
 
 def uncompiled(plan: Plan) -> Plan:
@@ -129,17 +148,25 @@ def uncompiled(plan: Plan) -> Plan:
     return dataclasses.replace(plan, options=dataclasses.replace(plan.options, compile=False))
 
 
-def _tried(plan: Plan, network: RetinaNet, train: Dataset, seconds: float) -> tuple[float, int]:
+def _tried(plan: Plan, train_on: TrainingStep, train: Dataset, seconds: float) -> tuple[float, int]:
     """Return the time of a step and the most memory meanwhile; 0 where the system does not tell."""
-    restart_peak_memory(plan.device)
-    return _step_seconds(plan, network, train, seconds), peak_memory(plan.device) or 0
+    return _seconds_of(train_on, plan, train, seconds), peak_memory(plan.device) or 0
 
 
 def _step_seconds(
     plan: Plan, network: RetinaNet, train: Dataset, seconds: float, processes: Processes = ALONE
 ) -> float:
-    """Return the mean time of the later half of the steps that fit into `seconds`, of at least `LEAST_STEPS`."""
-    train_on = TrainingStep.of(plan, network, processes)
+    """Return the time of a step of several processes together."""
+    return _seconds_of(TrainingStep.of(plan, network, processes), plan, train, seconds, processes)
+
+
+def _seconds_of(
+    train_on: TrainingStep, plan: Plan, train: Dataset, seconds: float, processes: Processes = ALONE
+) -> float:
+    """Return the mean time of the later half of the steps that fit into `seconds`, of at least `LEAST_STEPS`.
+
+    The first step, which may compile kernels, counts neither there nor in the peak of memory that is measured next.
+    """
     batches = training_batches(
         train,
         plan.preprocessing,
@@ -158,7 +185,10 @@ def _step_seconds(
     for batch in batches:
         train_on(batch, lr=0.0)
         now = time.monotonic()
-        if began is not None:  # the first step, which may compile kernels, is not counted
+        if began is None:
+            return_freed()
+            restart_peak_memory(plan.device)
+        else:
             taken.append(now - began)
         began = now
         enough = len(taken) >= LEAST_STEPS and sum(taken) >= seconds
