@@ -196,6 +196,7 @@ def fit_batch(plan: Plan, network: RetinaNet, train: Dataset, processes: Process
     together = images * processes.count
     if plan.device.type == "cpu":
         together = min(together, plan.batch_size)
+        why = f"{why}; {plan.batch_size}, the recipe's, at most on a CPU"
     return with_batch(plan, train, together, why, processes)
 
 
@@ -240,7 +241,7 @@ def _on_cpu(plan: Plan, network: RetinaNet, train: Dataset, case: WorstCase) -> 
     images = largest(need, limit, plan.batch_size)
     if images is None:
         raise refusal(need.of(1), limit, case)
-    return images, f"{in_words(need, images, limit, case)}; {plan.batch_size}, the recipe's, at most on a CPU"
+    return images, in_words(need, images, limit, case)
 
 
 def measured(trial: Trial, case: WorstCase, limit: Limit, *, most: int) -> Need:

@@ -46,7 +46,7 @@ class Limit:
         if processes == 1:
             return self
         left = max(0, self.bytes - held) // processes
-        return Limit(held + left, f"the part of one of {processes} processes of {self.source}")
+        return Limit(held + left, f"{self.source} for each of {processes} processes")
 
 
 def gigabytes(bytes: float) -> str:
