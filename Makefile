@@ -12,10 +12,10 @@ demo: $(VENV)/installed
 	$(BIN)/retinanet demo
 
 test: $(VENV)/installed-dev check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations 30
 
 slow: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations 30
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check src tests bench

@@ -218,6 +218,10 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
             ["train", data, "--pretrained", "none", "--backbone", "resnet18", "--output", tmp / "full"],
             "is not empty",
         ),
+        (
+            [*train, "--output", data / "runs"],
+            f"--output needs a place outside the data folder {data}; got {data / 'runs'}. Choose another",
+        ),
         (["evaluate", tmp / "bad.pth", data], "cannot be read as one"),
         (["evaluate", tmp / "empty", data], "has none of them"),
         (["evaluate"], "evaluate MODEL DATA is required; MODEL and DATA are missing"),
@@ -231,6 +235,7 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
         (["evaluate", model, data, "--split", "vla"], "vla"),
         (["evaluate", model, data, "--max-detections", "0"], "--max-detections needs 1 or more"),
         (["evaluate", model, data, "--output", tmp / "full"], "is not empty"),
+        (["evaluate", model, data, "--output", data / "new"], "needs a place outside the data folder"),
         (["evaluate", "--detections", tmp / "results.json", data], "results.json"),
         (["evaluate", "--detections", tmp / "none.json", data], "none.json"),
         (
@@ -269,7 +274,7 @@ def wrong(data: Path, model: Path, tmp: Path) -> list[tuple[list[object], str]]:
     ]
 
 
-WRONG = 50
+WRONG = 52
 
 
 @pytest.mark.parametrize("number", range(WRONG))

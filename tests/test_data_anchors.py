@@ -17,7 +17,7 @@ from PIL import Image
 from retinanet.anchors import AnchorSpec, all_anchors_of_image
 from retinanet.boxes import iou, pairwise
 from retinanet.cli import main
-from retinanet.data import Dataset, open_dataset, write_coco
+from retinanet.data import Dataset, anchor_fit, open_dataset, write_coco
 from retinanet.data.anchor_fit import fit_anchors
 from retinanet.data.coverage import (
     Coverage,
@@ -162,6 +162,18 @@ def test_every_class_counts_alike() -> None:
     found = best_overlaps(fit_anchors(AnchorSpec(), objects, labels), objects)
     assert (found[labels == 1] >= 0.5).mean() >= 0.75
     assert (found[labels == 0] >= 0.5).mean() >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("classes", "each", "taken"), [(2, 2000, 1500), (20, 100, 1500), (120, 60, 6000), (3000, 5, 6000)]
+)
+def test_what_a_fit_looks_at_is_bounded(classes: int, each: int, taken: int) -> None:
+    count = classes * each
+    objects = objects_of(np.tile([[10, 10, 40, 50]], (count, 1)).astype(np.float32), 256, 256)
+    labels = np.repeat(np.arange(classes), each)
+    sample = anchor_fit._sample(AnchorSpec(), objects, labels)
+    assert len(sample.weights) == taken
+    assert sample.weights.sum() == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, {(1, 1)}), (4, {(2, 2)}), (6, {(2, 3), (3, 2)})])

@@ -122,6 +122,24 @@ def test_every_fault_of_an_image_is_named(data: Path, tmp_path: Path, workers: i
     assert all(fault.fix for fault in faults)
 
 
+def test_16_bits_that_hold_12_are_named(data: Path, tmp_path: Path) -> None:
+    for name, brightest in (("dark", 4095), ("bright", 4096)):
+        values = np.linspace(0, brightest, 40 * 30).astype(np.uint16).reshape(30, 40)
+        Image.fromarray(values).save(data / f"{name}.png")
+    Image.new("L", (40, 30), 3).save(data / "black.png")  # with 8 bits it may be night
+    for _ in range(2):  # decoded, then from the cache
+        facts, faults = audit(
+            dataset_of(data, dark_png=(40, 30), bright_png=(40, 30), black_png=(40, 30)), tmp_path
+        )
+        assert [fact.brightest for fact in facts if fact] == [15, 16, 3]
+        assert [(fault.file, fault.kind, fault.action) for fault in faults] == [
+            ("dark.png", "dark image", "repaired")
+        ]
+        assert (
+            faults[0].reason == "has 16 bits a pixel and no value above 4095; as it stands it is nearly black"
+        )
+
+
 def test_a_bomb_is_named(data: Path, tmp_path: Path) -> None:
     Image.new("1", (10_000, 10_000)).save(data / "a.png")
     _, faults = audit(dataset_of(data, a_png=(10_000, 10_000)), tmp_path)
@@ -277,7 +295,7 @@ def test_the_cache_lies_where_all_that_can_be_made_again_lies(
         audit_images(dataset_of(data, a_png=(40, 30)), data=tmp_path)
 
 
-ROW = (40, 30, 1, "RGB", 1, "digest", 7)
+ROW = (40, 30, 1, "RGB", 1, 255, "digest", 7)
 
 
 def kept(folder: Path, paths: list[str]) -> list[bool]:
@@ -419,7 +437,7 @@ def test_the_difference_hash_says_where_it_gets_brighter() -> None:
 
 
 def fact(index: int, dhash: int, digest: str = "") -> ImageFacts:
-    return ImageFacts(index, 40, 30, 1, "RGB", 1, digest or f"{index}-{dhash}", dhash)
+    return ImageFacts(index, 40, 30, 1, "RGB", 1, 255, digest or f"{index}-{dhash}", dhash)
 
 
 BITS = 0x0F0F_3333_5555_1177

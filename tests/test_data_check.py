@@ -405,7 +405,7 @@ def test_classes_of_val_alone_and_large_numbers_are_on_the_page(
 def facts_of(number: int, seed: int) -> list[ImageFacts]:
     random = np.random.default_rng(seed)
     return [
-        ImageFacts(i, 160, 120, 1, "RGB", 1, f"{seed}-{i}", int(random.integers(2**63)))
+        ImageFacts(i, 160, 120, 1, "RGB", 1, 255, f"{seed}-{i}", int(random.integers(2**63)))
         for i in range(number)
     ]
 

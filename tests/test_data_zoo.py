@@ -48,6 +48,12 @@ def pixels(form: str = "PNG", size: tuple[int, int] = (40, 30), **options: Any) 
     return stream.getvalue()
 
 
+def twelve_bits() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.linspace(0, 4095, 1200).astype(np.uint16).reshape(30, 40)).save(stream, "PNG")
+    return stream.getvalue()
+
+
 def turned(orientation: int) -> Image.Exif:
     tags = Image.Exif()
     tags[0x0112] = orientation
@@ -245,6 +251,14 @@ COCO = (
         coco(a_png=pixels("GIF", save_all=True, append_images=[Image.new("RGB", (40, 30))])),
         "holds 2 pictures",
         Kind.ANIMATED_IMAGE,
+        "repaired",
+        audited=True,
+    ),
+    Case(
+        "12 bits in 16",
+        coco(a_png=twelve_bits()),
+        "nearly black",
+        Kind.DARK_IMAGE,
         "repaired",
         audited=True,
     ),

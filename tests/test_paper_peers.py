@@ -136,6 +136,7 @@ def test_muon_leaves_outputs_and_fully_connected_layers_of_a_peer_alone(data: Pa
     assert not any(value.ndim == 2 for value in hidden_weights(peer.model, peer.outputs))
 
 
+@pytest.mark.slow
 def test_a_peer_trains_for_the_time_it_is_given(data: Path, tmp_path: Path) -> None:
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
     setting = replace(focal_setting(2), peer="ssd")

@@ -79,6 +79,11 @@ def require_outside(path: Path, *data: str | Path, by_default: bool = False) -> 
             )
 
 
+def folders_among(*data: str) -> list[str]:
+    """Return those of some data sets that are folders: beside a file there may lie more than what belongs to it."""
+    return [one for one in data if os.path.isdir(one)]
+
+
 def _first_free(stem: str) -> Path:
     number = 1
     while (RUNS / f"{stem}-{number}").exists():

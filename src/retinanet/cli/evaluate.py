@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from retinanet.errors import ConfigError, DataError
-from retinanet.folders import new_folder, write_json
+from retinanet.folders import folders_among, new_folder, write_json
 from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag, shown
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Evaluate:
         dataset = self._open(data)
         print(read_as(dataset), file=sys.stderr)
         check_classes(detector, dataset)
-        folder = new_folder(self.output, "evaluate")
+        folder = new_folder(self.output, "evaluate", outside=folders_among(data))
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("evaluate", total=len(dataset))
@@ -144,7 +144,7 @@ class Evaluate:
         sizes = [dataset.size(i) for i in range(len(dataset))]
         ids = dataset.image_ids.tolist()
         found = read_results(results, image_ids=ids, sizes=sizes, classes=dataset.classes)
-        folder = new_folder(self.output, "evaluate")
+        folder = new_folder(self.output, "evaluate", outside=folders_among(self.inputs[0]))
         metrics = evaluate_detections(
             [dataset.ground_truth(i) for i in range(len(dataset))],
             found,

@@ -17,8 +17,6 @@ from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag
 if TYPE_CHECKING:
     from retinanet.records import Detections
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
@@ -106,10 +104,12 @@ def record(file: Path, found: Detections) -> dict[str, object]:
 
 
 def _images(paths: tuple[str, ...]) -> list[Path]:
+    from retinanet.data.image_files import is_image_name
+
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            inside = sorted(file for file in path.iterdir() if is_image_name(file.name))
             if not inside:
                 raise ConfigError(f"predict needs image files; the folder {path} holds none")
             files += inside

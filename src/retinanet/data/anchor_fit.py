@@ -23,8 +23,8 @@ from retinanet.records import Float32Array, Int64Array
 
 Levels: TypeAlias = Literal["doubling", "free"]
 
-# Objects that the optimiser looks at; the fewest of a class that has as many.
-SAMPLE, LEAST_OF_CLASS = 1500, 50
+# Objects that the optimiser looks at: with many classes as many of each as LEAST_OF_CLASS, while all stay below MOST.
+SAMPLE, LEAST_OF_CLASS, MOST = 1500, 50, 6000
 # What the mean IoU weighs beside the share: it decides between anchors that reach as many objects.
 TIE_BREAK = 0.01
 GENERATIONS, POPULATION, TOLERANCE = 60, 12, 1e-3
@@ -94,7 +94,7 @@ def _splits(count: int) -> list[tuple[int, int]]:
 
 def _sample(spec: AnchorSpec, objects: NetworkObjects, labels: Int64Array) -> _Sample:
     present = np.unique(labels)
-    most = max(LEAST_OF_CLASS, SAMPLE // len(present))
+    most = max(SAMPLE // len(present), min(LEAST_OF_CLASS, MOST // len(present)), 1)
     chosen, weights = [], []
     for label in present:
         own = np.flatnonzero(labels == label)

@@ -37,6 +37,9 @@ __all__ = [
     "unlisted_images",
 ]
 
+# Where the brightest pixel of an image of 16 bits ends when a camera of 12 bits wrote it; 255 is white.
+DARK = (2**12 - 1) >> 8
+
 
 @dataclass(frozen=True)
 class ImageFacts:
@@ -48,6 +51,7 @@ class ImageFacts:
         orientation: EXIF's, 1 to 8; from 5 on the stored picture has width and height exchanged.
         mode: Pillow's name of the stored pixels: "RGB", "L", "P", "RGBA", "CMYK", "I;16" ...
         frames: pictures in the file; the first one is used.
+        brightest: the largest value of a pixel as it is used, 0 to 255.
         digest: SHA-256 of the file's bytes, hexadecimal.
         dhash: 64-bit difference hash of the upright grey image: bit 8 r + c, from the highest down, says
             that cell (r, c) of an 8 x 9 reduction is darker than its right neighbour.
@@ -59,6 +63,7 @@ class ImageFacts:
     orientation: int
     mode: str
     frames: int
+    brightest: int
     digest: str
     dhash: int
 
@@ -80,7 +85,8 @@ def audit_images(
 
     Named are images that are missing, unreadable, truncated or too large (training goes on without them); those of
     another size than annotated, or whose labels follow the stored pixels before EXIF turned them, where no box can be
-    trusted; and animations, of which the first frame counts. Modes are facts, not faults: `decode` makes RGB of all.
+    trusted; animations, of which the first frame counts; and 16-bit images whose values end at 12 bits or before, which
+    are black as they stand. Other modes are facts, not faults: `decode` makes RGB of all.
 
     Args:
         workers: processes that decode; 0 decodes in this one. A decoder that crashes costs a worker its image, which
@@ -132,7 +138,7 @@ class _Refusal(NamedTuple):
     reason: str
 
 
-_Found = tuple[int, int, int, str, int, str, int]  # ImageFacts without its index
+_Found = tuple[int, int, int, str, int, int, str, int]  # ImageFacts without its index
 
 
 def _facts_of(path: str) -> _Found | _Refusal:
@@ -143,7 +149,8 @@ def _facts_of(path: str) -> _Found | _Refusal:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except (ImageError, OSError) as error:
         return _Refusal(_kind_of(error, path), str(error))
-    return pixels.shape[1], pixels.shape[0], orientation, mode, frames, digest, difference_hash(pixels)
+    height, width = pixels.shape[:2]
+    return width, height, orientation, mode, frames, int(pixels.max()), digest, difference_hash(pixels)
 
 
 def _kind_of(error: Exception, path: str) -> Kind:
@@ -185,6 +192,9 @@ def _contradictions(dataset: Dataset, fact: ImageFacts) -> Iterator[Fault]:
     if fact.frames > 1:
         reason = f"holds {fact.frames} pictures; the first is used"
         yield _fault(dataset, fact.index, "image", reason, Kind.ANIMATED_IMAGE, "repaired")
+    if fact.mode.startswith("I") and fact.brightest <= DARK:
+        reason = f"has 16 bits a pixel and no value above {256 * DARK + 255}; as it stands it is nearly black"
+        yield _fault(dataset, fact.index, "image", reason, Kind.DARK_IMAGE, "repaired")
 
 
 def _by(size: tuple[int, int]) -> str:

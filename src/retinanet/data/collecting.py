@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from retinanet.data.dataset import Annotation, Dataset
+import numpy as np
+
+from retinanet.data.dataset import Dataset
 from retinanet.data.faults import FaultLog
 from retinanet.data.kinds import Kind
 from retinanet.data.policies import Distinct, judge_box
@@ -37,6 +39,31 @@ class Where(NamedTuple):
     record: str
 
 
+class _Boxes:
+    """What `Dataset.from_columns` takes of boxes, in numbers of the machine: as objects of Python they would take ten
+    times the memory, and there may be millions.
+    """
+
+    def __init__(self) -> None:
+        self.owners = array("q")
+        self.corners = array("f")  # four a box
+        self.labels = array("q")
+        self.areas = array("f")
+        self.ignore = array("b")
+        self.ids = array("q")
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def add(self, image: int, box: Box, label: int, area: float, ignore: int, own_id: int) -> None:
+        self.owners.append(image)
+        self.corners.extend(box)
+        self.labels.append(label)
+        self.areas.append(area)
+        self.ignore.append(ignore)
+        self.ids.append(own_id)
+
+
 class Collector:
     """Gathers one split; what cannot be taken as it stands becomes a `Fault`.
 
@@ -52,13 +79,14 @@ class Collector:
         self.images = images
         self.files: list[str] = []
         self.sizes: list[Size | None] = []
-        self.annotations: list[Annotation] = []
         self.left_out: list[str] = []  # files of images that were dropped
         self.log = FaultLog()
         self.unread: set[str] = set()  # see `Dataset`
         self._listed: list[Where] = []
         self._places: dict[str, int | None] = {}
         self._distinct = Distinct()
+        self._boxes = _Boxes()
+        self._unsized: dict[int, list[Box]] = {}  # the boxes of images without a size
 
     def drop(self, where: Where, kind: Kind, reason: str, fix: str = "") -> None:
         self.log.drop(*where, reason, kind, fix)
@@ -124,8 +152,10 @@ class Collector:
             self.drop(where, Kind.DUPLICATE_BOX, same, "remove the copy")
             return
         area = (box[2] - box[0]) * (box[3] - box[1]) if area is None else area
-        number = len(self.annotations) + 1 if own_id is None else own_id
-        self.annotations.append(Annotation(image, box, label, area, ignore, number))
+        number = len(self._boxes) + 1 if own_id is None else own_id
+        self._boxes.add(image, box, label, area, ignore, number)
+        if self.sizes[image] is None:
+            self._unsized.setdefault(image, []).append(box)
 
     def finish(
         self,
@@ -148,15 +178,21 @@ class Collector:
         if not self.files:
             first = f" {self.log.kept[0]}" if self.log.kept else " It lists none"
             raise DataError(f"{source}: needs at least one usable image in split {split!r}; got none.{first}")
-        return Dataset.build(
+        rows = self._boxes
+        return Dataset.from_columns(
             name=name,
             split=split,
             root=self.root,
             classes=classes,
             files=self.files,
             image_ids=ids_of(self.files) if image_ids is None else image_ids,
-            sizes=self._sizes(),
-            annotations=self.annotations,
+            sizes=np.array(self._sizes(), np.int32),
+            owners=np.array(rows.owners, np.int64),
+            boxes=np.array(rows.corners, np.float32).reshape(-1, 4),
+            labels=np.array(rows.labels, np.int64),
+            areas=np.array(rows.areas, np.float32),
+            ignore=np.array(rows.ignore, np.int8),
+            annotation_ids=np.array(rows.ids, np.int64),
             faults=self.log.kept,
             fault_counts=self.log.counts,
             left_out=self.left_out,
@@ -164,12 +200,8 @@ class Collector:
         )
 
     def _sizes(self) -> list[Size]:
-        boxes: dict[int, list[Box]] = {i: [] for i, size in enumerate(self.sizes) if size is None}
-        for annotation in self.annotations:
-            if annotation.image in boxes:
-                boxes[annotation.image].append(annotation.box)
-        for index, own in boxes.items():
-            width, height = self.sizes[index] = smallest_size(own)
+        for index in [place for place, size in enumerate(self.sizes) if size is None]:
+            width, height = self.sizes[index] = smallest_size(self._unsized.get(index, []))
             became = f"{width} x {height}, the least that holds the boxes"
             reason = f"the image's size is missing; it became {became}"
             self.repair(self._listed[index], Kind.MISSING_SIZE, reason)
@@ -211,25 +243,3 @@ def clean_name(given: str, root: Path, where: str) -> str:
     if name == ".":
         raise DataError(f"{where}: needs the name of a file or folder in {root}; got {brief(given)}")
     return name
-
-
-def find_place(files: Iterable[str], choices: Sequence[tuple[Path, Path]], source: Path) -> tuple[Path, Path]:
-    """Return the first place that holds the first image that is found at all; any place for no images.
-
-    Raises:
-        DataError: none is found anywhere.
-    """
-    folders = [choice for choice in choices if os.path.isdir(choice[0])]
-    example, count = "", 0
-    for file in files:
-        example, count = example or file, count + 1
-        for place, base in folders:
-            if os.path.isfile(place / file):
-                return place, base
-    if not count:
-        return choices[0]
-    raise DataError(
-        f"{source}: none of its {count:,} image files was found, {brief(example)} for one. Tried: "
-        f"{', '.join(str(place) for place, _ in choices)}. Put them in one of these places, or name their "
-        "folder: image_root, on the command line `retinanet data convert --image-root`"
-    )

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from retinanet.data.collecting import Collector, Size, Where, clean_name, find_place
+from retinanet.data.collecting import Collector, Size, Where, clean_name
 from retinanet.data.dataset import Dataset
-from retinanet.data.finding import image_places
+from retinanet.data.finding import find_place, image_places
 from retinanet.data.kinds import Kind
 from retinanet.data.policies import decimal, whole
 from retinanet.data.rules import ImageFiles, brief, name_fault, side

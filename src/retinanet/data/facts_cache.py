@@ -15,11 +15,11 @@ from retinanet.errors import ConfigError
 from retinanet.folders import cache_folder
 
 # Rules of decoding that change what is found need another number.
-FILE_NAME = "images-1.sqlite"
+FILE_NAME = "images-2.sqlite"
 WRITE_EVERY = 0.5  # seconds
 PATIENCE = 5.0  # seconds that another check may take to write
-Row: TypeAlias = tuple[int, int, int, str, int, str, int]
-"""width, height, orientation, mode, frames, digest, dhash: `retinanet.data.auditing.ImageFacts` without its index."""
+Row: TypeAlias = tuple[int, int, int, str, int, int, str, int]
+"""width, height, orientation, mode, frames, brightest, digest, dhash: `auditing.ImageFacts` without its index."""
 
 
 class FactsCache:
@@ -65,10 +65,10 @@ class FactsCache:
             return None
         self._stamps[path] = stamp
         try:
-            query = "SELECT width, height, orientation, mode, frames, digest, dhash FROM images "
+            query = "SELECT width, height, orientation, mode, frames, brightest, digest, dhash FROM images "
             rows = self._table.execute(query + "WHERE path = ? AND size = ? AND changed = ?", (path, *stamp))
             found = rows.fetchone()
-            return None if found is None else (*found[:6], int(found[6], 16))
+            return None if found is None else (*found[:7], int(found[7], 16))
         except sqlite3.OperationalError:  # locked: nobody waits for it once more for every image
             self._give_up()
         except (sqlite3.Error, UnicodeError, ValueError, TypeError):
@@ -80,7 +80,7 @@ class FactsCache:
         stamp = self._stamps.pop(path, None)
         if stamp is None or self._table is None:
             return
-        self._waiting.append((path, *stamp, *row[:6], f"{row[6]:016x}"))
+        self._waiting.append((path, *stamp, *row[:7], f"{row[7]:016x}"))
         if time.monotonic() - self._written >= WRITE_EVERY:
             self._write()
 
@@ -90,7 +90,7 @@ class FactsCache:
         rows, self._waiting = self._waiting, []
         try:
             with self._table:
-                self._table.executemany(f"INSERT OR REPLACE INTO images VALUES ({', '.join('?' * 10)})", rows)
+                self._table.executemany(f"INSERT OR REPLACE INTO images VALUES ({', '.join('?' * 11)})", rows)
         except sqlite3.OperationalError:  # locked or full
             self._give_up()
         except (sqlite3.Error, UnicodeError):
@@ -119,7 +119,7 @@ def _table(file: Path) -> sqlite3.Connection | None:
             table.execute(
                 "CREATE TABLE IF NOT EXISTS images (path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, "
                 "width INTEGER, height INTEGER, orientation INTEGER, mode TEXT, frames INTEGER, "
-                "digest TEXT, dhash TEXT)"
+                "brightest INTEGER, digest TEXT, dhash TEXT)"
             )
             return table
         except sqlite3.DatabaseError as error:

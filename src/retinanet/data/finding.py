@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retinanet.data.rules import Fence
+from retinanet.data.rules import Fence, brief
+from retinanet.errors import DataError
 
 FEW = 64  # files of one folder that are rather asked for one by one: the folder may hold millions of others
 
@@ -21,14 +22,27 @@ def image_places(folder: Path, split: str) -> list[tuple[Path, Path]]:
     return [(base / name, base) for base in (folder, folder.parent) for name in names]
 
 
-def first_place(files: Sequence[str], places: Sequence[tuple[Path, Path]]) -> tuple[Path, Path] | None:
-    """Return the first place that holds the first file that is found at all, None where there is none."""
+def find_place(files: Iterable[str], places: Sequence[tuple[Path, Path]], source: Path) -> tuple[Path, Path]:
+    """Return the first place that holds the first image that is found at all; any place for no images.
+
+    Raises:
+        DataError: none is found anywhere.
+    """
     folders = [(str(place), place, base) for place, base in places if os.path.isdir(place)]
+    example, count = "", 0
     for file in files:
+        example, count = example or file, count + 1
         for text, place, base in folders:
             if os.path.isfile(os.path.join(text, file)):
                 return place, base
-    return None
+    if not count:
+        return places[0]
+    tried = ", ".join(str(place) for place, _ in places)
+    raise DataError(
+        f"{source}: none of its {count:,} image files was found, {brief(example)} for one. Tried: {tried}. Put them in "
+        "one of these places, or name their folder: image_root, on the command line `retinanet data convert "
+        "--image-root`"
+    )
 
 
 def files_there(folder: Path, fence: Fence, files: Sequence[str]) -> NDArray[np.bool_]:

@@ -74,3 +74,7 @@ class Kind(StrEnum):
     TRUNCATED_IMAGE = "truncated image", "Copy or download the file again: its end is missing"
     HUGE_IMAGE = "huge image", "Scale the image down, or cut it into tiles"
     ANIMATED_IMAGE = "animated image", "Save the frame that was annotated as an image of its own"
+    DARK_IMAGE = (
+        "dark image",
+        "Spread the values over 0 to 65535, all images alike (those of a 12-bit camera times 16), or save 8 bits",
+    )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from retinanet.data.collecting import Collector, Where
-from retinanet.data.csv_files import Row, folders_of, read_rows
+from retinanet.data.csv_files import folders_of, read_rows
 from retinanet.data.dataset import Dataset
 from retinanet.data.image_files import is_image_name
 from retinanet.data.kinds import Kind
@@ -21,6 +23,7 @@ from retinanet.errors import DataError
 from retinanet.records import Classes, Ignore
 
 NEEDED = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
+GROUP = "IsGroupOf"  # which may be missing
 DESCRIPTIONS = "class-descriptions*.csv"
 PLACES = ("{split}", "images", "images/{split}", "{split}/images", "{split}/data", "")
 ABSENT_SHOWN = 3
@@ -52,21 +55,24 @@ def read_open_images(
     """
     source = Path(os.path.abspath(csv_path))
     named = _descriptions(source, folder)
-    labels = {
-        name for path in (source, *together) for _, cells in _cells(path) if (name := cells["LabelName"])
-    }
-    classes, index = _classes(labels, named, source)
+    labels, wanted = set[str](), set[str]()
+    for line in _lines(source):
+        labels.add(line.label)
+        wanted.add(line.image)
+    for path in together:
+        labels.update(line.label for line in _lines(path))
+    classes, index = _classes(labels - {""}, named, source)
     bases = (
         [source.parent, source.parent.parent] if image_root is None else [Path(os.path.abspath(image_root))]
     )
-    images = _Images(bases, split, source)
+    images = _Images(bases, split, source, wanted)
     gathered = Collector(images.root)
-    for row, cells in _cells(source):
-        where = Where(source.name, f"line {row.number}")
-        file = images.file(cells["ImageID"], where, gathered)
+    for line in _lines(source):
+        where = Where(source.name, f"line {line.number}")
+        file = images.file(line.image, where, gathered)
         position = None if file is None else gathered.image(file, where)
         if position is not None:
-            _take(cells, position, index, where, gathered, row.number)
+            _take(line, position, index, where, gathered)
     images.name_absent(gathered)
     ids = [images.ids[file] for file in gathered.files]
     return gathered.finish(name=source.name, split=split, classes=classes, source=source, image_ids=ids)
@@ -81,29 +87,43 @@ def is_open_images(path: Path) -> bool:
     return row is not None and set(NEEDED) <= set(row.fields)
 
 
-def _cells(path: Path) -> Iterator[tuple[Row, dict[str, str]]]:
-    """Yield the rows of a file with their fields by name; what is missing at a row's end is empty."""
-    columns: list[str] = []
-    for row in read_rows(path):
-        if not columns:
-            columns = row.fields
-            missing = [name for name in NEEDED if name not in columns]
-            if missing:
-                raise DataError(f"{path}: needs the columns {', '.join(NEEDED)}; {missing[0]} is missing")
-            continue
-        yield row, {**dict.fromkeys(columns, ""), **dict(zip(columns, row.fields, strict=False))}
+class _Line(NamedTuple):
+    """A line of the file: its number, and what it says, as text."""
+
+    number: int
+    image: str
+    label: str
+    x1: str
+    x2: str
+    y1: str
+    y2: str
+    group: str
 
 
-def _take(
-    cells: dict[str, str], image: int, index: dict[str, int], where: Where, gathered: Collector, number: int
-) -> None:
-    label = index.get(cells["LabelName"])
+def _lines(path: Path) -> Iterator[_Line]:
+    """Yield a file line by line, as it may be larger than memory; what is missing at a line's end is empty."""
+    rows = read_rows(path)
+    columns = next((row.fields for row in rows), [])
+    missing = [name for name in NEEDED if columns and name not in columns]
+    if missing:
+        raise DataError(f"{path}: needs the columns {', '.join(NEEDED)}; {missing[0]} is missing")
+    if not columns:
+        return
+    nowhere = [""] * (len(columns) + 1)  # also where a column stands that the file does not have
+    pick = itemgetter(*(columns.index(name) if name in columns else -1 for name in (*NEEDED, GROUP)))
+    for row in rows:
+        fields = row.fields[: len(columns)]
+        yield _Line(row.number, *pick(fields + nowhere[len(fields) :]))
+
+
+def _take(line: _Line, image: int, index: dict[str, int], where: Where, gathered: Collector) -> None:
+    label = index.get(line.label)
     if label is None:
         gathered.drop(
             where, Kind.UNKNOWN_CLASS, "needs a LabelName; it is empty", "fill it in, or remove the line"
         )
         return
-    texts = [cells[name] for name in ("XMin", "YMin", "XMax", "YMax")]
+    texts = [line.x1, line.y1, line.x2, line.y2]
     values = [value for value in map(decimal, texts) if value is not None]
     if len(values) < 4:
         reason = f"XMin, YMin, XMax, YMax need four numbers from 0 to 1; got {brief(texts)}"
@@ -112,8 +132,8 @@ def _take(
     width, height = gathered.sizes[image] or (1, 1)
     x1, y1, x2, y2 = values
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
-    ignore = Ignore.CROWD if cells.get("IsGroupOf") == "1" else Ignore.NO
-    gathered.box(image, box, label, where, ignore=ignore, own_id=number)
+    ignore = Ignore.CROWD if line.group == "1" else Ignore.NO
+    gathered.box(image, box, label, where, ignore=ignore, own_id=line.number)
 
 
 def _classes(labels: set[str], named: dict[str, str], source: Path) -> tuple[Classes, dict[str, int]]:
@@ -146,14 +166,13 @@ def _descriptions(source: Path, home: Path | str | None) -> dict[str, str]:
 class _Images:
     """Finds the file of an id, and remembers the ids without one."""
 
-    def __init__(self, bases: Sequence[Path], split: str, source: Path) -> None:
+    def __init__(self, bases: Sequence[Path], split: str, source: Path, wanted: set[str]) -> None:
         splits = dict.fromkeys([split, {"val": "validation"}.get(split, split)])
         inside = list(dict.fromkeys(place.format(split=name) for place in PLACES for name in splits))
         self.source = source
         self.tried = [base / place for base in bases for place in inside]
         self.absent: dict[str, Where] = {}
         self.ids: dict[str, str] = {}  # by file
-        wanted = {cells["ImageID"] for _, cells in _cells(source)}
         self.root, self.present = bases[0], dict[str, str]()
         for base in bases:
             present = _images_in(base, inside)
@@ -163,16 +182,16 @@ class _Images:
 
     def file(self, image_id: str, where: Where, gathered: Collector) -> str | None:
         """Return an image's path relative to the root."""
+        found = self.present.get(image_id)
+        if found is not None:
+            self.ids[found] = image_id
+            return found
         if fault := name_fault(image_id):
             gathered.drop(where, Kind.BAD_FILE_NAME, f"ImageID {fault}", "fill it in, or remove the line")
             return None
         refuse_escape(image_id, f"{self.source}: {where.record}: ImageID")
-        found = self.present.get(image_id)
-        if found is None:
-            self.absent.setdefault(image_id, where)
-        else:
-            self.ids[found] = image_id
-        return found
+        self.absent.setdefault(image_id, where)
+        return None
 
     def name_absent(self, gathered: Collector) -> None:
         """Make one fault of all the images that are not there, or a `DataError` where none is."""

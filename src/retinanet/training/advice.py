@@ -42,6 +42,7 @@ ABOUT_IMAGES = frozenset(
         Kind.TRUNCATED_IMAGE,
         Kind.HUGE_IMAGE,
         Kind.ANIMATED_IMAGE,
+        Kind.DARK_IMAGE,
         Kind.OTHER_SIZE,
         Kind.ROTATED_LABELS,
     }

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from retinanet.errors import ConfigError
-from retinanet.folders import RUNS, new_folder, read_json, write_json, write_text
+from retinanet.folders import RUNS, folders_among, new_folder, read_json, write_json, write_text
 from retinanet.training.configuration import TrainingOptions, write_config
 from retinanet.version import __version__
 
@@ -37,10 +37,10 @@ class RunFolder:
     def create(cls, output: str | None, options: TrainingOptions) -> RunFolder:
         """Make a new folder with configuration, command and environment, before anything slow starts.
 
-        An existing run is never overwritten.
+        An existing run is never overwritten, and nothing is written into the folder of the data.
         """
         made = output is None or not Path(output).exists()
-        path = new_folder(output, "train")
+        path = new_folder(output, "train", outside=folders_among(options.data))
         write_config(path / "config.yaml", from_anywhere(options))
         folder = cls(path, made)
         folder.note_command()

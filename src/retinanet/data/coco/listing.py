@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from retinanet.data.coco.document import Document, ImageRecord
 from retinanet.data.faults import FaultLog
-from retinanet.data.finding import files_there, first_place
+from retinanet.data.finding import files_there, find_place
 from retinanet.data.kinds import Kind
 from retinanet.data.rules import Fence, brief, name_fault, refuse_escape, side
 from retinanet.errors import DataError, ImageError
@@ -149,14 +149,7 @@ def find_files(
         DataError: no image file is found or usable, or one leaves the data folder.
     """
     named = [entry for entry in entries if entry.kept]
-    found = first_place([entry.file for entry in named], places)
-    if found is None:
-        tried = ", ".join(str(place) for place, _ in places)
-        raise DataError(
-            f"{source}: none of its {len(named)} image files was found, {brief(named[0].file)} for "
-            f"one. Tried: {tried}. Put them in one of these places or give their folder as image_root"
-        )
-    place, base = found
+    place, base = find_place([entry.file for entry in named], places, source)
     there = files_there(place, Fence(base), [entry.file for entry in named])
     for entry, is_there in zip(named, there.tolist(), strict=True):
         if not is_there:
