@@ -29,7 +29,7 @@ from retinanet.bench.items import Settings, run
 from retinanet.bench.measuring import Contest, machine, shown
 from retinanet.bench.step import cases
 
-ITEMS = ("loss", "matching", "nms", "postprocess", "convolution", "data", "import", "step")
+ITEMS = ("loss", "matching", "nms", "postprocess", "convolution", "data", "import", "step", "checkpointing")
 IDLE_LOAD = 0.3
 DOCS = Path(__file__).parent.parent / "docs"
 # What each item is to reach at least (project goals), by a part of its case and its peer.
@@ -58,6 +58,7 @@ TITLES = {
     "data": "From JPEG files to a batch on one core: decode, flip, resize, normalise, pad",
     "import": "A fresh process from its start to the first boxes, caches warm",
     "step": "A training step: forward, losses, backward, SGD; the same compiled; and its peak memory",
+    "checkpointing": "A training step with `train --checkpoint-gradients` beside one without",
 }
 
 

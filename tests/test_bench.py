@@ -13,6 +13,7 @@ from torchvision.ops import batched_nms, sigmoid_focal_loss
 from retinanet import kernels
 from retinanet.anchors import CPU, anchors_of_image
 from retinanet.bench import (
+    checkpointing,
     convolution,
     data,
     inputs,
@@ -67,7 +68,8 @@ def test_outputs_agree(item, device):
     found = list(SMALL[item](device))
     assert found
     for contest in found:
-        assert contest.equal == {"torchvision": True}
+        assert [*contest.equal.values()] == [True]
+        assert [*contest.equal] == [*contest.peers]
         assert contest.ours() is not None
 
 
@@ -319,7 +321,8 @@ def test_the_command_hands_its_device_on(monkeypatch, capsys):
         monkeypatch.setattr(module, "contests", lambda *, device: seen.append(device) or iter(()))
     for contests in ("contests", "compiled_contests"):
         monkeypatch.setattr(step, contests, lambda _, *, device: seen.append(device) or iter(()))
-    list(run([item for item in ALL if item not in ("import", "data")], Settings(device=CUDA)))
+    of_the_cpu = ("import", "data", "checkpointing")
+    list(run([item for item in ALL if item not in of_the_cpu], Settings(device=CUDA)))
     assert seen == [CUDA] * 7
     monkeypatch.setattr("retinanet.bench.items.run", lambda _, settings: seen.append(settings.device) or ())
     assert result_of("bench", "nms", "--device", "cpu") == 0
@@ -328,10 +331,10 @@ def test_the_command_hands_its_device_on(monkeypatch, capsys):
 
 def test_a_step_with_a_wrong_gradient_is_not_equal():
     ours = step.our_step(TINY, CPU)
-    assert step._agree(ours, step.their_step(TINY, CPU))
+    assert step.agree(ours, step.their_step(TINY, CPU))
     wrong = step.our_step(TINY, CPU)
     wrong.network.box_head.last.weight.register_hook(lambda gradient: -gradient)
-    assert not step._agree(wrong, step.their_step(TINY, CPU))
+    assert not step.agree(wrong, step.their_step(TINY, CPU))
 
 
 def test_the_compiled_step_is_compared_once_a_batch_size(monkeypatch):
@@ -407,6 +410,26 @@ def test_memory_is_measured_in_a_process_of_its_own():
     assert row.unit == "MiB"
     assert row.ours > 10
     assert row.theirs > 10
+
+
+def test_checkpointing_is_timed_in_turns(monkeypatch):
+    asked = []
+
+    def in_process(call, build, case, *steps):
+        asked.append(build)
+        if call is checkpointing._equal:
+            return call(build, case)
+        first = build is memory.ours
+        return (300.0 if first else 150.0), ([9e3, 9e3, 1e3, 2e3] if first else [9e3, 9e3, 2e3, 3e3])
+
+    monkeypatch.setattr(checkpointing, "in_process", in_process)
+    monkeypatch.setattr(checkpointing, "restart_peak", lambda: True)
+    time, peak = checkpointing.rows([TINY], turns=2)
+    assert asked == [checkpointing.checkpointed, *[memory.ours, checkpointing.checkpointed] * 2]
+    assert (time.ours, time.theirs, time.equal, time.unit) == (1500, 2500, True, "ms")
+    assert (peak.ours, peak.theirs, peak.equal, peak.unit) == (300, 150, None, "MiB")
+    monkeypatch.setattr(checkpointing, "restart_peak", lambda: False)  # another system than Linux
+    assert list(checkpointing.rows([TINY], turns=1)) == []
 
 
 def test_the_machine_is_described():

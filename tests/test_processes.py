@@ -81,7 +81,18 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(data: Path, out: Path) -> Found:
     options = two_processes.handed_over(str(data), str(out / "one-two"))
     two_processes.stop(ALONE, 3, 0, lambda: options, two_processes.exact)
-    cases = ("exchange", "gradients", "steps", "empty", "spoilt", "skipped", "validated", "run", "handed")
+    cases = (
+        "exchange",
+        "gradients",
+        "fitting",
+        "steps",
+        "empty",
+        "spoilt",
+        "skipped",
+        "validated",
+        "run",
+        "handed",
+    )
     return two(data, out, *cases, "left")
 
 
@@ -147,6 +158,18 @@ def test_two_processes_train_as_one_with_all_images(
         assert ours["positives"] == theirs["positives"]
 
 
+def test_as_many_images_are_taken_as_fit_into_the_fullest_process(found: Found) -> None:
+    """All take the same number, or none go on."""
+    first, second = found("fitting")
+    assert first == second
+    assert first["asked"] == 4
+    images, _, reasons = first["fewer"]
+    assert images == 2  # of both together
+    why = {setting: why for setting, _, why in reasons}
+    assert "50% of the 2000.0 GB of rank 1" in why["batch size"]
+    assert "of rank 1. Give a smaller" in first["none"]
+
+
 def nearly_the_same_way(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     """Return whether the weights went the same way, but for rounding."""
     apart = (ours["moved"] - theirs["moved"]).norm() / theirs["moved"].norm()
@@ -209,7 +232,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
 
 def story(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = ("images_per_second", "seconds_")
+    measured = ("images_per_second", "seconds_", "memory_gb", "workers_gb")
     return [{k: v for k, v in line.items() if not k.startswith(measured)} for line in lines]
 
 

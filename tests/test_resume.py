@@ -38,7 +38,7 @@ from retinanet.training.state import State, newest_state, read_state, save_state
 from retinanet.training.step import TrainingStep
 
 # What a line holds that no two runs have in common.
-MEASURED = ("images_per_second", "seconds_")
+MEASURED = ("images_per_second", "seconds_", "memory_gb", "workers_gb")
 IMAGES, BATCH, STEPS = 6, 2, 9  # three steps an epoch, three epochs
 TINY: dict[str, Any] = {
     "backbone": "test_resnet",

@@ -116,10 +116,12 @@ def test_the_run_folder_is_complete(run: object) -> None:
     assert [line["step"] for line in trained] == [6, 10, 12]
     assert [line["step"] for line in judged] == [6, 12]
     assert {"step", "epoch", "loss", "loss_class", "loss_box", "lr", "images_per_second"} <= set(trained[0])
+    assert all(line["memory_gb"] > 0 for line in trained if Path("/proc").exists())
     assert trained[-1]["epoch"] == 12 * 2 / 6
     page = (run.path / "report.html").read_text()  # type: ignore[attr-defined]
     assert "data:image/jpeg;base64," in page
     assert "<svg" in page
+    assert "memory at most" in page or not Path("/proc").exists()
     assert "http" not in page.split("</style>")[1]  # nothing is loaded from elsewhere
 
 
@@ -240,7 +242,7 @@ def test_impossible_options_are_refused(options: dict, message: str) -> None:
     ("text", "message"),
     [
         ("batchsize: 4", "unknown|has no field 'batchsize'. Did you mean 'batch_size'"),
-        ("batch_size: four", "batch_size needs a whole number or nothing; got 'four'"),
+        ("batch_size: four", "batch_size needs a whole number or auto or nothing; got 'four'"),
         ("recipe: papr", "recipe needs one of auto, paper, paper-jitter, modern, small; got 'papr'"),
         ("lr: 1e-3", r"lr needs a number \(such as 0.001\) or nothing; got '1e-3'"),
         ("- 1", "one `option: value` a line; got list"),
@@ -556,7 +558,7 @@ def test_as_many_steps_as_fit_into_the_time(data: Path, monkeypatch: pytest.Monk
     plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
     val = train.subset([0])
-    fitted = timing.fit_to_time(plan, build_network(plan), train, val, time.monotonic() + 100)
+    fitted, _ = timing.fit_to_time(plan, build_network(plan), train, val, time.monotonic() + 100)
     # 100 s x 0.92 / 2 s = 46, less what the trial and five validations of one image take
     assert 30 <= fitted.steps <= 46
     assert fitted.validate_every == -(-fitted.steps // 5)
@@ -586,7 +588,7 @@ def test_validations_that_take_long_become_few(data: Path, monkeypatch: pytest.M
     plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 0.1)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 3.0)  # 5 % of 10 s is less
-    fitted = timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 10)
+    fitted, _ = timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 10)
     assert fitted.validate_every == fitted.steps
 
 
@@ -624,7 +626,7 @@ def test_the_last_validation_is_counted_when_the_cadence_is_asked_for(
     plan = plan_run(options, train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 1.0)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 50.0)
-    fitted = timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 100)
+    fitted, _ = timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 100)
     assert 38 <= fitted.steps <= 40  # (100 x 0.92 - 50) / (1 + 50 / 1000)
 
 

@@ -13,9 +13,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -24,12 +26,15 @@ from retinanet.batches import Batch, Targets
 from retinanet.checkpoint import Model
 from retinanet.data import open_dataset
 from retinanet.data.loading import training_batches
-from retinanet.errors import DataError, LostProcessError, RetinaNetError, Stopped
+from retinanet.errors import ConfigError, DataError, LostProcessError, RetinaNetError, Stopped
 from retinanet.inference import Detector, validate
+from retinanet.model import RetinaNet
 from retinanet.processes import Processes, joined_processes
-from retinanet.training import loop
+from retinanet.training import batch_size, loop
+from retinanet.training.batch_size import Need
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.gradients import GradientSum
+from retinanet.training.memory import Limit
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import resume_training, run_training
@@ -106,7 +111,9 @@ def exact(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(model, head=replace(model.head, norm="none")))
 
 
-def plan_of(data: str, batch_size: int = 4, normalizer: str = "all-processes", steps: int = STEPS) -> Plan:
+def plan_of(
+    data: str, batch_size: int | Literal["auto"] = 4, normalizer: str = "all-processes", steps: int = STEPS
+) -> Plan:
     """Return a plan of few steps without BatchNorm, whose statistics are of each process's own images."""
     options = replace(handed_over(data, ""), batch_size=batch_size, steps=steps)
 
@@ -197,7 +204,43 @@ def steps(processes: Processes, data: str, _: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for normalizer in ("image", "all-processes"):
         found[normalizer] = steps_of(plan_of(data, 4, normalizer), processes)
-    found["uneven, in parts"] = steps_of(plan_of(data, 3), processes, parts=2)
+    with (
+        room_for_one()
+    ):  # the first process has two images of a step, and takes it in parts while the other waits
+        found["uneven, in parts"] = steps_of(plan_of(data, 3), processes)
+    return found
+
+
+def room_for_one() -> AbstractContextManager[Any]:
+    """Let a network have no room for more than one image at once."""
+    forward = RetinaNet.forward
+
+    def refusing(self: RetinaNet, images: torch.Tensor) -> Any:
+        if len(images) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images)
+
+    return mock.patch.object(RetinaNet, "forward", refusing)
+
+
+def fitting(processes: Processes, data: str, _: str) -> dict[str, Any]:
+    """As many images as fit: into the second process fewer than into the first, then none."""
+    train, plan = open_dataset(data, "train"), plan_of(data, "auto")
+    found: dict[str, Any] = {"asked": plan.batch_size}
+    for case, room in (("fewer", 2), ("none", 1)):
+        told = {
+            "limit_of": lambda _, room=room: Limit(
+                (10 if processes.main else room) * 10**12, f"rank {processes.rank}"
+            ),
+            "measured": lambda *_, **__: Need({1: 10**12}),
+            "restart_peak": lambda: True,
+        }
+        try:
+            with mock.patch.multiple(batch_size, **told):
+                fitted = batch_size.fit_batch(plan, build_network(plan), train, processes)
+            found[case] = (fitted.batch_size, fitted.lr, fitted.reasons)
+        except ConfigError as error:
+            found[case] = str(error)
     return found
 
 
@@ -324,7 +367,7 @@ def stop(
             signalled()
         return done
 
-    def in_a_part(self: TrainingStep, batch: Batch) -> Any:
+    def in_a_part(self: TrainingStep, *given: Any) -> Any:
         begin = self.gradients.begin
 
         def begun(last: bool) -> None:
@@ -334,7 +377,7 @@ def stop(
 
         self.gradients.begin = begun  # type: ignore[method-assign]
         try:
-            return there(self, batch)
+            return there(self, *given)
         finally:
             self.gradients.begin = begin  # type: ignore[method-assign]
 
@@ -371,7 +414,20 @@ def left(processes: Processes, *_: str) -> dict[str, Any]:
 
 CASES = {
     function.__name__: function
-    for function in (exchange, gradients, steps, empty, spoilt, skipped, validated, run, handed, matrix, left)
+    for function in (
+        exchange,
+        gradients,
+        fitting,
+        steps,
+        empty,
+        spoilt,
+        skipped,
+        validated,
+        run,
+        handed,
+        matrix,
+        left,
+    )
 }
 
 

@@ -69,7 +69,8 @@ def _in_words(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_in_words(choice) for choice in typing.get_args(kind))
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+        choices = [str(choice) for choice in typing.get_args(kind)]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if origin is tuple:
         return "a list"
     words = {float: "a number (such as 0.001)", int: "a whole number", str: "text", bool: "true or false"}

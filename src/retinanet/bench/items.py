@@ -9,7 +9,18 @@ from itertools import chain
 import torch
 
 from retinanet.anchors import CPU
-from retinanet.bench import convolution, data, importing, loss, matching, memory, nms, postprocess, step
+from retinanet.bench import (
+    checkpointing,
+    convolution,
+    data,
+    importing,
+    loss,
+    matching,
+    memory,
+    nms,
+    postprocess,
+    step,
+)
 from retinanet.bench.measuring import Contest, Row, measure
 from retinanet.devices import Precision
 
@@ -45,6 +56,9 @@ def run(items: Sequence[str], settings: Settings) -> Iterator[Row]:
         "import": importing.contests,
     }
     for item in items:
+        if item == "checkpointing":
+            yield from checkpointing.rows(turns=min(settings.repeats, checkpointing.TURNS))
+            continue
         for contest in contests[item]():
             yield from measure(contest, repeats=settings.repeats, seconds=settings.seconds, device=device)
         if item == "step" and device.type == "cpu":

@@ -62,7 +62,7 @@ def contests(chosen: list[StepCase], *, device: torch.device = CPU) -> Iterator[
             ours,
             {"torchvision": theirs},
             # The first step of both, from the same weights.
-            {"torchvision": _agree(ours, theirs)},
+            {"torchvision": agree(ours, theirs)},
         )
 
 
@@ -77,7 +77,7 @@ def compiled_contests(chosen: list[StepCase], *, device: torch.device = CPU) -> 
         torch.compiler.reset()
         ours, compiled = our_step(case, device), our_step(case, device, compile=True)
         peer = "ours compiled"
-        yield Contest("step", str(case), ours, {peer: compiled}, {peer: _agree(ours, compiled, str)})
+        yield Contest("step", str(case), ours, {peer: compiled}, {peer: agree(ours, compiled, str)})
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ class Stepper:
         }
 
 
-def our_step(case: StepCase, device: torch.device, *, compile: bool = False) -> Stepper:
+def our_step(
+    case: StepCase, device: torch.device, *, compile: bool = False, checkpoint_gradients: bool = False
+) -> Stepper:
     """Return our training step."""
     network, _, spec = twins(case.backbone, CLASSES, case.side)
     objective = Objective(
@@ -114,6 +116,7 @@ def our_step(case: StepCase, device: torch.device, *, compile: bool = False) -> 
         device=device,
         precision=case.precision,
         compile=compile,
+        checkpoint_gradients=checkpoint_gradients,
     )
     batch = batch_of(case, device)
     (optimizer,) = train_on.optimizers
@@ -163,7 +166,7 @@ def batch_of(case: StepCase, device: torch.device) -> Batch:
     return Batch(images.to(device), Targets(given, classes, ignored), tuple(seeds))
 
 
-def _agree(ours: Stepper, theirs: Stepper, ours_of: Callable[[str], str] = our_name) -> bool:
+def agree(ours: Stepper, theirs: Stepper, ours_of: Callable[[str], str] = our_name) -> bool:
     """Take the first step of both; return whether loss and every parameter's gradient are equal to rounding.
 
     Args:

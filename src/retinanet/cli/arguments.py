@@ -83,25 +83,29 @@ def in_order(command: str, kind: type, given: Sequence[str], known: Collection[s
 
 
 def _check(name: str, kind: Any, value: str) -> None:
-    guess = ""
-    if typing.get_origin(kind) is Literal:
-        if value in typing.get_args(kind):
-            return
-        guess = did_you_mean(value, typing.get_args(kind))
-    elif kind in (int, float):
-        try:
-            kind(value)
-            return
-        except ValueError:
-            pass
-    else:
+    if any(_is_of(one, value) for one in _members(kind)):
         return
+    guess = did_you_mean(value, typing.get_args(kind)) if typing.get_origin(kind) is Literal else ""
     raise ConfigError(f"{name} needs {_in_words(kind)}; got {value!r}" + (guess and "." + guess))
 
 
-def _in_words(kind: Any) -> str:
+def _is_of(kind: Any, value: str) -> bool:
     if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
+        return value in typing.get_args(kind)
+    if kind in (int, float):
+        try:
+            kind(value)
+        except ValueError:
+            return False
+    return True
+
+
+def _in_words(kind: Any) -> str:
+    if len(_members(kind)) > 1:
+        return " or ".join(map(_in_words, _members(kind)))
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     return {int: "a whole number", float: "a number"}.get(kind, "a value")
 
 
@@ -109,9 +113,12 @@ def _kind(hint: Any) -> Any:
     """Return a field's type without its annotations and without None."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(one for one in typing.get_args(hint) if one is not types.NoneType)
-    return hint
+    return typing.Union[tuple(one for one in _members(hint) if one is not types.NoneType)]  # noqa: UP007
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Return the types of a union; any other type alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
 def _is_positional(hint: Any) -> bool:

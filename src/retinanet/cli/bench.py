@@ -9,7 +9,9 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-Item = Literal["loss", "matching", "nms", "postprocess", "convolution", "step", "data", "import"]
+Item = Literal[
+    "loss", "matching", "nms", "postprocess", "convolution", "step", "checkpointing", "data", "import"
+]
 ALL: tuple[Item, ...] = get_args(Item)
 
 
@@ -18,9 +20,10 @@ class Bench:
     """Time our operations and the peers' in turns, on the same inputs, after comparing their outputs."""
 
     items: Annotated[tuple[Item, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ITEM")] = ()
-    """loss, matching, nms, postprocess, convolution, step, data, import; without any, all of them."""
+    """loss, matching, nms, postprocess, convolution, step, checkpointing, data, import; without any, all of them."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
-    """auto, cpu, cuda or cuda:N; import runs where a model is loaded by default, data on one core."""
+    """auto, cpu, cuda or cuda:N; import runs where a model is loaded by default, data on one core, checkpointing on a
+    CPU."""
     repeats: int = 10
     """Turns; each contestant runs once a turn."""
     seconds: float = 60.0

@@ -136,10 +136,13 @@ class _RunOptions:
     """Optimiser steps; not together with --epochs."""
     time: Annotated[str | None, tyro.conf.arg(metavar="TIME", help_behavior_hint=shown)] = None
     """As many steps as end in that time, such as 90s, 20m or 2h; measured on this machine before step 1."""
-    batch_size: Annotated[int | None, BY_RECIPE] = None
-    """Images a step, of all processes together."""
+    batch_size: Annotated[int | Literal["auto"] | None, BY_RECIPE] = None
+    """Images a step, of all processes together. auto: as many as fit into memory, found out before step 1; on a CPU no
+    more than the recipe's."""
     accumulate: int = 1
     """Parts in which a process's images of a step pass through the network, for less memory: same steps, same rate."""
+    checkpoint_gradients: Flag = False
+    """Compute activations again in the backward pass: less memory, more time, the same weights."""
     lr: Annotated[float | None, BY_RECIPE] = None
     """Learning rate for 16 images a step; scaled to the batch size, for AdamW and Muon by its root."""
     optimizer: Annotated[Literal["sgd", "adamw", "muon"] | None, BY_RECIPE] = None
@@ -215,6 +218,8 @@ class _RunOptions:
         for name in ("data", "output", "weights", "pretrained", "image_root"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ConfigError(f"--batch-size needs a whole number or auto; got {self.batch_size!r}")
         for name, least in (
             ("image_size", 32),
             ("max_size", 32),
@@ -235,7 +240,7 @@ class _RunOptions:
             ("weight_decay", 0),
         ):
             value = getattr(self, name)
-            if value is not None and not least <= value < 2**63:
+            if value not in (None, "auto") and not least <= value < 2**63:
                 limit = " and below 2^63" if value > least else ""
                 raise ConfigError(f"{option(name)} needs {least} or more{limit}; got {value}")
         for name in ("epochs", "lr", "save_every_minutes"):
@@ -267,6 +272,11 @@ class _RunOptions:
             )
         if self.time is not None:
             self.seconds()
+        if self.checkpoint_gradients and self.compile:
+            raise ConfigError(
+                "--checkpoint-gradients and --compile exclude each other: the compiler decides by itself what is "
+                "computed again; leave one of them out"
+            )
         if self.channels is not None and self.channels % 32:
             raise ConfigError(f"--channels needs a multiple of 32; got {self.channels}")
         if None not in (self.image_size, self.max_size) and self.image_size > self.max_size:  # type: ignore[operator]
@@ -278,6 +288,10 @@ class _RunOptions:
             raise ConfigError(f"--box-beta belongs to --box-loss smooth-l1; got --box-loss {self.box_loss}")
         self.asked_anchors()
         self.writers()
+
+    def asked_batch(self) -> int | None:
+        """Return `--batch-size` where it is a number."""
+        return None if isinstance(self.batch_size, str) else self.batch_size
 
     def backbone_name(self) -> str:
         """Return `--backbone`, or its default where it is left out."""

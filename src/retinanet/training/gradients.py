@@ -62,6 +62,11 @@ class GradientSum:
         """Say before each way back whether it is the step's last, after which gradients are whole and can be sent."""
         self.last = last
 
+    def forget(self) -> None:
+        """Begin a step anew of which nothing was sent."""
+        for bucket in self.buckets:
+            bucket.arrived = 0
+
     def _arrived(self, parameter: Tensor) -> None:
         if not self.last:
             return

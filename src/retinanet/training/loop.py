@@ -24,6 +24,7 @@ from retinanet.training.folder import RunFolder, go_on
 from retinanet.training.optimizer import rate
 from retinanet.training.patience import EarlyStop, early_stop
 from retinanet.training.planning import Plan
+from retinanet.training.progress import plain_console
 from retinanet.training.signals import StopRequest
 from retinanet.training.skipping import SkippedSteps, tell_skipped
 from retinanet.training.state import State, optimizer_tensors, restore_optimizers, save_state
@@ -57,7 +58,9 @@ def train_network(
             writes.
     """
     recipe, seed = plan.recipe, plan.options.seed
-    train_on = TrainingStep.of(plan, network, processes, _line_of(console))
+    train_on = TrainingStep.of(
+        plan, network, processes, _line_of(console if processes.main else plain_console())
+    )
     judge = Judge(plan, train_on.shipped, val, folder, processes)
     meter, skipped, saving = Meter(), SkippedSteps(processes), Saving(plan, folder)
     unreadable: set[str] = set()
@@ -178,7 +181,12 @@ class Saving:
             "optimizer": optimizer_tensors(train_on.optimizers),
             "meter": {} if meter.sums is None else {"sums": meter.sums},
         }
-        values = {"skipped_in_a_row": skipped.in_a_row, "unreadable": sorted(unreadable)}
+        (in_parts,) = processes.largest(train_on.parts)
+        values = {
+            "skipped_in_a_row": skipped.in_a_row,
+            "unreadable": sorted(unreadable),
+            "parts_of_a_step": in_parts,
+        }
         if train_on.average is not None:
             parts["average"] = train_on.average.model.state_dict()
             values["averaged"] = int(train_on.average.updates)
@@ -226,6 +234,8 @@ class Saving:
         meter.sums = None if sums is None else sums.to(train_on.device)
         skipped.in_a_row = state.values["skipped_in_a_row"]
         unreadable.update(state.values["unreadable"])
+        # Where memory ran out it would again. The first states of this format do not tell.
+        train_on.parts = max(train_on.parts, state.values.get("parts_of_a_step", 1))
         return state.step
 
 

@@ -240,15 +240,8 @@ def plan_run(
         reasons.append(("epoch", f"{length:,} images of {len(train):,}", why))
     choices = anchor_choices(options, recipe.model.anchors, fixed=start is not None)
     recipe = choose_batch(recipe, options, train, device, reasons)
-    if recipe.batch_size < processes.count:
-        raise ConfigError(
-            f"{processes.count} processes need --batch-size {processes.count} or more, an image each; "
-            f"it is {recipe.batch_size}"
-        )
     if processes.several:
-        each = [len(share_of(recipe.batch_size, rank, processes.count)) for rank in range(processes.count)]
-        images = f"{min(each)}" if min(each) == max(each) else f"{min(each)} or {max(each)}"
-        reasons.append(("processes", f"{processes.count}, with {images} images of a step each", "torchrun"))
+        reasons.append(("processes", shares_in_words(recipe.batch_size, processes), "torchrun"))
     preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons)
     anchors = choose_anchors(options, train, choices, preprocessing, reasons)
     max_detections = choose_max_detections(options, train, reasons)
@@ -271,6 +264,8 @@ def plan_run(
     if options.compile:
         sizes = f"compiled, for padded sides in steps of {COMPILED_DIVISOR}"
         reasons.append(("network", sizes, "asked for"))
+    if options.checkpoint_gradients:
+        reasons.append(("activations", "computed again in the backward pass", "asked for"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # On a CPU the network has every core already: a worker only takes turns with it.
@@ -293,6 +288,21 @@ def plan_run(
     return plan.lasting(*choose_steps(recipe, options, train, plan.preprocessing))
 
 
+def shares_in_words(images: int, processes: Processes) -> str:
+    """Return how processes share the images of a step.
+
+    Raises:
+        ConfigError: there are not enough for all.
+    """
+    each = [len(share_of(images, rank, processes.count)) for rank in range(processes.count)]
+    if not min(each):
+        raise ConfigError(
+            f"{processes.count} processes need --batch-size {processes.count} or more, an image each; it is {images}"
+        )
+    shown = f"{min(each)}" if min(each) == max(each) else f"{min(each)} or {max(each)}"
+    return f"{processes.count}, with {shown} images of a step each"
+
+
 def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[str, str, str]]) -> Recipe:
     """Replace what the user asked for."""
     shared = {field.name for field in dataclasses.fields(Recipe)} & {
@@ -303,6 +313,8 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         for name in sorted(shared - {"epochs", "loss"})
         if getattr(options, name) is not None
     }
+    if options.asked_batch() is None:  # auto is found out when the rest is known
+        asked.pop("batch_size", None)
     if options.box_loss == "l1":
         asked |= {"box_beta": 0.0}
     augmentation = dataclasses.replace(recipe.augmentation, **options.augmentation())

@@ -16,13 +16,14 @@ from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import RetinaNet
 from retinanet.processes import ALONE, Processes
+from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.parts import batch_norm_in_words, table_of_parts, trained_in_words
 from retinanet.training.planning import Plan, plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.starting import build_network
-from retinanet.training.timing import fit_to_time
+from retinanet.training.timing import estimate_run, fit_to_time
 from retinanet.training.writers import chosen_writers
 
 # Faults printed one by one; the rest is counted.
@@ -75,7 +76,12 @@ def prepare(
         network = build_network(plan, load=not trained)
     decided = {name: value for name, value in plan.to_json().items() if name not in OWN}
     processes.require_alike({"data": data, "plan": decided})
-    seconds = options.seconds()
+    seconds, estimate = options.seconds(), None
+    if options.batch_size == "auto" and stored is not None:
+        plan = with_stored_batch(plan, train_set, stored, processes)
+    elif options.batch_size == "auto":
+        console.print("finding out how many images fit into memory", highlight=False)
+        plan = fit_batch(plan, network, train_set, processes)
     if stored is not None:
         if "data" not in stored:
             raise ConfigError(
@@ -90,13 +96,17 @@ def prepare(
     elif seconds is None:
         plan = plan.validating(len(val_set))
     else:
-        plan = fit_to_time(plan, network, train_set, val_set, began + seconds, processes)
+        plan, estimate = fit_to_time(plan, network, train_set, val_set, began + seconds, processes)
     if row := batch_norm_in_words(network, plan.batch_size, processes.count, options.accumulate):
         plan = replace(plan, reasons=(*plan.reasons, row))
     plan.show(console)
     if plan.recipe.freeze != "none":
         console.print(table_of_parts(network))
     console.print(trained_in_words(network), highlight=False)
+    if folder is None and estimate is None:
+        estimate = estimate_run(plan, network, train_set, val_set, processes)
+    if estimate is not None:
+        console.print(estimate.line(plan), highlight=False, soft_wrap=True)
     if folder is None:
         console.print("dry run: nothing was written", highlight=False)
     else:

@@ -20,6 +20,7 @@ from retinanet.processes import ALONE, Processes, joined_processes
 from retinanet.training.configuration import TrainingOptions, option, read_config
 from retinanet.training.folder import RunFolder, go_on
 from retinanet.training.loop import train_network
+from retinanet.training.memory import most_held
 from retinanet.training.preparation import Prepared, prepare
 from retinanet.training.progress import plain_console, silent_console
 from retinanet.training.recipes import Recipe
@@ -260,5 +261,7 @@ def _train(
             draw_run(best, val_set, folder)
         processes.wait()  # for the files of the main one
     console.print(best.metrics.table(), highlight=False, soft_wrap=True)
+    if memory := most_held(folder.history()):
+        console.print(", ".join(f"{what} {size}" for what, size in memory), highlight=False)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
     return Run(folder.path, load(folder.best, device=str(plan.device)), best)

@@ -17,6 +17,7 @@ from retinanet.report.run_curves import best_validation
 from retinanet.report.run_page import RunPage, Share, Status, write_run_page
 from retinanet.training.examples import Examples
 from retinanet.training.folder import RunFolder
+from retinanet.training.memory import most_held
 from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan
 from retinanet.training.time_left import in_time
@@ -101,7 +102,6 @@ def advice_on(shares: Sequence[Share], workers: int) -> str:
 def _facts(plan: Plan, history: Sequence[dict[str, Any]], step: int) -> list[tuple[str, str]]:
     seconds = sum(share.seconds for share in shares_of(history))
     speeds = [record["images_per_second"] for record in history if "images_per_second" in record][-RECENT:]
-    memory = [record["memory_gb"] for record in history if record.get("memory_gb") is not None]
     passes = step * plan.batch_size / plan.train_images
     facts = [
         ("steps", f"{step:,}"),
@@ -110,9 +110,7 @@ def _facts(plan: Plan, history: Sequence[dict[str, Any]], step: int) -> list[tup
     ]
     if speeds:
         facts.append(("images a second", f"{float(np.median(speeds)):.3g}"))
-    if memory:
-        facts.append(("memory at most", f"{max(memory):.1f} GB"))
-    return facts
+    return [*facts, *most_held(history)]
 
 
 def _objects(val: Dataset) -> dict[str, int]:

@@ -130,7 +130,12 @@ def choose_batch(
     """
     objects = _objects_an_image(train)
     fitting = 2 ** round(math.log2(max(1.0, OBJECTS_A_STEP / max(objects, 1.0))))
-    if device.type != "cpu" or options.batch_size or not recipe.pixels_seen or fitting >= recipe.batch_size:
+    if (
+        device.type != "cpu"
+        or options.asked_batch()
+        or not recipe.pixels_seen
+        or fitting >= recipe.batch_size
+    ):
         return recipe
     reasons.append(("batch size", str(fitting), f"an image holds {objects:.0f} objects"))
     ratio = recipe.batch_size / fitting

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet import kernels
-from retinanet.batches import Batch, RawPredictions, Targets
+from retinanet.batches import Batch, RawPredictions
 from retinanet.data.sampling import share_of
 from retinanet.devices import Precision, autocast
 from retinanet.errors import TrainingError
 from retinanet.model import RetinaNet
 from retinanet.objective import Objective
 from retinanet.processes import ALONE, Processes
+from retinanet.training.checkpointing import GradientCheckpoints
 from retinanet.training.gradients import GradientSum
+from retinanet.training.memory import return_large_blocks
 from retinanet.training.optimizer import WeightAverage, build_optimizers, set_rate
 from retinanet.training.planning import Plan
+
+# Running statistics, each with what it was.
+Statistics: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,10 @@ class TrainingStep:
         clip_norm: longest gradient; None does not clip.
         compile: run the network through `torch.compile`. Each of the first image sizes
             compiles anew; then torch has a graph for all.
+        checkpoint_gradients: compute activations again in the backward pass; not together with `compile`.
         parts: in how many parts this process's images pass through the network, one after the other, for less memory.
             The gradient is that of all of them together, but for rounding and for the statistics of a BatchNorm that
-            trains. Too little memory on a CUDA device doubles it.
+            trains. Too little memory on a CUDA device doubles it, and the step begins anew.
         images: a step's, of all processes together; by default those of this one.
         processes: that take the step together.
         told: is given one line when `parts` doubles.
@@ -70,6 +77,7 @@ class TrainingStep:
         device: torch.device,
         precision: Precision = "fp32",
         compile: bool = False,
+        checkpoint_gradients: bool = False,
         parts: int = 1,
         images: int | None = None,
         processes: Processes = ALONE,
@@ -99,6 +107,11 @@ class TrainingStep:
         self.gradients = GradientSum(self.trained, processes)
         # A CPU's values are at hand. A CUDA device's are not, and what depends on them has to be decided there.
         self.decides_on_device = device.type != "cpu"
+        self.activations: AbstractContextManager[None] = nullcontext()
+        if checkpoint_gradients:
+            self.activations = GradientCheckpoints(network)
+            if device.type == "cpu":
+                return_large_blocks()  # else a CPU's memory hardly shows what is not kept
         self.forward: Callable[[Tensor], RawPredictions] = network
         if compile:
             # Known before it is traced: what is found out later makes torch compile again.
@@ -126,6 +139,7 @@ class TrainingStep:
             device=plan.device,
             precision=plan.options.precision,
             compile=plan.options.compile,
+            checkpoint_gradients=plan.options.checkpoint_gradients,
             parts=plan.options.accumulate,
             images=plan.batch_size,
             processes=processes,
@@ -141,7 +155,7 @@ class TrainingStep:
         """Train on this process's share of a batch."""
         self.network.train()
         before = self._statistics()
-        losses = self._all_parts(batch)
+        losses = self._all_parts(batch, before)
         self.gradients.finish()
         losses = self.processes.add(losses)
         if self.clip_norm is not None:
@@ -158,41 +172,67 @@ class TrainingStep:
         total, classes, boxes, positives = losses
         return Stepped(total, classes, boxes, positives, finite)
 
-    def _all_parts(self, batch: Batch) -> Tensor:
-        """Pass a batch through the network and back, for lack of memory in more parts; return the losses."""
+    def _all_parts(self, batch: Batch, before: Statistics) -> Tensor:
+        """Pass a batch through the network and back, for lack of memory in more parts; return the losses.
+
+        Each attempt begins where the first one did: running statistics, random numbers and gradients are put back.
+        """
+        draw_again = _random_numbers(self.device)
+        shares = None
         while True:
             try:
-                return self._there_and_back(batch)
+                if shares is None and self.processes.several:  # once: all add to it
+                    shares = self._shares(batch)
+                return self._there_and_back(batch, shares)
             except torch.cuda.OutOfMemoryError:
-                more = min(2 * self.parts, len(batch.images))
-                if more == self.parts or self.processes.several:
-                    raise TrainingError(
-                        f"no memory left on {self.device} for {-(-len(batch.images) // self.parts)} images at once; "
-                        f"use --accumulate {2 * self.parts}, a smaller --image-size, or --checkpoint-gradients"
-                    ) from None
-                self.parts = more
+                self._take_more_parts(len(batch.images))
             # Out of the handler: the error keeps the graph, and with it the memory.
+            self.gradients.forget()
             for parameter in self.trained:
                 parameter.grad = None
+            for buffer, old in before:
+                buffer.copy_(old)
+            draw_again()
             torch.cuda.empty_cache()
             if self.told:
                 self.told(
-                    f"no memory left on {self.device}: from now on the images of a step pass in {self.parts} parts, "
+                    f"no memory left on {self.device}: from now on its images of a step pass in {self.parts} parts, "
                     f"as with --accumulate {self.parts}; the result stays the same"
                 )
 
-    def _there_and_back(self, batch: Batch) -> Tensor:
+    def _take_more_parts(self, images: int) -> None:
+        """Take twice as many parts.
+
+        Raises:
+            TrainingError: a part is one image already, or other processes have sums of the attempt that failed.
+        """
+        parts = min(self.parts, images)
+        at_once = -(-images // parts)
+        more = min(2 * parts, images)
+        if at_once == 1 or self.gradients.sent:
+            advice = ["a smaller --image-size"]
+            if isinstance(self.activations, nullcontext):
+                advice.append("--checkpoint-gradients")
+            if at_once > 1:
+                advice.append(f"--accumulate {more}")
+            what = "one image" if at_once == 1 else f"{at_once} images at once"
+            raise TrainingError(
+                f"no memory left on {self.device} for {what}; use {' or '.join(advice)}"
+            ) from None
+        self.parts = more
+
+    def _there_and_back(self, batch: Batch, shares: Tensor | None) -> Tensor:
         images = batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         targets = batch.targets.to(self.device)
         height, width = images.shape[2:]
         parts = min(self.parts, len(images))
-        whole = parts == 1 and not self.processes.several
-        shares = None if whole else self._shares(targets, height, width)
+        if shares is None and parts > 1:
+            shares = self._shares(batch)
         found = []
         for part in range(parts):
             of_part = share_of(len(images), part, parts)
             rows = slice(of_part.start, of_part.stop)
-            with autocast(self.device, self.precision):
+            with autocast(self.device, self.precision), self.activations:
                 predictions = self.forward(images[rows])
             losses = self.objective(
                 predictions,
@@ -209,9 +249,10 @@ class TrainingStep:
             )
         return torch.stack(found).sum(dim=0)
 
-    def _shares(self, targets: Targets, height: int, width: int) -> Tensor:
+    def _shares(self, batch: Batch) -> Tensor:
         """Return what the sums of each image here are multiplied by, so that those of the step add up to its loss."""
-        positives = self.objective.positives(targets, height=height, width=width)
+        height, width = batch.images.shape[2:]
+        positives = self.objective.positives(batch.targets.to(self.device), height=height, width=width)
         return self.objective.shares(
             positives, total=self.processes.add(positives.sum()), images=self.images or len(positives)
         )
@@ -224,7 +265,7 @@ class TrainingStep:
                     for buffer in norm.buffers():
                         self.processes.copy_of_main(buffer)
 
-    def _statistics(self) -> list[tuple[Tensor, Tensor]]:
+    def _statistics(self) -> Statistics:
         """Return the running statistics that a forward pass is going to change, each with a copy."""
         norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
         return [(buffer, buffer.clone()) for norm in norms if norm.training for buffer in norm.buffers()]
@@ -239,3 +280,16 @@ class TrainingStep:
             if takes:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+def _random_numbers(device: torch.device) -> Callable[[], None]:
+    """Return what makes torch draw again what it draws from now on."""
+    host = torch.get_rng_state()
+    there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def draw_again() -> None:
+        torch.set_rng_state(host)
+        if there is not None:
+            torch.cuda.set_rng_state(there, device)
+
+    return draw_again

@@ -18,6 +18,7 @@ from retinanet.report.run_page import Status
 from retinanet.training.clock import Clock
 from retinanet.training.examples import Examples
 from retinanet.training.folder import RunFolder, go_on
+from retinanet.training.memory import MemoryLog
 from retinanet.training.patience import early_stop
 from retinanet.training.planning import LOOKED_AT, Plan
 from retinanet.training.progress import TrainingProgress
@@ -53,7 +54,7 @@ class RunStory:
         self.main = main
         self.plan, self.train, self.val, self.folder = plan, train, val, folder
         self.step = self.first = first
-        self.clock = Clock(plan.device)
+        self.clock, self.memory = Clock(plan.device), MemoryLog(plan.device)
         self.progress = TrainingProgress(console, plan.steps, first)
         self.writers = Writers(self.say)
         self.examples = Examples(val, folder.pictures)
@@ -137,6 +138,7 @@ class RunStory:
         record = {"step": step, "epoch": self._epoch(step), **figures, **self.clock.take()}
         if not self.main:
             return
+        record |= self.memory.read()
         self.log(record)
         self.left.told(record)
         self.progress.step(step, record, self.left.seconds())

@@ -1,4 +1,4 @@
-"""`--time`: how many steps fit, measured on this machine before the run."""
+"""What a run takes on this machine, by a trial before it: `--time` plans by that, `--dry-run` says it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from retinanet.errors import ConfigError
 from retinanet.inference import Detector
 from retinanet.model import RetinaNet
 from retinanet.processes import ALONE, Processes
+from retinanet.training.estimate import Estimate
+from retinanet.training.memory import (
+    Limit,
+    limit_of,
+    peak_memory,
+    resident,
+    restart_peak_memory,
+    return_freed,
+)
 from retinanet.training.planning import VALIDATIONS, Plan
 from retinanet.training.step import TrainingStep
 
@@ -27,6 +36,12 @@ VALIDATION_IMAGES = 16
 PLANNED = 0.92
 # Share of the time for validations, of which the last one always takes place.
 VALIDATED = 0.05
+# Seconds of steps of one image, of steps of more, and of validating in the trial of a dry run, which need not be exact:
+# with what has to be done once, a usual CPU takes about ten. A slow one tries fewer images, so that the two steps of
+# them take no longer than the last number.
+FIRST, TOGETHER, LOOKING, PATIENCE = 0.5, 2.0, 1.5, 30.0
+# Share of the memory that such a trial may take.
+CAREFUL = 0.5
 
 
 def fit_to_time(
@@ -36,8 +51,9 @@ def fit_to_time(
     val: Dataset,
     deadline: float,
     processes: Processes = ALONE,
-) -> Plan:
-    """Return the plan with as many steps as end before `deadline` (of `time.monotonic`), validations included.
+) -> tuple[Plan, Estimate]:
+    """Return the plan with as many steps as end before `deadline` (of `time.monotonic`), validations included; and what
+    the trial measured.
 
     A copy of the network takes a few steps and looks at a few images; the network itself is not touched. What the main
     process finds counts for all.
@@ -45,10 +61,11 @@ def fit_to_time(
     Raises:
         ConfigError: not even one step and a validation end in that time.
     """
+    began = time.monotonic()
     trial = copy.deepcopy(network)
-    longest = min(LONGEST_TRIAL, TRIAL * (deadline - time.monotonic()))
-    step = _step_seconds(plan, trial, train, longest, processes)
-    validation = _validation_seconds(plan, trial, val) / processes.count
+    step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline - began)), processes)
+    validation = _validation_seconds(plan, trial, val, math.inf) / processes.count
+    memory, tried = peak_memory(plan.device), time.monotonic() - began
     step, validation, seconds = processes.told((step, validation, deadline - time.monotonic()))
     every = plan.options.validate_every_steps
     if every:
@@ -66,14 +83,90 @@ def fit_to_time(
     # Three digits are enough, and make runs on one machine comparable.
     steps = int(float(f"{steps:.3g}"))
     why = f"fit into the {seconds:.0f} s left: {step:.2f} s a step, {validation:.0f} s a validation"
-    return plan.lasting(steps, why, validations)
+    estimate = Estimate(step, validation, memory, limit_of(plan.device), tried)
+    return plan.lasting(steps, why, validations), estimate
+
+
+def estimate_run(
+    plan: Plan, network: RetinaNet, train: Dataset, val: Dataset, processes: Processes = ALONE
+) -> Estimate:
+    """Return what a run will take, by a trial of a few seconds: about what is usual, not the worst that can happen.
+
+    A copy of the network is tried, of several processes by each for itself; with `--compile` as it is, not compiled.
+    """
+    began = time.monotonic()
+    trial, limit = copy.deepcopy(network), limit_of(plan.device)
+    tried = dataclasses.replace(uncompiled(plan), batch_size=-(-plan.batch_size // processes.count))
+    train_on = TrainingStep.of(tried, trial)
+    if plan.device.type == "cpu":
+        step, memory = _by_few_images(tried, train_on, train, limit)
+    else:
+        step, memory = _tried(tried, train_on, train, TOGETHER)
+    validation = _validation_seconds(tried, trial, val, LOOKING) / processes.count
+    return Estimate(step, validation, memory or None, limit, time.monotonic() - began)
+
+
+def _by_few_images(
+    plan: Plan, train_on: TrainingStep, train: Dataset, limit: Limit | None
+) -> tuple[float, float]:
+    """Return the time of a step and its memory, by steps of one image and then of the batch, or of as much of it as
+    there is time and, with care, memory for. The rest follows from a line through both: what a step takes whatever its
+    images (gradients, the optimiser) is in both.
+    """
+    alone, first = _tried(dataclasses.replace(plan, batch_size=1), train_on, train, FIRST)
+    return_freed()
+    held = resident() or 0
+    room = (CAREFUL * limit.bytes - held) / max(1, first - held) if limit else plan.batch_size
+    images = min(plan.batch_size, int(PATIENCE / (2 * alone)), int(room))
+    at_once = [-(-n // plan.options.accumulate) for n in (1, images, plan.batch_size)]
+    if images <= 1:
+        return alone * plan.batch_size, first + (at_once[-1] - 1) * max(0, first - held)
+    # A run of a minute need not wait for seconds.
+    seconds = min(TOGETHER, TRIAL * plan.steps * plan.batch_size * alone)
+    step, peak = _tried(dataclasses.replace(plan, batch_size=images), train_on, train, seconds)
+    return (
+        _on_line(plan.batch_size, images, step, 1, alone, 0.0),
+        _on_line(at_once[2], at_once[1], peak, at_once[0], first, held),
+    )
+
+
+def _on_line(wanted: int, many: int, taken: float, few: int, taken_by_few: float, least: float) -> float:
+    """Return what is on the line through two points at a third, or on that from `least` at 0 where both are one.
+
+    Times and peaks waver: the line rises, and no more than that from `least` does.
+
+    >>> _on_line(16, 4, 7.0, 1, 4.0, 0.0), _on_line(16, 4, 7.0, 1, 1.0, 0.0), _on_line(16, 4, 7.0, 4, 7.0, 1.0)
+    (19.0, 28.0, 25.0)
+    """
+    most = (taken - least) / many
+    each = (taken - taken_by_few) / (many - few) if many > few else most
+    return taken + (wanted - many) * min(most, max(0.0, each))
+
+
+def uncompiled(plan: Plan) -> Plan:
+    """Return the plan for a trial that has no minutes for compiling."""
+    return dataclasses.replace(plan, options=dataclasses.replace(plan.options, compile=False))
+
+
+def _tried(plan: Plan, train_on: TrainingStep, train: Dataset, seconds: float) -> tuple[float, int]:
+    """Return the time of a step and the most memory meanwhile; 0 where the system does not tell."""
+    return _seconds_of(train_on, plan, train, seconds), peak_memory(plan.device) or 0
 
 
 def _step_seconds(
     plan: Plan, network: RetinaNet, train: Dataset, seconds: float, processes: Processes = ALONE
 ) -> float:
-    """Return the mean time of the later half of the steps that fit into `seconds`, of at least `LEAST_STEPS`."""
-    train_on = TrainingStep.of(plan, network, processes)
+    """Return the time of a step of several processes together."""
+    return _seconds_of(TrainingStep.of(plan, network, processes), plan, train, seconds, processes)
+
+
+def _seconds_of(
+    train_on: TrainingStep, plan: Plan, train: Dataset, seconds: float, processes: Processes = ALONE
+) -> float:
+    """Return the mean time of the later half of the steps that fit into `seconds`, of at least `LEAST_STEPS`.
+
+    The first step, which may compile kernels, counts neither there nor in the peak of memory that is measured next.
+    """
     batches = training_batches(
         train,
         plan.preprocessing,
@@ -92,7 +185,10 @@ def _step_seconds(
     for batch in batches:
         train_on(batch, lr=0.0)
         now = time.monotonic()
-        if began is not None:  # the first step, which may compile kernels, is not counted
+        if began is None:
+            return_freed()
+            restart_peak_memory(plan.device)
+        else:
             taken.append(now - began)
         began = now
         enough = len(taken) >= LEAST_STEPS and sum(taken) >= seconds
@@ -103,8 +199,8 @@ def _step_seconds(
     return sum(timed) / len(timed)
 
 
-def _validation_seconds(plan: Plan, network: RetinaNet, val: Dataset) -> float:
-    """Return the time of a validation, from a few images.
+def _validation_seconds(plan: Plan, network: RetinaNet, val: Dataset, seconds: float) -> float:
+    """Return the time of a validation, from a few images; of as many as fit into `seconds`, but at least one.
 
     Nothing that a fresh network sees scores above the threshold; here everything does, as the slowest case.
     """
@@ -113,5 +209,9 @@ def _validation_seconds(plan: Plan, network: RetinaNet, val: Dataset) -> float:
     few = [val.path(i) for i in range(min(VALIDATION_IMAGES, len(val)))]
     list(detector.detect_all(few[:1]))  # what is slow once only
     began = time.monotonic()
+    if seconds < math.inf:
+        list(detector.detect_all(few[:1]))
+        few = few[: max(1, int(seconds / (time.monotonic() - began)))]
+        began = time.monotonic()
     list(detector.detect_all(few, batch_size=plan.batch_size))
     return (time.monotonic() - began) / len(few) * len(val)
