@@ -28,6 +28,7 @@ from retinanet.errors import DataError, LostProcessError, RetinaNetError, Stoppe
 from retinanet.inference import Detector, validate
 from retinanet.processes import Processes, joined_processes
 from retinanet.training import loop
+from retinanet.training import run as run_module
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.gradients import GradientSum
 from retinanet.training.planning import Plan, plan_run
@@ -380,6 +381,7 @@ def main() -> None:
     second = os.fork()
     os.environ["RANK"] = "0" if second else "1"
     torch.set_num_threads(1)
+    run_module.draw_run = lambda *_: None  # which takes as long as such a run
     with joined_processes() as processes:
         for case in cases:
             began = time.monotonic()
