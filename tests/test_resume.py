@@ -60,6 +60,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return generate_shapes(folder, train=IMAGES, val=2, spec=ShapesSpec(image_size=96))
 
 
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The runs that came to their pictures, which are not drawn: that takes as long as such a run."""
+    runs: list[Path] = []
+    monkeypatch.setattr("retinanet.training.run.draw_run", lambda best, val, run: runs.append(run.path))
+    return runs
+
+
 class Killed(BaseException):
     """Ends a run as SIGKILL would: nothing handles it."""
 
@@ -308,7 +316,10 @@ def test_a_damaged_state_is_named_and_the_one_before_used(
 
 
 def test_a_finished_run_is_reported_again(
-    data: Path, tmp_path: Path, whole: tuple[Path, list[tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    whole: tuple[Path, list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+    drawn: list[Path],
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
@@ -317,6 +328,7 @@ def test_a_finished_run_is_reported_again(
     again = resume_training(run, quiet())
     assert seen == []
     assert (run / "report.html").is_file()
+    assert drawn == [run]
     assert again.metrics == json.loads((run / "metrics.json").read_text())
     assert_the_same(run, whole[0])
 
