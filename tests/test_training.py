@@ -745,8 +745,9 @@ def test_a_reason_that_repeats_is_a_ditto_mark(data: Path, capsys: pytest.Captur
     assert [why for *_, why in plan.reasons].count("recipe small") > 5  # the record repeats it
 
 
+@pytest.mark.slow
 def test_a_timed_run_takes_the_steps_of_its_plan_and_paths_are_taken(data: Path, tmp_path: Path) -> None:
-    run = retinanet.train(data=data, output=tmp_path / "timed", time="8s", **TINY)  # type: ignore[arg-type]
+    run = retinanet.train(data=data, output=tmp_path / "timed", time="30s", **TINY)  # type: ignore[arg-type]
     plan = json.loads((run.path / "plan.json").read_text())
     assert plan["steps"] == load_model(run.path / "last").training["step"]
 
