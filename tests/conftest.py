@@ -6,6 +6,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 from kernel_cases import torch_threads
+from retinanet.devices import fix_matrix_products
 
 # As for mypy, an int is welcome where a float is declared.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -22,6 +23,7 @@ install_import_hook(
     ],
     "conftest.check",
 )
+fix_matrix_products()
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

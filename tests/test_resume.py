@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 import retinanet
+from kernel_cases import torch_threads
 from retinanet.checkpoint import load_model
 from retinanet.cli.main import main
 from retinanet.data import Dataset
@@ -750,6 +751,7 @@ def test_deterministic_runs_write_the_same_log_twice(
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", asked)
+    monkeypatch.delenv("MKL_CBWR", raising=False)
     for run, workers in (("first", 0), ("second", 2)):
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
         told = {**TINY, "device": "auto", "deterministic": True, "steps": 5, "workers": workers}
@@ -759,6 +761,22 @@ def test_deterministic_runs_write_the_same_log_twice(
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     resume_training(tmp_path / "first", quiet())
     assert set(seen) == {":4096:8"}
+    assert os.environ["MKL_CBWR"] == "AUTO"
+
+
+@pytest.mark.parametrize(("channels", "side", "stride"), [(64, 1, 1), (64, 2, 2), (256, 1, 1), (256, 2, 2)])
+def test_a_gradient_at_a_single_place_is_the_same_every_time(channels: int, side: int, stride: int) -> None:
+    """As P7 of a small image has, in a part of one image: by itself MKL gives it otherwise from call to call."""
+    given = torch.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3)
+    found = []
+    with torch_threads(2):
+        for _ in range(200):
+            pixels = given.clone().requires_grad_()
+            out = torch.conv2d(pixels, weight, stride=stride, padding=1)
+            out.backward(torch.cos(torch.arange(channels)).reshape(1, channels, 1, 1))
+            found.append(pixels.grad)
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_python_can_resume(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

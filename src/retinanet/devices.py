@@ -71,6 +71,14 @@ def fix_cublas_memory() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def fix_matrix_products() -> None:
+    """Let MKL add in the same order in every call, which costs nothing that can be measured. Otherwise a product with a
+    single column changes from call to call where there are two threads or more: the gradient of a convolution with one
+    place, for one image, is such a product. MKL asks once, when it begins: to be called before anything is computed.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO")
+
+
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Make torch refuse operations whose result depends on timing, for as long as the block runs."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from retinanet.data import Dataset, available_splits, open_dataset, read_as
-from retinanet.devices import fix_cublas_memory
+from retinanet.devices import fix_cublas_memory, fix_matrix_products
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import RetinaNet
@@ -61,6 +61,7 @@ def prepare(
         trained: it has a training state, and what it started from is not read again.
     """
     began = time.monotonic()
+    fix_matrix_products()
     if options.deterministic:
         fix_cublas_memory()
     with processes.main_first():
