@@ -384,6 +384,7 @@ def test_the_reason_has_the_figures() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells")
+@pytest.mark.slow
 def test_the_line_says_about_what_more_images_take(train: Dataset) -> None:
     """With a real network."""
     plan = plan_of(train, image_size=256, max_size=256)
@@ -417,6 +418,7 @@ def test_the_random_numbers_of_the_caller_stay(train: Dataset, monkeypatch: pyte
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells")
+@pytest.mark.slow
 def test_a_run_takes_what_fits_and_is_resumed_with_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
