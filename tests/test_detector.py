@@ -9,15 +9,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import retinanet
+from retinanet.batches import RawPredictions
 from retinanet.checkpoint import Model, save_model
 from retinanet.data import open_dataset
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import ConfigError, DataError, ImageError
 from retinanet.images import Preprocessing, read_size
 from retinanet.inference import Detector, validate
-from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PostProcessing, PyramidSpec, build_retinanet
+from retinanet.model import (
+    BackboneSpec,
+    HeadSpec,
+    ModelSpec,
+    PostProcessing,
+    PyramidSpec,
+    RetinaNet,
+    build_retinanet,
+)
 from retinanet.records import Classes, Detections, OperatingPoints
 
 
@@ -84,6 +94,27 @@ def test_batch_size_does_not_change_what_is_found(detector: Detector, paths: lis
     together = detector.predict(paths, threshold=0.05, batch_size=8)
     for one, other in zip(alone, together, strict=True):
         assert_same(one, other, pixels=0.05, score=1e-4)
+
+
+def test_images_pass_in_halves_where_there_is_no_memory_for_all(
+    detector: Detector, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = detector.predict(paths, threshold=0.05, batch_size=1)
+    forward, most = RetinaNet.forward, 2
+
+    def refusing(self: RetinaNet, images: Tensor) -> RawPredictions:
+        if len(images) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images)
+
+    monkeypatch.setattr(RetinaNet, "forward", refusing)
+    for one, other in zip(expected, detector.predict(paths, threshold=0.05, batch_size=8), strict=True):
+        assert_same(one, other, pixels=0.05, score=1e-4)
+    most = 0
+    with pytest.raises(
+        ConfigError, match=r"no memory left on cpu for one image of \d+ x \d+ \(width x height\); use"
+    ):
+        detector.predict(paths)
 
 
 def test_every_kind_of_input_gives_equal_boxes(detector: Detector, paths: list[Path]) -> None:

@@ -217,7 +217,12 @@ def test_a_run_knows_its_own_earlier_life(tmp_path: Path, monkeypatch: pytest.Mo
     RunFolder.create(options.output, options)
     assert RunFolder.begun_by_this_launch(options) == RunFolder(tmp_path / "run")
     assert RunFolder.begun_by_this_launch(replace(options, lr=2e-3)) is None  # another run of the same name
-    assert RunFolder.begun_by_this_launch(replace(options, output=None)) is None
+    monkeypatch.chdir(tmp_path)
+    nameless = replace(options, output=None)
+    assert RunFolder.begun_by_this_launch(nameless) is None
+    for lr in (5e-3, 1e-3, 7e-3):
+        RunFolder.create(None, replace(nameless, lr=lr))
+    assert RunFolder.begun_by_this_launch(nameless) == RunFolder(Path("runs/train-2"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
     assert RunFolder.begun_by_this_launch(options) is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun says of every launch without a name

@@ -32,8 +32,9 @@ from retinanet.devices import deterministic_algorithms
 from retinanet.errors import ConfigError, DivergedError
 from retinanet.objective import focal
 from retinanet.processes import ALONE, Processes, device_of_process, joined_processes
-from retinanet.training import skipping
+from retinanet.training import loop, skipping
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.folder import RunFolder
 from retinanet.training.parts import batch_norm_in_words
 from retinanet.training.planning import plan_run
 from retinanet.training.preparation import prepare
@@ -356,6 +357,24 @@ def test_more_processes_than_images_a_step_are_refused(data: Path) -> None:
     options = TrainingOptions(data=str(data), **two_processes.TINY)
     with pytest.raises(ConfigError, match="4 processes need --batch-size 4 or more, an image each; it is 3"):
         plan_run(options, open_dataset(data, "train"), processes=Processes(0, 4))
+    fitted = replace(options, batch_size="auto")  # is found out later
+    assert plan_run(fitted, open_dataset(data, "train"), processes=Processes(0, 4)).batch_size == 8
+
+
+@pytest.mark.parametrize(("processes", "accumulate", "at_once"), [(1, 1, 7), (2, 1, 4), (2, 2, 2), (8, 1, 1)])
+def test_no_more_images_are_validated_at_once_than_pass_in_a_step(
+    data: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulate: int, at_once: int
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(loop, "validate", lambda *_, batch_size, **__: seen.append(batch_size))
+    options = TrainingOptions(
+        data=str(data), **{**two_processes.TINY, "batch_size": 7, "accumulate": accumulate}
+    )
+    train = open_dataset(data, "train")
+    plan = plan_run(options, train)
+    judge = loop.Judge(plan, build_network(plan), train, RunFolder(data), Processes(0, processes))
+    judge._validated(None)  # type: ignore[arg-type]
+    assert seen == [at_once]
 
 
 @pytest.mark.parametrize(

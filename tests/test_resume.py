@@ -517,9 +517,11 @@ def test_a_run_goes_on_without_the_model_that_it_started_from(
     whole: tuple[Path, list[tuple[int, ...]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its state has all that it took from there; before the first state, the model is needed again."""
+    """Its state has all that it took from there; before the first state, the model is needed again. It was named
+    relative to where the run was begun, from where nothing is resumed."""
     model = Path(shutil.copytree(whole[0] / "best", tmp_path / "model"))
-    options = {**TINY, "pretrained": "auto", "weights": str(model), "steps": 3, "freeze": "stage1"}
+    options = {**TINY, "pretrained": "auto", "weights": model.name, "steps": 3, "freeze": "stage1"}
+    monkeypatch.chdir(tmp_path)
     run = tmp_path / "with"
     with monkeypatch.context() as patch:
         stop_at(2, patch, terminate)
@@ -528,6 +530,7 @@ def test_a_run_goes_on_without_the_model_that_it_started_from(
     for name in ("without", "killed"):
         shutil.copytree(run, tmp_path / name)
     shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    monkeypatch.chdir(data)
     resume_training(run, quiet())
     shutil.rmtree(model)
     console = Console(record=True, width=400, file=io.StringIO())

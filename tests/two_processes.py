@@ -207,7 +207,7 @@ def steps(processes: Processes, data: str, _: str) -> dict[str, Any]:
         found[normalizer] = steps_of(plan_of(data, 4, normalizer), processes)
     with (
         room_for_one()
-    ):  # the first process has two images of a step, and takes it in parts while the other waits
+    ):  # the second process has two images of a step, and takes it in parts while the other waits
         found["uneven, in parts"] = steps_of(plan_of(data, 3), processes)
     return found
 

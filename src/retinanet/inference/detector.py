@@ -173,8 +173,23 @@ class Detector:
                 results[i] = found
         return cast(list[Detections | ImageError], results)
 
-    @torch.no_grad()
     def _detect_group(self, items: list[_Prepared], options: PostProcessing) -> list[Detections]:
+        """Find objects in images of one size, in halves where a CUDA device has no memory for all at once."""
+        try:
+            return self._detect_together(items, options)
+        except torch.cuda.OutOfMemoryError:
+            if len(items) == 1:
+                height, width = items[0][0].shape[2:]
+                raise ConfigError(
+                    f"no memory left on {self.device} for one image of {width} x {height} (width x height); use "
+                    "--device cpu, or a model of a smaller --image-size"
+                ) from None
+        torch.cuda.empty_cache()  # out of the handler: the error keeps what was computed
+        half = len(items) // 2
+        return self._detect_group(items[:half], options) + self._detect_group(items[half:], options)
+
+    @torch.no_grad()
+    def _detect_together(self, items: list[_Prepared], options: PostProcessing) -> list[Detections]:
         images = items[0][0] if len(items) == 1 else torch.cat([image for image, _ in items])
         images = images.to(self.device, memory_format=torch.channels_last)
         self.network.eval()

@@ -59,14 +59,19 @@ class RunFolder:
     @classmethod
     def begun_by_this_launch(cls, options: TrainingOptions) -> RunFolder | None:
         """Return the folder of the run that this very `torchrun` began, with these very options, before it started its
-        processes again; None where `output` is new, or somebody else's."""
+        processes again; None where there is none, or somebody else's."""
         launch = launch_of_process()
-        if launch is None or options.output is None:
+        if launch is None:
             return None
-        folder = cls(Path(options.output))
-        if folder.environment().get("torchrun") != launch or not (folder.path / "config.yaml").is_file():
-            return None
-        return folder if read_config(folder.path / "config.yaml") == asdict(from_anywhere(options)) else None
+        places = sorted(RUNS.glob("train-*")) if options.output is None else [Path(options.output)]
+        found = (folder for folder in map(cls, places) if folder._is_of(launch, options))
+        return next(found, None)
+
+    def _is_of(self, launch: str, options: TrainingOptions) -> bool:
+        config = self.path / "config.yaml"
+        if self.environment().get("torchrun") != launch or not config.is_file():
+            return False
+        return read_config(config) == asdict(from_anywhere(options))
 
     def take_back(self) -> None:
         """Remove what `create` wrote: the run never began, and the same command would write it again."""

@@ -307,7 +307,9 @@ class Judge:
         self.processes.wait()  # for what it writes and draws
 
     def _validated(self, detector: Detector) -> Validation:
-        return validate(detector, self.val, batch_size=self.plan.batch_size, processes=self.processes)
+        # As many at once as in a step: what fits there fits here, where no gradients are kept.
+        at_once = -(-self.plan.batch_size // (self.processes.count * self.plan.options.accumulate))
+        return validate(detector, self.val, batch_size=at_once, processes=self.processes)
 
     def _keep(self, step: int, found: Validation, best: bool, story: RunStory, seconds: float) -> None:
         """Save and tell a validation; its line in the log comes last and says that the models are there."""

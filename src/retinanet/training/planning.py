@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ VALIDATIONS_TAKE, LOOKED_AT = 0.1, 1 / 3
 FEW_PASSES = 3
 # Padded sides of training images are multiples of this with --compile.
 COMPILED_DIVISOR = 128
+# What is another on another machine, in the same run.
+OF_A_MACHINE = ("reasons", "workers")
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,11 @@ class Plan:
         """Return whether the weights of a step are validated."""
         return step > 0 and (step % self.validate_every == 0 or step == self.steps)
 
-    def as_begun(self, stored: dict[str, Any]) -> Plan:
+    def as_begun(self, stored: dict[str, Any], *, but: Collection[str] = OF_A_MACHINE) -> Plan:
         """Return the plan with the length that `plan.json` holds; refuse to go on with another plan than it holds.
+
+        Args:
+            but: what may be another.
 
         Raises:
             ConfigError: this version, or this machine, decides something else otherwise.
@@ -133,7 +138,7 @@ class Plan:
         except (KeyError, TypeError) as error:
             raise ConfigError(f"plan.json of the run is damaged: {error!r}") from None
         now = json.loads(json.dumps(plan.to_json()))
-        for name in now.keys() - {"reasons", "workers"}:
+        for name in now.keys() - set(but):
             if now[name] != stored.get(name):
                 raise ConfigError(
                     f"--resume needs the plan that the run began with; {name.replace('_', ' ')} was "
@@ -240,7 +245,7 @@ def plan_run(
         reasons.append(("epoch", f"{length:,} images of {len(train):,}", why))
     choices = anchor_choices(options, recipe.model.anchors, fixed=start is not None)
     recipe = choose_batch(recipe, options, train, device, reasons)
-    if processes.several:
+    if processes.several and options.batch_size != "auto":
         reasons.append(("processes", shares_in_words(recipe.batch_size, processes), "torchrun"))
     preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons)
     anchors = choose_anchors(options, train, choices, preprocessing, reasons)

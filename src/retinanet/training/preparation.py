@@ -20,7 +20,7 @@ from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.parts import batch_norm_in_words, table_of_parts, trained_in_words
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.planning import OF_A_MACHINE, Plan, plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.starting import build_network
 from retinanet.training.timing import estimate_run, fit_to_time
@@ -28,9 +28,8 @@ from retinanet.training.writers import chosen_writers
 
 # Faults printed one by one; the rest is counted.
 FAULTS_SHOWN = 5
-# What processes of one run may have decided each for itself: device and cores, and where weights lie that the main one
-# gives to all.
-OWN = ("reasons", "workers", "weights_file")
+# What processes of one run may have decided each for itself: the main one gives its weights to all.
+OWN = (*OF_A_MACHINE, "weights_file")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def prepare(
                 f"--resume needs the data that the run began with; {options.data} has changed since. Put it back, or "
                 "start a new run with --weights"
             )
-        plan = plan.as_begun(stored)
+        plan = plan.as_begun(stored, but=OF_A_MACHINE if processes.main else OWN)
     elif seconds is None:
         plan = plan.validating(len(val_set))
     else:

@@ -18,7 +18,7 @@ from retinanet.folders import read_json
 from retinanet.inference import Detector, Validation, load
 from retinanet.processes import ALONE, Processes, joined_processes
 from retinanet.training.configuration import TrainingOptions, option, read_config
-from retinanet.training.folder import RunFolder, go_on
+from retinanet.training.folder import RunFolder, from_anywhere, go_on
 from retinanet.training.loop import train_network
 from retinanet.training.memory import most_held
 from retinanet.training.preparation import Prepared, prepare
@@ -105,7 +105,7 @@ def run_training(
                 where = f"; start it again with: {go_on(folder)}"
             with _held(folder, processes):
                 with stop.at_once(f"stopped by a signal before the first step{where}"):
-                    prepared = prepare(options, console, change, folder, processes=processes)
+                    prepared = prepare(from_anywhere(options), console, change, folder, processes=processes)
                 if folder is None:
                     return None
                 return _train(prepared, folder, console, stop, processes=processes)
