@@ -337,9 +337,9 @@ def disk(folder: Path) -> list[tuple[str, bool, str]]:
     found = []
     small = folder / "small"
     small.mkdir()
-    if os.geteuid() == 0 and os.system(f"mount -t tmpfs -o size=24m tmpfs {small} 2>/dev/null") == 0:
+    if os.geteuid() == 0 and os.system(f"mount -t tmpfs -o size=56m tmpfs {small} 2>/dev/null") == 0:
         try:
-            found.append(_filled("a disk of 24 MiB", data, small / "run", fill=small / "other", limit=None))
+            found.append(_filled("a disk of 56 MiB", data, small / "run", fill=small / "other", limit=None))
         finally:
             os.system(f"umount -l {small}")
     found.append(_filled("files of at most 1 MiB", data, folder / "limited", fill=None, limit=2**20))
