@@ -358,7 +358,7 @@ def test_more_processes_than_images_a_step_are_refused(data: Path) -> None:
     with pytest.raises(ConfigError, match="4 processes need --batch-size 4 or more, an image each; it is 3"):
         plan_run(options, open_dataset(data, "train"), processes=Processes(0, 4))
     fitted = replace(options, batch_size="auto")  # is found out later
-    assert plan_run(fitted, open_dataset(data, "train"), processes=Processes(0, 4)).batch_size == 8
+    assert plan_run(fitted, open_dataset(data, "train"), processes=Processes(0, 5)).batch_size == 4
 
 
 @pytest.mark.parametrize(("processes", "accumulate", "at_once"), [(1, 1, 7), (2, 1, 4), (2, 2, 2), (8, 1, 1)])
