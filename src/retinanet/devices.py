@@ -72,9 +72,9 @@ def fix_cublas_memory() -> None:
 
 
 def fix_matrix_products() -> None:
-    """Let MKL add in the same order in every call, which costs nothing that can be measured. Otherwise a product with a
-    single column changes from call to call where there are two threads or more: the gradient of a convolution with one
-    place, for one image, is such a product. MKL asks once, when it begins: to be called before anything is computed.
+    """Let MKL add in the same order in every call. Otherwise a product with a single column changes from call to call
+    where there are two threads or more: the gradient of a convolution with one place, for one image, is such a product.
+    MKL asks once, when it begins: to be called before anything is computed.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO")
 
