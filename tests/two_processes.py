@@ -163,6 +163,7 @@ def exchange(processes: Processes, *_: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "told": processes.told(f"rank {processes.rank}"),
         "gathered": processes.gathered(processes.rank),
+        "here": processes.here,
         "largest": processes.largest(processes.rank, 5 - processes.rank),
         "added": processes.add(torch.full((3,), float(processes.rank + 1))).tolist(),
     }
@@ -259,7 +260,7 @@ def fitting(processes: Processes, data: str, _: str) -> dict[str, Any]:
     found: dict[str, Any] = {"asked": plan.batch_size}
     for case, room in (("fewer", 2), ("none", 1)):
         told = {
-            "limit_of": lambda _, room=room: Limit(
+            "limit_of": lambda _, here, room=room: Limit(
                 (10 if processes.main else room) * 10**12, f"rank {processes.rank}"
             ),
             "measured": lambda *_, **__: Need({1: 10**12}),
