@@ -20,12 +20,10 @@ from retinanet.training.folder import RunFolder
 from retinanet.training.memory import most_held
 from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan
-from retinanet.training.time_left import in_time
+from retinanet.training.time_left import RECENT, in_time
 
 # Columns of example pictures on the page, that of the ground truth among them.
 COLUMNS = 6
-# Lines of the log that tell the speed now.
-RECENT = 20
 ACTIVITIES = (
     ("step", "training steps", "#0072B2"),
     ("data", "waiting for images", "#E69F00"),
@@ -57,7 +55,7 @@ def write_report(
             status=status,
             history=history,
             resumes=[(record["step"], _when(record["at"])) for record in folder.resumes()],
-            facts=_facts(plan, history, round(status.done * plan.steps)),
+            facts=_facts(plan, history, folder.memory(), round(status.done * plan.steps)),
             classes=_objects(val),
             examples=[(_caption(step, history, best), file) for step, file in columns],
             shares=shares,
@@ -99,7 +97,9 @@ def advice_on(shares: Sequence[Share], workers: int) -> str:
     return "Most of the time goes into the training steps themselves, as it should."
 
 
-def _facts(plan: Plan, history: Sequence[dict[str, Any]], step: int) -> list[tuple[str, str]]:
+def _facts(
+    plan: Plan, history: Sequence[dict[str, Any]], memory: Sequence[dict[str, Any]], step: int
+) -> list[tuple[str, str]]:
     seconds = sum(share.seconds for share in shares_of(history))
     speeds = [record["images_per_second"] for record in history if "images_per_second" in record][-RECENT:]
     passes = step * plan.batch_size / plan.train_images
@@ -110,7 +110,7 @@ def _facts(plan: Plan, history: Sequence[dict[str, Any]], step: int) -> list[tup
     ]
     if speeds:
         facts.append(("images a second", f"{float(np.median(speeds)):.3g}"))
-    return [*facts, *most_held(history)]
+    return [*facts, *most_held(memory)]
 
 
 def _objects(val: Dataset) -> dict[str, int]:
