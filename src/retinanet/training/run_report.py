@@ -59,7 +59,7 @@ def write_report(
             classes=_objects(val),
             examples=[(_caption(step, history, best), file) for step, file in columns],
             shares=shares,
-            advice=advice_on(shares, plan.workers),
+            advice=f"{slowest_part(shares)} {advice_on(shares, plan.workers)}".strip(),
             left_out=_left_out(train, val),
             settings=plan.reasons,
             commands=folder.commands(),
@@ -77,6 +77,19 @@ def shares_of(history: Sequence[dict[str, Any]]) -> list[Share]:
         if seconds > 0:
             shares.append(Share(what, seconds, in_time(seconds), colour))
     return shares
+
+
+def slowest_part(shares: Sequence[Share]) -> str:
+    """Return a sentence about what a step mostly does; "" where none is done."""
+    of = {share.what: share.seconds for share in shares}
+    computing, waiting = of.get("training steps", 0.0), of.get("waiting for images", 0.0)
+    if not computing + waiting:
+        return ""
+    part, rest = (
+        ("computing", "waits for images") if computing >= waiting else ("waiting for images", "computes")
+    )
+    most = max(computing, waiting) / (computing + waiting)
+    return f"The slowest part of a step is {part}, {100 * most:.0f} % of it; the rest {rest}."
 
 
 def advice_on(shares: Sequence[Share], workers: int) -> str:

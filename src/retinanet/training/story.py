@@ -117,9 +117,12 @@ class RunStory:
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches of the steps to come, and take the time."""
+        began = time.monotonic()
         for batch in self.clock.over(batches):
             self.step += 1
             yield batch
+            if self.step == self.first + 1:
+                self.left.started(time.monotonic() - began)
 
     def say(self, text: str) -> None:
         """Print a line."""
