@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from retinanet.batches import Batch
 from retinanet.errors import TrainingError
 from retinanet.model import RetinaNet
-from retinanet.processes import ALONE, Processes
+from retinanet.processes import ALONE
 from retinanet.training.batch_size import WorstCase
 from retinanet.training.folder import RunFolder
 from retinanet.training.loop import Saving

@@ -49,8 +49,6 @@ FEW_PASSES = 3
 COMPILED_DIVISOR = 128
 # What is another on another machine, in the same run.
 OF_A_MACHINE = ("reasons", "workers")
-# Rows of the plan that are about how many processes there are: a run may go on with others.
-OF_PROCESSES = ("processes", "BatchNorm")
 
 
 @dataclass(frozen=True)
@@ -317,9 +315,13 @@ def shares_in_words(images: int, processes: Processes) -> str:
 def _reasons_as_begun(
     now: Sequence[tuple[str, str, str]], stored: Sequence[Sequence[str]]
 ) -> tuple[tuple[str, str, str], ...]:
-    """Return the reasons that a run had when it began, but for what is another on this machine."""
+    """Return the reasons that a run had when it began, but for what is another now.
+
+    What became of the classes of the model that it started from is known from then alone.
+    """
     planned = {setting: (value, why) for setting, value, why in now}
-    rows = {setting: (value, why) for setting, value, why in stored if setting not in OF_PROCESSES}
+    kept = {"classes", *planned}
+    rows = {setting: (value, why) for setting, value, why in stored if setting in kept}
     another = {setting: row for setting, row in planned.items() if row[0] != rows.get(setting, ("",))[0]}
     return tuple((setting, *row) for setting, row in (rows | another).items())
 

@@ -73,9 +73,8 @@ def save_state(folder: Path, state: State) -> Path:
     needed = MARGIN + sum(
         t.numel() * t.element_size() for part in state.parts.values() for t in part.values()
     )
-    _rotate(
-        folder
-    )  # what a process that was killed while it saved could not take away may be all the room there is
+    # What a process that was killed while it saved could not take away may be all the room there is.
+    _rotate(folder)
     try:
         draft.mkdir(parents=True)
         free = shutil.disk_usage(draft).free
