@@ -106,9 +106,10 @@ def train_network(
             # A signal to any process stops all, after the same step; the main one's clock says when a state is due.
             signal, due = processes.largest(stop.number or 0, processes.main and saving.due(step))
             judging = plan.judges(step)
-            # What is told does not depend on when states are saved: nor does the log of a run that was resumed.
-            telling, saved = step % LOG_EVERY == 0 or judging, judging or due or signal
-            if telling or saved or not train_on.decides_on_device:
+            # When something is told does not depend on when states are saved: a log is the same however often its run
+            # was stopped.
+            telling, saves = step % LOG_EVERY == 0 or judging, judging or due or signal
+            if telling or saves or not train_on.decides_on_device:
                 for one in skipped.read():
                     if processes.main:
                         story.say(tell_skipped(folder, one, plan, train))
@@ -116,7 +117,7 @@ def train_network(
             if telling:
                 story.unreadable(step, unreadable.take())
                 story.trained(step, {**meter.read(), "lr": lr})
-            if saved:
+            if saves:
                 with story.clock.during("saving"):
                     saving.save(step)
             if judging:

@@ -39,7 +39,7 @@ class RunStory:
 
     Args:
         first: steps that are done.
-        early: where an earlier process stopped the run, which is then finished.
+        early: where the run stopped early, as an earlier process found, and from then on each validation.
         main: whether this process is the one that writes; the others of a run only take the time.
     """
 
