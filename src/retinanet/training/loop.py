@@ -249,10 +249,12 @@ class Judge:
     early: EarlyStop | None = None
 
     def remember(self) -> None:
-        """Take up what an earlier process of this run judged."""
-        for record in self.folder.validations():
-            self.steps.add(record["step"])
-            self.best_ap = max(self.best_ap, record["ap"] or 0.0)
+        """Take up what an earlier process of this run judged, as the main process reads it: a shared disk may show
+        others what it was a moment ago."""
+        validations = self.folder.validations() if self.processes.main else []
+        judged = self.processes.told([(record["step"], record["ap"] or 0.0) for record in validations])
+        self.steps.update(step for step, _ in judged)
+        self.best_ap = max((ap for _, ap in judged), default=0.0)
         self._decide()
 
     def until_enough(self, batches: Iterable[Batch]) -> Iterator[Batch]:
