@@ -100,6 +100,14 @@ def test_advice_is_of_what_helps(images: int, checkpoint_gradients: bool, messag
     assert str(refused.value) == f"no memory left on cpu for one image; {message}"
 
 
+def test_what_a_compiled_network_cannot_have_is_no_advice() -> None:
+    step = step_of(network_of())
+    step.forward = lambda images: step.network(images)  # as compiled
+    Device(step.network, room=0)
+    with pytest.raises(TrainingError, match="for one image; start anew with a smaller --image-size"):
+        step(batch(1), 0.01)
+
+
 def test_no_room_for_the_step_itself_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     step = step_of(network_of())
 

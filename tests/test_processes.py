@@ -107,7 +107,7 @@ def test_what_the_main_process_says_is_told_to_all(found: Found) -> None:
     assert first == second
     assert first["told"] == "rank 0"
     assert first["gathered"] == [0, 1]
-    assert first["here"] == 2
+    assert first["here"] == (2, 2)
     assert first["largest"] == [1, 5]
     assert first["added"] == [3, 3, 3]
     assert first["copied"] == [1, 1]

@@ -305,6 +305,12 @@ def test_what_it_needs_to_go_on_with_less_memory_or_elsewhere(
     assert (usual.accumulate, usual.checkpoint_gradients) == (1, False)
     assert (less.accumulate, less.checkpoint_gradients) == (2, True)
     assert usual.precision == less.precision == began
+    kept = RunFolder(moved).options()  # a resume without them would run out of memory again
+    assert (kept.accumulate, kept.checkpoint_gradients) == (2, True)
+    with pytest.raises(
+        ConfigError, match="takes --accumulate of the run's 4 or more, for less memory; got 2"
+    ):
+        replace(kept, accumulate=4).resumed_with(kept)
     assert plans[0].spec.anchors.sizes == (9, 18, 36, 72, 144)
 
 

@@ -184,6 +184,17 @@ def test_a_full_disk_says_path_and_bytes_and_how_to_go_on(
     assert [[*line][2] for line in told(run)] == ["unreadable", "loss", "ap"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc tells which file is flushed")
+def test_a_disk_that_is_full_before_a_run_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = TrainingOptions(data="data", output=str(tmp_path / "run"))
+    advice = r"no room for config\.yaml in .*Free space, or mend the disk, and start the run again"
+    with full_for("config.yaml", monkeypatch), pytest.raises(DiskError, match=advice):
+        RunFolder.create(options.output, options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = tmp_path / "runs"
     full = not_written(

@@ -163,7 +163,7 @@ def exchange(processes: Processes, *_: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "told": processes.told(f"rank {processes.rank}"),
         "gathered": processes.gathered(processes.rank),
-        "here": processes.here,
+        "here": (processes.here, processes.sharing),
         "largest": processes.largest(processes.rank, 5 - processes.rank),
         "added": processes.add(torch.full((3,), float(processes.rank + 1))).tolist(),
     }

@@ -37,7 +37,8 @@ class Processes:
         count: of all.
         messages: the group through which what lies in the host's memory goes; None is the group of all.
         patient: the same, for waits of any length (`PATIENCE`).
-        here: how many of them are on this machine, and share its processors and memory.
+        here: how many of them are on this machine, and share its memory.
+        sharing: how many of them may run on the same processors as this one.
     """
 
     rank: int = 0
@@ -45,6 +46,7 @@ class Processes:
     messages: Any = field(default=None, compare=False, repr=False)
     patient: Any = field(default=None, compare=False, repr=False)
     here: int = 1
+    sharing: int = 1
 
     @property
     def main(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from retinanet.devices import available_cores
 from retinanet.errors import ConfigError, LostProcessError
 from retinanet.processes.group import ALONE, PATIENCE, STEP_WAITS, Processes, exchange
 from retinanet.processes.meeting import name_of_meeting
@@ -64,11 +65,13 @@ def joined_processes() -> Iterator[Processes]:
 
 
 def _described(messages: Any, patient: Any) -> Processes:
-    """Return the processes of the default group. Who is on which machine they tell each other: not everything that
-    starts processes says so."""
+    """Return the processes of the default group. Who is on which machine, and on which of its processors, they tell
+    each other: not everything that starts processes says so."""
     joined = Processes(dist.get_rank(), dist.get_world_size(), messages, patient)
-    machines = joined.gathered(_machine())
-    return replace(joined, here=machines.count(machines[joined.rank]))
+    places = joined.gathered((_machine(), available_cores()))
+    machine, _ = places[joined.rank]
+    here = sum(other == machine for other, _ in places)
+    return replace(joined, here=here, sharing=places.count(places[joined.rank]))
 
 
 def _machine() -> str:

@@ -209,8 +209,8 @@ class _RunOptions:
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="(default: a new run)")] = (
         None
     )
-    """Run to go on with, as if it had never stopped; needs nothing else, and takes --workers, --accumulate and
-    --checkpoint-gradients alone."""
+    """Run to go on with, as if it had never stopped; needs nothing else, and takes --workers and, for less memory from
+    now on, --accumulate and --checkpoint-gradients alone."""
     image_root: Annotated[str | None, OPTIONAL_FOLDER] = None
     """Folder of the images, where it is another than the format says; links may lead there, nowhere else."""
     box_format: Literal["auto", "xyxy", "xywh"] = "auto"
@@ -296,7 +296,16 @@ class _RunOptions:
         self.writers()
 
     def resumed_with(self, asked: TrainingOptions) -> TrainingOptions:
-        """Return the options of a run, with those of `ALSO_RESUMED` that are asked for now."""
+        """Return the options of a run, with those of `ALSO_RESUMED` that are asked for now.
+
+        Raises:
+            ConfigError: fewer parts of a step are asked for than the run has had.
+        """
+        if 1 < asked.accumulate < self.accumulate:
+            raise ConfigError(
+                f"--resume takes --accumulate of the run's {self.accumulate} or more, for less memory; got "
+                f"{asked.accumulate}"
+            )
         given = {one.name: getattr(asked, one.name) for one in dataclasses.fields(asked)}
         usual = {one.name: one.default for one in dataclasses.fields(asked)}
         changed = {name: given[name] for name in ALSO_RESUMED if given[name] != usual[name]}

@@ -47,6 +47,10 @@ class RunFolder:
         """Make a new folder with configuration, command and environment, before anything slow starts.
 
         An existing run is never overwritten, and nothing is written into the folder of the data.
+
+        Raises:
+            ConfigError: the folder is there, or cannot be made.
+            DiskError: a file cannot be written; nothing is left of it.
         """
         environment = {
             "retinanet": __version__,
@@ -59,11 +63,15 @@ class RunFolder:
         made = output is None or not Path(output).exists()
         path = new_folder(output, "train", outside=folders_among(options.data))
         folder = cls(path, made)
-        write_json(path / "environment.json", environment)
-        write_config(path / "config.yaml", from_anywhere(options))
-        if options.anchors is not None and Path(options.anchors).is_file():
-            write_text(folder.anchors, Path(options.anchors).read_text(encoding="utf-8"))
-        folder.note_command()
+        try:
+            write_json(path / "environment.json", environment)
+            write_config(path / "config.yaml", from_anywhere(options))
+            if options.anchors is not None and Path(options.anchors).is_file():
+                write_text(folder.anchors, Path(options.anchors).read_text(encoding="utf-8"))
+            folder.note_command()
+        except DiskError as error:
+            folder.take_back()
+            raise DiskError(f"{error}. Free space, or mend the disk, and start the run again") from None
         return folder
 
     @classmethod
@@ -138,6 +146,16 @@ class RunFolder:
         """Return what the run was started with, its own copy of a file of anchors among it."""
         instead = {"anchors": str(self.anchors)} if self.anchors.is_file() else {}
         return TrainingOptions(**{"data": "", **read_config(self.path / "config.yaml", instead)})
+
+    def keep(self, options: TrainingOptions) -> None:
+        """Write what a run takes less memory by since it was resumed into its `config.yaml`: else the next resume would
+        run out of memory again."""
+        kept = self.options()
+        changed = replace(
+            kept, accumulate=options.accumulate, checkpoint_gradients=options.checkpoint_gradients
+        )
+        if changed != kept:
+            write_config(self.path / "config.yaml", changed)
 
     @property
     def anchors(self) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from retinanet.checkpoint import Model, load_model
 from retinanet.data import Dataset
 from retinanet.data.sampling import epoch_length, share_of
 from retinanet.data.transforms import Augmentation
-from retinanet.devices import choose_device, require_cpp_compiler, resolve_precision
+from retinanet.devices import available_cores, choose_device, require_cpp_compiler, resolve_precision
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
 from retinanet.model import ModelSpec, fitting_norm
@@ -275,8 +274,7 @@ def plan_run(
         reasons.append(("network", sizes, "asked for"))
     if options.checkpoint_gradients:
         reasons.append(("activations", "computed again in the backward pass", "asked for"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= processes.here
+    cores = len(available_cores()) // processes.sharing
     # On a CPU the network has every core already: a worker only takes turns with it.
     fitting = 0 if device.type == "cpu" else min(8, max(1, cores - 1))
     workers = fitting if options.workers is None else options.workers

@@ -193,6 +193,8 @@ def _go_on(
                 options = folder.options()
                 if asked is not None:
                     options = options.resumed_with(asked)
+                    if processes.main:
+                        folder.keep(options)
                 state = _state_of(folder, console)
                 if state is None:
                     _require_weights(options)

@@ -185,11 +185,19 @@ class TrainingStep:
         for gradients that other processes have in their sums already.
         """
         draw_again = _random_numbers(self.device)
-        shares = None
+        positives: Tensor | None = None
+        total: Tensor | None = None
         while True:
             try:
-                if shares is None and self.processes.several:  # once: all add to it
-                    shares = self._shares(batch)
+                shares = None
+                if self.processes.several or min(self.parts, len(batch.images)) > 1:
+                    if positives is None or total is None:  # once: all add to it
+                        positives = self._positives(batch)
+                        total = self.processes.add(positives.sum())
+                    # What the sums of each image here are multiplied by, so that those of the step add up to its loss.
+                    shares = self.objective.shares(
+                        positives, total=total, images=self.images or len(positives)
+                    )
                 return self._there_and_back(batch, shares)
             except torch.cuda.OutOfMemoryError:
                 self._take_more_parts(len(batch.images))
@@ -219,7 +227,7 @@ class TrainingStep:
         self.parts = min(2 * parts, images)
 
     def _advice(self) -> str:
-        if isinstance(self.activations, nullcontext):
+        if self.forward is self.network and isinstance(self.activations, nullcontext):
             return "go on with --resume RUN --checkpoint-gradients, or start anew with a smaller --image-size"
         return "start anew with a smaller --image-size"
 
@@ -228,8 +236,6 @@ class TrainingStep:
         targets = batch.targets.to(self.device)
         height, width = images.shape[2:]
         parts = min(self.parts, len(images))
-        if shares is None and parts > 1:
-            shares = self._shares(batch)
         found = []
         for part in range(parts):
             of_part = share_of(len(images), part, parts)
@@ -251,13 +257,10 @@ class TrainingStep:
             )
         return torch.stack(found).sum(dim=0)
 
-    def _shares(self, batch: Batch) -> Tensor:
-        """Return what the sums of each image here are multiplied by, so that those of the step add up to its loss."""
+    def _positives(self, batch: Batch) -> Tensor:
+        """Return how many anchors of each image here are positive."""
         height, width = batch.images.shape[2:]
-        positives = self.objective.positives(batch.targets.to(self.device), height=height, width=width)
-        return self.objective.shares(
-            positives, total=self.processes.add(positives.sum()), images=self.images or len(positives)
-        )
+        return self.objective.positives(batch.targets.to(self.device), height=height, width=width)
 
     def share_statistics(self) -> None:
         """Give all processes the main one's running statistics, which each gathers from its own images."""

@@ -83,9 +83,11 @@ class RunStory:
         for record in history:
             self.left.remember(record)
             self.told_unreadable.update(record.get("unreadable", []))
-        self.writers.open(self.plan.options, self.folder, self.first)
         if 0 < self.first < self.plan.steps and self.early is None:
             self.folder.note_resume(self.first)
+        self.writers.open(
+            self.plan.options, self.folder, self.first
+        )  # last of what may fail: it has to be closed
         self._report_progress()
         self.progress.__enter__()
 
