@@ -82,11 +82,13 @@ def test_examples_hold() -> None:
 # --- the trial --------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_ends_with_an_estimate(data: Path) -> None:
+def test_a_dry_run_ends_with_an_estimate_and_writes_nothing(data: Path, tmp_path: Path) -> None:
     said = io.StringIO()
     began = time.monotonic()
-    options = TrainingOptions(data=str(data), dry_run=True, **{**TEST, "validate_every_steps": 12})
+    told = {**TEST, "output": str(tmp_path / "dry"), "validate_every_steps": 12}
+    options = TrainingOptions(data=str(data), dry_run=True, **told)
     assert run_training(options, Console(file=said, width=200)) is None
+    assert not (tmp_path / "dry").exists()
     assert time.monotonic() - began < 60  # it is a second or two where nothing has to be compiled
     *_, estimate, last = said.getvalue().splitlines()
     assert last == "dry run: nothing was written"

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("numba")
 
-from kernel_cases import run_python, torch_threads
+from fresh import run_python
+from kernel_cases import torch_threads
 from retinanet.kernels.cpu import focal, matching, memory, selection, threads
 from retinanet.kernels.cpu import nms as nms_kernel
 from test_kernels_focal import check_focal

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 from PIL import Image
 from scipy.stats import kendalltau
 
+import fresh
 from retinanet.checkpoint import Model, save_model
 from retinanet.cli.main import main
 from retinanet.data import open_dataset
@@ -706,18 +705,20 @@ running.run_all(jobs, running.Store(Path(sys.argv[1])), parallel=2, say=print, d
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_no_run_behind(tmp_path: Path, number: signal.Signals) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], stderr=subprocess.DEVNULL)
+    parent = fresh.start(SLEEPER, tmp_path, said=tmp_path / "said")
     try:
         until = time.monotonic() + 120
         while len(logs := [file for file in tmp_path.glob("*.log") if file.read_text()]) < 2:
             assert time.monotonic() < until
             time.sleep(0.05)
         children = [int(file.read_text()) for file in logs]
-        parent.send_signal(number)
-        assert parent.wait(50) != 0
+        assert parent.pid is not None
+        os.kill(parent.pid, number)
+        parent.join(50)
+        assert parent.exitcode
     finally:
         parent.kill()
-        parent.wait()
+        parent.join()
     for pid in children:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

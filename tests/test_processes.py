@@ -21,6 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import fresh
 import two_processes
 from kernel_cases import torch_threads
 from retinanet.batches import Batch
@@ -61,9 +62,8 @@ def two(data: Path, out: Path, *cases: str) -> Found:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-W", "error", str(SCRIPT), str(data), str(out), *cases]
-    done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=500)
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = fresh.run(SCRIPT, data, out, *cases, environment=told, seconds=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
     def found(case: str) -> list[dict[str, Any]]:
