@@ -56,6 +56,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return generate_shapes(folder, train=8, val=4, spec=ShapesSpec(image_size=96))
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a run take as long as the runs here."""
+    monkeypatch.setattr("retinanet.training.run.draw_run", lambda *_: None)
+
+
 # ---------------------------------------------------------------------------------- published and settings
 
 
@@ -228,9 +234,14 @@ def request(data: Path, output: Path, **changes: Any) -> Request:
     return replace(usual, about_data="blood: 8 training images, 25% without objects", **changes)
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, ap: Any) -> list[Job]:
-    """Put a function of the job in the place of training; return the list of what was run."""
+def fake(monkeypatch: pytest.MonkeyPatch, ap: Any, *, drawn: bool = False) -> list[Job]:
+    """Put a function of the job in the place of training; return the list of what was run.
+
+    Figures become files only where asked: a page is written after every run.
+    """
     ran: list[Job] = []
+    if not drawn:
+        monkeypatch.setattr("retinanet.paper.page._png", lambda _: b"")
 
     def run_apart(job: Job, store: Store, *_: object) -> tuple[int, str]:
         ran.append(job)
@@ -382,9 +393,7 @@ def test_results_under_other_conditions_do_not_mix(
     assert re.fullmatch(r"shapes: 8 training images, \d+% without objects", about)
 
 
-def test_a_real_run_in_a_process_of_its_own(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(replace(cross_entropy(0.75), side=240), "tiny", str(data), 0.5, 1)
     assert job_of(json.dumps(dataclasses.asdict(job))) == job
     monkeypatch.setitem(SCALES, "tiny", replace(TINY, steps=2))
@@ -398,9 +407,14 @@ def test_a_real_run_in_a_process_of_its_own(
     assert plan["recipe"]["loss"] == "balanced-ce"
     assert plan["steps"] == plan["validate_every"] == 2
     assert not (store.run(job) / "last").exists()
-    # Apart: what cannot be trained ends with a message, and the command goes on.
-    absent = replace(job, data=str(tmp_path / "absent"))
-    said: list[str] = []
+
+
+@pytest.mark.slow
+def test_what_cannot_be_trained_ends_its_own_process_with_a_message_and_the_command_goes_on(
+    tmp_path: Path,
+) -> None:
+    store, said = Store(tmp_path), list[str]()
+    absent = Job(focal(2), "tiny", str(tmp_path / "absent"), 0.5, 1)
     (failure,) = run_all([absent], store, parallel=1, say=said.append, done=lambda: None)
     assert "exit code 2; retinanet: " in failure
     assert "absent" in failure
@@ -475,7 +489,7 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], arguments: tuple[str
 def test_the_command_measures_and_tells(
     capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(monkeypatch, lambda job: 0.3 if job.setting != cross_entropy(0.75) else None)
+    fake(monkeypatch, lambda job: 0.3 if job.setting != cross_entropy(0.75) else None, drawn=True)
     code, out, _ = run(
         capsys,
         "table3",
