@@ -285,7 +285,7 @@ def test_a_refusal_of_the_device_is_no_end(train: Dataset, monkeypatch: pytest.M
 
     room = [4]
     monkeypatch.setattr(batch_size.TrainingStep, "of", lambda *_: Step())
-    monkeypatch.setattr(batch_size, "limit_of", lambda _: Limit(16 * GB, "cuda"))
+    monkeypatch.setattr(batch_size, "limit_of", lambda *_: Limit(16 * GB, "cuda"))
     for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: tried[-1] * GB)
@@ -333,6 +333,7 @@ def test_what_fits_each_process_is_taken_by_all(
     train: Dataset, monkeypatch: pytest.MonkeyPatch, device: str, ours: int, theirs: int, together: int
 ) -> None:
     monkeypatch.setattr(Two, "theirs", (theirs, "theirs"))
+    monkeypatch.setattr(batch_size, "limit_of", lambda *_: Limit(GB, "what there is"))
     asked: list[int] = []
     for search in ("_on_cpu", "_on_cuda"):
         monkeypatch.setattr(
@@ -412,7 +413,7 @@ def test_the_random_numbers_of_the_caller_stay(train: Dataset, monkeypatch: pyte
     plan = plan_of(train)
     network = build_network(plan)
     before = torch.random.get_rng_state()
-    monkeypatch.setattr(batch_size, "limit_of", lambda _: Limit(10**15, "this machine"))
+    monkeypatch.setattr(batch_size, "limit_of", lambda *_: Limit(10**15, "this machine"))
     fit_batch(plan, network, train)
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -424,7 +425,7 @@ def test_a_run_takes_what_fits_and_is_resumed_with_it(
 ) -> None:
     """Nothing is tried when it goes on, wherever that is."""
     run, said = tmp_path / "run", io.StringIO()
-    monkeypatch.setattr(batch_size, "limit_of", lambda _: Limit(10**15, "this machine"))
+    monkeypatch.setattr(batch_size, "limit_of", lambda *_: Limit(10**15, "this machine"))
     monkeypatch.setattr(batch_size, "measured", lambda *_, **__: Need({1: 3 * 10**14}))
     options = TrainingOptions(data=str(data), output=str(run), steps=4, **AUTO)
     with monkeypatch.context() as patch:

@@ -165,7 +165,7 @@ def test_one_image_says_at_most_how_much_the_batch_takes(
 def test_a_device_is_tried_with_the_whole_batch(train: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 3.0)
-    monkeypatch.setattr(timing, "limit_of", lambda _: MACHINE)
+    monkeypatch.setattr(timing, "limit_of", lambda *_: MACHINE)
     monkeypatch.setattr(timing.TrainingStep, "of", lambda *_: None)
     plan = dataclasses.replace(plan_of(train, batch_size=16), device=torch.device("cuda"))
     estimate = timing.estimate_run(plan, build_network(plan), train, train)

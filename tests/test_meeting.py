@@ -182,16 +182,17 @@ def test_processes_that_have_not_the_same_are_refused(monkeypatch: pytest.Monkey
 
 
 def test_a_process_whose_number_is_known_has_that_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, several = torch.device("cuda"), Processes(1, 4)
+    cuda, several = torch.device("cuda"), Processes(1, 4, here=2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert device_of_process(cuda) == cuda  # alone
+    assert device_of_process(cuda, Processes(1, 4)) == cuda  # on its machine
     assert device_of_process(cuda, several) == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(
-        ConfigError, match=r"torch sees 2 here for the process with LOCAL_RANK 2\. Give torchrun"
+        ConfigError,
+        match=r"torch sees 2 here for the 2 processes of this machine, of which this is number 2\. Give",
     ):
         device_of_process(cuda, several)
     monkeypatch.delenv("LOCAL_RANK")
@@ -238,7 +239,7 @@ def test_a_run_that_torchrun_began_goes_on(tmp_path: Path, monkeypatch: pytest.M
     command = Train(data="data", output=str(tmp_path / "run"), workers=3)
     RunFolder.create(command.output, command)
     assert command.run() == 0
-    assert gone_on == [(RunFolder(tmp_path / "run"), 3)]
+    assert gone_on == [(RunFolder(tmp_path / "run"), command)]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
     with pytest.raises(ConfigError, match="--output needs a new folder"):
         command.run()

@@ -150,10 +150,8 @@ def test_processes_share_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "memory_limit", lambda: Limit(9 * GB, "this machine"))
     monkeypatch.setattr(memory, "resident", lambda: GB)
     cpu = torch.device("cpu")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert memory.limit_of(cpu) == Limit(9 * GB, "this machine")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory.limit_of(cpu) == Limit(3 * GB, "this machine for each of 4 processes")
+    assert memory.limit_of(cpu, 4) == Limit(3 * GB, "this machine for each of 4 processes")
     monkeypatch.setattr(memory, "memory_limit", lambda: None)
     assert memory.limit_of(cpu) is None
 

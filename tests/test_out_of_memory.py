@@ -6,7 +6,6 @@ Torch's error is raised by hand here, on a CPU.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -77,9 +76,17 @@ def test_the_step_is_that_of_as_many_parts_from_the_start() -> None:
 @pytest.mark.parametrize(
     ("images", "checkpoint_gradients", "message"),
     [
-        (1, False, "for one image; use a smaller --image-size or --checkpoint-gradients"),
-        (1, True, "for one image; use a smaller --image-size"),
-        (3, False, "for one image; use a smaller --image-size or --checkpoint-gradients"),
+        (
+            1,
+            False,
+            "go on with --resume RUN --checkpoint-gradients, or start anew with a smaller --image-size",
+        ),
+        (1, True, "start anew with a smaller --image-size"),
+        (
+            3,
+            False,
+            "go on with --resume RUN --checkpoint-gradients, or start anew with a smaller --image-size",
+        ),
     ],
 )
 def test_advice_is_of_what_helps(images: int, checkpoint_gradients: bool, message: str) -> None:
@@ -88,32 +95,20 @@ def test_advice_is_of_what_helps(images: int, checkpoint_gradients: bool, messag
     Device(network, room=0)
     with pytest.raises(TrainingError) as refused:
         step(batch(images), 0.01)
-    assert str(refused.value) == f"no memory left on cpu {message}"
+    assert str(refused.value) == f"no memory left on cpu for one image; {message}"
 
 
-class Two(Processes):
-    """Others wait for sums of the attempt that failed."""
+def test_no_room_for_the_step_itself_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = step_of(network_of())
 
-    def copy_of_main(self, tensor: Tensor) -> None: ...
+    def full() -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    def add(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def add_later(self, tensor: Tensor) -> Callable[[], None]:
-        return lambda: None
-
-
-def test_what_others_have_added_cannot_be_taken_back() -> None:
-    network = network_of()
-    step = step_of(network, processes=Two(0, 2))
-    step.gradients.sent = 1
-    Device(network, room=1)
-    with pytest.raises(TrainingError) as refused:
-        step(batch(3), 0.01)
-    assert str(refused.value) == (
-        "no memory left on cpu for 3 images at once; use a smaller --image-size or --checkpoint-gradients or "
-        "--accumulate 2"
-    )
+    monkeypatch.setattr(step.optimizers[0], "step", full)
+    with pytest.raises(
+        TrainingError, match="no memory left on cpu for the optimiser's step; start anew with --optim"
+    ):
+        step(batch(1), 0.01)
 
 
 def test_a_run_that_goes_on_takes_as_many_parts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

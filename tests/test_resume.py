@@ -33,6 +33,7 @@ from retinanet.objective import focal
 from retinanet.training import loop, timing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
+from retinanet.training.planning import Plan
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import resume_training, run_training
 from retinanet.training.state import State, newest_state, read_state, save_state
@@ -265,10 +266,46 @@ def test_stopped_three_times_in_one_epoch_with_other_workers(
         for workers in (2, 1):
             stop_at(1, patch, terminate)
             with pytest.raises(Stopped):
-                resume_training(run, quiet(), workers=workers)
+                resume_training(run, quiet(), asked=TrainingOptions(data="", workers=workers))
     resume_training(run, quiet())
     assert seen == whole[1]
     assert_the_same(run, whole[0])
+
+
+def test_what_it_needs_to_go_on_with_less_memory_or_elsewhere(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less memory for a step, its own copy of the anchors, and the precision of the machine where it began."""
+    run, anchors = tmp_path / "run", tmp_path / "anchors.yaml"
+    anchors.write_text("sizes: [9, 18, 36, 72, 144]\nratios: [1.0]\n")
+    options = TrainingOptions(data=str(data), output=str(run), **{**TINY, "anchors": str(anchors)})
+    with monkeypatch.context() as patch:
+        stop_at(1, patch, terminate)
+        with pytest.raises(Stopped):
+            run_training(options, quiet())
+    anchors.unlink()
+    began = json.loads((run / "plan.json").read_text())["precision"]
+    other = {"fp32": "bf16", "bf16": "fp32"}[began]
+    monkeypatch.setattr(
+        "retinanet.training.planning.resolve_precision", lambda _, asked: other if asked == "auto" else asked
+    )
+    plans = []
+
+    def trained(plan: Plan, *_: object) -> None:
+        plans.append(plan)
+        raise Stopped(15, "far enough")
+
+    monkeypatch.setattr("retinanet.training.run.train_network", trained)
+    moved = run.rename(tmp_path / "moved")
+    for arguments in ([], ["--accumulate", "2", "--checkpoint-gradients"]):
+        with pytest.raises(SystemExit) as end:
+            main(["train", "--resume", str(moved), *arguments])
+        assert end.value.code == 143
+    usual, less = (plan.options for plan in plans)
+    assert (usual.accumulate, usual.checkpoint_gradients) == (1, False)
+    assert (less.accumulate, less.checkpoint_gradients) == (2, True)
+    assert usual.precision == less.precision == began
+    assert plans[0].spec.anchors.sizes == (9, 18, 36, 72, 144)
 
 
 def test_it_says_where_it_goes_on_and_the_log_has_no_repeated_step(
@@ -578,7 +615,9 @@ def test_a_signal_to_a_run_that_has_no_step_left_stops_at_once(
 
 
 def test_settings_beside_resume_are_refused_in_python(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="takes --workers alone; got --lr"):
+    with pytest.raises(
+        ConfigError, match="takes --workers, --accumulate and --checkpoint-gradients alone; got --lr"
+    ):
         retinanet.train(data=str(data), resume=str(tmp_path), lr=0.1)
 
 
@@ -654,9 +693,15 @@ def test_sgd_with_batchnorm_and_without_an_average_resumes_as_well(
     [
         (["--resume", "nowhere"], "--resume needs the folder of a run; nowhere does not exist"),
         (["--resume", "."], "--resume needs the folder of a run; . has no config.yaml"),
-        (["--resume", "RUN", "--lr", "0.1"], "takes --workers alone; got --lr"),
+        (
+            ["--resume", "RUN", "--lr", "0.1"],
+            "takes --workers, --accumulate and --checkpoint-gradients alone; got --lr",
+        ),
         (["--resume"], "--resume needs a value; nothing was given"),
-        (["other", "--resume", "RUN"], "takes --workers alone; got other"),
+        (
+            ["other", "--resume", "RUN"],
+            "--workers, --accumulate and --checkpoint-gradients alone; got other",
+        ),
     ],
 )
 def test_what_the_command_refuses(

@@ -221,10 +221,15 @@ def test_a_disk_that_refuses_on_the_way_leaves_the_state_before(
     assert_equal(found, a_state(5))
 
 
-def test_what_a_killed_process_left_is_no_state_and_goes(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_no_state_and_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the disk is asked whether there is room: it may be all the room."""
     left = tmp_path / ".00000007.99999.part"
     left.mkdir()
     (left / "network.safetensors").write_bytes(b"half")
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 0 if left.exists() else 10**9))
     assert newest_state(tmp_path) == (None, [])
     save_state(tmp_path, a_state())
     assert os.listdir(tmp_path) == ["00000012"]

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -163,6 +163,7 @@ def exchange(processes: Processes, *_: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "told": processes.told(f"rank {processes.rank}"),
         "gathered": processes.gathered(processes.rank),
+        "here": processes.here,
         "largest": processes.largest(processes.rank, 5 - processes.rank),
         "added": processes.add(torch.full((3,), float(processes.rank + 1))).tolist(),
     }
@@ -198,7 +199,36 @@ def gradients(processes: Processes, *_: str) -> dict[str, Any]:
             layers[1](layers[0](images[part : part + 1])).square().sum().backward()
         summed.finish()
         found[bucket] = [None if p.grad is None else p.grad.clone() for p in layers.parameters()]
+    found["taken again"], found["sent"] = taken_again(processes)
     return found
+
+
+def taken_again(processes: Processes) -> tuple[list[Any], int]:
+    """The second process fails on its way back, where the other has sums of it already; how many is returned, too."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 5, 3))
+    summed = GradientSum(layers.parameters(), processes, bucket=1)
+    torch.manual_seed(1 + processes.rank)
+    images = torch.randn(2, 3, 8, 8)
+    sent = 0
+    if processes.rank == 1:
+        summed.begin(last=True)
+        inside = layers[0](images)
+        inside.register_hook(no_memory)
+        with suppress(torch.cuda.OutOfMemoryError):
+            layers[1](inside).square().sum().backward()
+        sent = summed.sent
+        summed.forget()
+        layers.zero_grad(set_to_none=True)
+    for part in range(2):
+        summed.begin(last=part == 1)
+        layers(images[part : part + 1]).square().sum().backward()
+    summed.finish()
+    return [p.grad for p in layers.parameters()], sent
+
+
+def no_memory(_: torch.Tensor) -> None:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
 def steps(processes: Processes, data: str, _: str) -> dict[str, Any]:
@@ -230,7 +260,7 @@ def fitting(processes: Processes, data: str, _: str) -> dict[str, Any]:
     found: dict[str, Any] = {"asked": plan.batch_size}
     for case, room in (("fewer", 2), ("none", 1)):
         told = {
-            "limit_of": lambda _, room=room: Limit(
+            "limit_of": lambda _, here, room=room: Limit(
                 (10 if processes.main else room) * 10**12, f"rank {processes.rank}"
             ),
             "measured": lambda *_, **__: Need({1: 10**12}),

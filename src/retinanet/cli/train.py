@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from retinanet.errors import ConfigError
-from retinanet.training.configuration import TrainingOptions, read_config
+from retinanet.training.configuration import ALSO_RESUMED, TrainingOptions, nothing_else, option, read_config
 from retinanet.training.folder import RunFolder
 
 LENGTHS = ("--epochs", "--steps", "--time")
@@ -25,7 +25,7 @@ class Train(TrainingOptions):
         if self.resume is not None:
             from retinanet.training.run import resume_training
 
-            resume_training(Path(self.resume), workers=self.workers)
+            resume_training(Path(self.resume), asked=self)
             return 0
         folder = None
         if is_main() and not self.dry_run and RunFolder.begun_by_this_launch(self) is None:
@@ -45,16 +45,14 @@ def is_main() -> bool:
 def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
     """Take `--config FILE` out of the arguments; return the rest, and the file's options as defaults for it.
 
-    With `--resume RUN`, whose options are the run's own, nothing but --workers may be given beside it, not even DATA.
+    With `--resume RUN`, whose options are the run's own, only `ALSO_RESUMED` may be given beside it, not even DATA.
     """
     rest = list(arguments)
     named = [argument.partition("=")[0] for argument in arguments]
     if "--resume" in named:
         others = _beside_resume(arguments[1:])
         if others:
-            raise ConfigError(
-                f"--resume goes on with the run's own settings and takes --workers alone; got {others[0]}"
-            )
+            raise nothing_else(others[0])
         place = named.index("--resume")
         _, equals, run = arguments[place].partition("=")
         run = run if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
@@ -77,12 +75,14 @@ def options_of_config(arguments: list[str]) -> tuple[list[str], Train | None]:
 
 
 def _beside_resume(arguments: list[str]) -> list[str]:
-    """Return the arguments that are neither --resume nor --workers nor a value of these."""
+    """Return the arguments that are neither --resume, nor of `ALSO_RESUMED`, nor a value of these."""
+    flag = option("checkpoint_gradients")
+    known = {"--resume", *map(option, ALSO_RESUMED)}
     others, is_value = [], False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        if name in ("--resume", "--workers"):
-            is_value = not equals
+        if name in known:
+            is_value = not equals and name != flag
         elif is_value and not argument.startswith("--"):
             is_value = False
         else:

@@ -37,12 +37,14 @@ class Processes:
         count: of all.
         messages: the group through which what lies in the host's memory goes; None is the group of all.
         patient: the same, for waits of any length (`PATIENCE`).
+        here: how many of them are on this machine, and share its processors and memory.
     """
 
     rank: int = 0
     count: int = 1
     messages: Any = field(default=None, compare=False, repr=False)
     patient: Any = field(default=None, compare=False, repr=False)
+    here: int = 1
 
     @property
     def main(self) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -36,7 +39,7 @@ def joined_processes() -> Iterator[Processes]:
         messages: Any = None if "gloo" in backends else _gloo(STEP_WAITS)
         patient = _gloo(PATIENCE)
         try:
-            yield Processes(dist.get_rank(), dist.get_world_size(), messages, patient)
+            yield _described(messages, patient)
         finally:
             for group in (messages, patient):
                 if group is not None:
@@ -53,11 +56,26 @@ def joined_processes() -> Iterator[Processes]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     exchange(_meet, backend)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), None, _gloo(PATIENCE))
+        yield _described(None, _gloo(PATIENCE))
     except BaseException:
         _leave_at_once()
         raise
     dist.destroy_process_group()
+
+
+def _described(messages: Any, patient: Any) -> Processes:
+    """Return the processes of the default group. Who is on which machine they tell each other: not everything that
+    starts processes says so."""
+    joined = Processes(dist.get_rank(), dist.get_world_size(), messages, patient)
+    machines = joined.gathered(_machine())
+    return replace(joined, here=machines.count(machines[joined.rank]))
+
+
+def _machine() -> str:
+    """Return what tells this machine from others of the same name: when it was started, where the system says so."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text()}"
+    return socket.gethostname()
 
 
 def _gloo(timeout: timedelta) -> Any:

@@ -179,14 +179,14 @@ def fit_batch(plan: Plan, network: RetinaNet, train: Dataset, processes: Process
     Raises:
         ConfigError: not even one image fits, or the system does not say.
     """
-    case = worst_case(plan, train)
-    processes.wait()  # all read what is left before one of them takes some of it
+    case, limit = worst_case(plan, train), limit_of(plan.device, processes.here)
+    processes.wait()  # all have read what is left before one of them takes some of it
     search = _on_cuda if plan.device.type == "cuda" else _on_cpu
     each = dataclasses.replace(plan, batch_size=-(-plan.batch_size // processes.count))
     images, why = 0, ""
     try:
         with torch.random.fork_rng(devices=[]):
-            images, why = search(each, network, train, case)
+            images, why = search(each, network, train, case, limit)
     except ConfigError as error:
         why = str(error)
     # Nobody waits for one that has given up: all hear of it.
@@ -226,8 +226,9 @@ def with_stored_batch(
     return with_batch(plan, train, images, "as the run began", processes)
 
 
-def _on_cpu(plan: Plan, network: RetinaNet, train: Dataset, case: WorstCase) -> tuple[int, str]:
-    limit = limit_of(plan.device)
+def _on_cpu(
+    plan: Plan, network: RetinaNet, train: Dataset, case: WorstCase, limit: Limit | None
+) -> tuple[int, str]:
     if limit is None or not restart_peak():
         raise ConfigError(
             "--batch-size auto on a CPU needs a system that tells how much memory a process held at most (Linux); "
@@ -284,12 +285,12 @@ def _of_loader(plan: Plan, train: Dataset, case: WorstCase) -> tuple[float, floa
     return 0.0, plan.workers * (decoded + 4 * prepared)
 
 
-def _on_cuda(plan: Plan, network: RetinaNet, train: Dataset, case: WorstCase) -> tuple[int, str]:
+def _on_cuda(
+    plan: Plan, network: RetinaNet, train: Dataset, case: WorstCase, limit: Limit | None
+) -> tuple[int, str]:
+    assert limit is not None
     device = plan.device
     step = TrainingStep.of(uncompiled(plan), copy.deepcopy(network))
-    torch.cuda.empty_cache()
-    limit = limit_of(device)
-    assert limit is not None
 
     def attempt(images: int) -> int | None:
         torch.cuda.empty_cache()

@@ -6,9 +6,11 @@ An option left at None is decided by the recipe and printed before step 1.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
 
 import tyro
 import yaml
@@ -21,6 +23,9 @@ from retinanet.training.anchor_file import AskedAnchors, parse_anchors
 DEFAULT_BACKBONE = "resnet50"
 LossName: TypeAlias = Literal["focal", "ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"]
 WriterName: TypeAlias = Literal["tensorboard", "wandb", "mlflow"]
+
+# What may be given beside --resume: nothing else of how a run is computed may change on its way.
+ALSO_RESUMED = ("workers", "accumulate", "checkpoint_gradients")
 
 # What each loss can be told, and what it is told where nobody says anything: the paper's best.
 SETTINGS: dict[LossName, dict[str, float]] = {
@@ -204,7 +209,8 @@ class _RunOptions:
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="(default: a new run)")] = (
         None
     )
-    """Run to go on with, as if it had never stopped; needs nothing else, and takes --workers alone."""
+    """Run to go on with, as if it had never stopped; needs nothing else, and takes --workers, --accumulate and
+    --checkpoint-gradients alone."""
     image_root: Annotated[str | None, OPTIONAL_FOLDER] = None
     """Folder of the images, where it is another than the format says; links may lead there, nowhere else."""
     box_format: Literal["auto", "xyxy", "xywh"] = "auto"
@@ -289,6 +295,13 @@ class _RunOptions:
         self.asked_anchors()
         self.writers()
 
+    def resumed_with(self, asked: TrainingOptions) -> TrainingOptions:
+        """Return the options of a run, with those of `ALSO_RESUMED` that are asked for now."""
+        given = {one.name: getattr(asked, one.name) for one in dataclasses.fields(asked)}
+        usual = {one.name: one.default for one in dataclasses.fields(asked)}
+        changed = {name: given[name] for name in ALSO_RESUMED if given[name] != usual[name]}
+        return dataclasses.replace(cast(TrainingOptions, self), **changed)
+
     def asked_batch(self) -> int | None:
         """Return `--batch-size` where it is a number."""
         return None if isinstance(self.batch_size, str) else self.batch_size
@@ -357,13 +370,25 @@ def require_of_loss(loss: LossName, options: _RunOptions) -> None:
             raise ConfigError(f"{option(name)} belongs to --loss {those}; got --loss {loss}")
 
 
+def nothing_else(given: str) -> ConfigError:
+    """Return the error of what may not be given beside --resume."""
+    *others, last = (option(name) for name in ALSO_RESUMED)
+    return ConfigError(
+        f"--resume goes on with the run's own settings and takes {', '.join(others)} and {last} alone; got {given}"
+    )
+
+
 def option(name: str) -> str:
     """Return how a field is written on the command line."""
     return "--" + name.replace("_", "-")
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Read options from a YAML file as `write_config` makes it; unknown keys are errors."""
+def read_config(path: str | Path, instead: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Read options from a YAML file as `write_config` makes it; unknown keys are errors.
+
+    Args:
+        instead: options that take the place of the file's.
+    """
     path = Path(path)
     try:
         if path.stat().st_size > 1_000_000:
@@ -378,7 +403,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path} needs one `option: value` a line; got {type(values).__name__}")
-    plain = {str(key).replace("-", "_"): value for key, value in values.items()}
+    plain = {**{str(key).replace("-", "_"): value for key, value in values.items()}, **instead}
     # Built once with a data set's name filled in, so that a wrong key or value is named with its file.
     from_plain(TrainingOptions, {"data": "", **plain}, f"--config {path}")
     return plain

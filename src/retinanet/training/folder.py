@@ -53,6 +53,8 @@ class RunFolder:
         folder = cls(path, made)
         write_json(path / "environment.json", environment)
         write_config(path / "config.yaml", from_anywhere(options))
+        if options.anchors is not None and Path(options.anchors).is_file():
+            write_text(folder.anchors, Path(options.anchors).read_text(encoding="utf-8"))
         folder.note_command()
         return folder
 
@@ -75,7 +77,7 @@ class RunFolder:
 
     def take_back(self) -> None:
         """Remove what `create` wrote: the run never began, and the same command would write it again."""
-        for name in ("config.yaml", "command.txt", "environment.json", LOCK):
+        for name in ("config.yaml", "command.txt", "environment.json", self.anchors.name, LOCK):
             (self.path / name).unlink(missing_ok=True)
         if self.made:
             with suppress(OSError):  # something else is in it
@@ -118,6 +120,16 @@ class RunFolder:
             what = "has no config.yaml" if path.is_dir() else "does not exist"
             raise ConfigError(f"--resume needs the folder of a run; {path} {what}")
         return cls(path)
+
+    def options(self) -> TrainingOptions:
+        """Return what the run was started with, its own copy of a file of anchors among it."""
+        instead = {"anchors": str(self.anchors)} if self.anchors.is_file() else {}
+        return TrainingOptions(**{"data": "", **read_config(self.path / "config.yaml", instead)})
+
+    @property
+    def anchors(self) -> Path:
+        """A copy of the file of `--anchors`, where it is one: a run that goes on needs it again."""
+        return self.path / "anchors.yaml"
 
     @property
     def checkpoints(self) -> Path:

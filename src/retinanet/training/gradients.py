@@ -63,7 +63,7 @@ class GradientSum:
         self.last = last
 
     def forget(self) -> None:
-        """Begin a step anew of which nothing was sent."""
+        """Begin a step anew. What was sent stays: it was whole, and others have it in their sums."""
         for bucket in self.buckets:
             bucket.arrived = 0
 

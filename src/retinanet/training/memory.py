@@ -144,13 +144,13 @@ def restart_peak_memory(device: torch.device) -> bool:
     return True
 
 
-def limit_of(device: torch.device) -> Limit | None:
+def limit_of(device: torch.device, processes: int = 1) -> Limit | None:
     """Return what this process may hold: on a CUDA device its tensors, beside what others have there; on a CPU
-    `memory_limit`, of which each process that torchrun started on this machine gets its part.
+    `memory_limit`, of which each of so many processes of this machine gets its part.
     """
     if device.type != "cuda":
         limit = memory_limit()
-        return limit and limit.shared(resident() or 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return limit and limit.shared(resident() or 0, processes)
     return Limit(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), str(device))
 
 

@@ -272,7 +272,7 @@ def plan_run(
     if options.checkpoint_gradients:
         reasons.append(("activations", "computed again in the backward pass", "asked for"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores //= processes.here
     # On a CPU the network has every core already: a worker only takes turns with it.
     fitting = 0 if device.type == "cpu" else min(8, max(1, cores - 1))
     workers = fitting if options.workers is None else options.workers

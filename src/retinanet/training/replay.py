@@ -12,7 +12,7 @@ from retinanet.errors import ConfigError
 from retinanet.folders import read_json
 from retinanet.model import ModelSpec
 from retinanet.plain import from_plain
-from retinanet.training.configuration import TrainingOptions, read_config
+from retinanet.training.folder import RunFolder
 from retinanet.training.planning import training_preprocessing
 
 
@@ -33,7 +33,7 @@ def replay(file: str | Path) -> Batch:
     written = read_json(file)
     if not {"step", "images"} <= written.keys():
         raise ConfigError(f"replay needs RUN/skipped/STEP.json of a run; {file} is none")
-    options = TrainingOptions(**{"data": "", **read_config(run / "config.yaml")})
+    options = RunFolder(run).options()
     plan = read_json(run / "plan.json")
     try:
         step, images = int(written["step"]), [image["index"] for image in written["images"]]

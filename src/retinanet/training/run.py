@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, get_args
 
 import torch
 from rich.console import Console
 
-from retinanet.devices import deterministic_algorithms
+from retinanet.devices import Precision, deterministic_algorithms
 from retinanet.errors import CheckpointError, ConfigError, LostProcessError, RetinaNetError
 from retinanet.folders import read_json
 from retinanet.inference import Detector, Validation, load
 from retinanet.processes import ALONE, Processes, joined_processes
-from retinanet.training.configuration import TrainingOptions, option, read_config
+from retinanet.training.configuration import ALSO_RESUMED, TrainingOptions, nothing_else, option
 from retinanet.training.folder import RunFolder, from_anywhere, go_on
 from retinanet.training.loop import train_network
 from retinanet.training.memory import most_held
@@ -91,7 +91,7 @@ def run_training(
     console = console or plain_console()
     if options.resume is not None:
         _require_nothing_else(options)
-        return resume_training(Path(options.resume), console, change, workers=options.workers)
+        return resume_training(Path(options.resume), console, change, asked=options)
     made = folder
     try:
         with _processes_and_signals() as (processes, stop):
@@ -100,7 +100,7 @@ def run_training(
             if not options.dry_run:
                 folder, begun = _folder_of(options, folder, processes)
                 if begun:
-                    return _go_on(folder, console, change, options.workers, processes, stop)
+                    return _go_on(folder, console, change, options, processes, stop)
                 made = folder if processes.main else None
                 where = f"; start it again with: {go_on(folder)}"
             with _held(folder, processes):
@@ -149,10 +149,8 @@ def _held(folder: RunFolder | None, processes: Processes) -> AbstractContextMana
 def _require_nothing_else(options: TrainingOptions) -> None:
     """Refuse settings beside `resume`: the run has its own."""
     for one in fields(options):
-        if one.name not in ("data", "resume", "workers") and getattr(options, one.name) != one.default:
-            raise ConfigError(
-                f"--resume goes on with the run's own settings and takes --workers alone; got {option(one.name)}"
-            )
+        if one.name not in ("data", "resume", *ALSO_RESUMED) and getattr(options, one.name) != one.default:
+            raise nothing_else(option(one.name))
 
 
 def resume_training(
@@ -160,7 +158,7 @@ def resume_training(
     console: Console | None = None,
     change: Callable[[Recipe], Recipe] | None = None,
     *,
-    workers: int | None = None,
+    asked: TrainingOptions | None = None,
 ) -> Run:
     """Go on with a run from its newest sound state, to the same weights as if it had never stopped.
 
@@ -168,7 +166,8 @@ def resume_training(
 
     Args:
         change: the one that the run was started with.
-        workers: for this time; what is trained does not depend on it.
+        asked: has those of `ALSO_RESUMED` that are to be others from now on; what is trained depends on none of them,
+            but for rounding.
 
     Raises:
         ConfigError: there is no run, or its data, this version or this machine would make it another.
@@ -176,16 +175,14 @@ def resume_training(
     console = console or plain_console()
     folder = RunFolder.existing(path)
     with _processes_and_signals() as (processes, stop):
-        return _go_on(
-            folder, console if processes.main else silent_console(), change, workers, processes, stop
-        )
+        return _go_on(folder, console if processes.main else silent_console(), change, asked, processes, stop)
 
 
 def _go_on(
     folder: RunFolder,
     console: Console,
     change: Callable[[Recipe], Recipe] | None,
-    workers: int | None,
+    asked: TrainingOptions | None,
     processes: Processes,
     stop: StopRequest,
 ) -> Run:
@@ -193,13 +190,17 @@ def _go_on(
         with stop.at_once(f"stopped by a signal; go on with: {go_on(folder)}"):
             with processes.main_first():  # what is damaged is told once, and put aside once
                 folder = RunFolder.existing(folder.path)
-                options = TrainingOptions(**{"data": "", **read_config(folder.path / "config.yaml")})
-                options = replace(options, workers=options.workers if workers is None else workers)
+                options = folder.options()
+                if asked is not None:
+                    options = options.resumed_with(asked)
                 state = _state_of(folder, console)
                 if state is None:
                     _require_weights(options)
                 step = 0 if state is None else state.step
                 begun = read_json(folder.plan) if folder.plan.is_file() else None
+                if begun is not None and begun.get("precision") in get_args(Precision):
+                    # That of the machine where it began; this one might take the other by itself.
+                    options = replace(options, precision=begun["precision"])
                 if begun is None and state is not None:
                     raise ConfigError(f"--resume needs the run's plan.json; {folder.path} has none")
             processes.require_alike({"step to go on from": step, "plan.json": begun})

@@ -72,8 +72,10 @@ def save_state(folder: Path, state: State) -> Path:
     needed = MARGIN + sum(
         t.numel() * t.element_size() for part in state.parts.values() for t in part.values()
     )
+    _rotate(
+        folder
+    )  # what a process that was killed while it saved could not take away may be all the room there is
     try:
-        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed here and had the same number
         draft.mkdir(parents=True)
         free = shutil.disk_usage(draft).free
         if free < needed:
@@ -242,7 +244,7 @@ def _rotate(folder: Path) -> None:
     """Keep the newest sound states; all that is older goes, and what killed processes and damage left."""
     places = _places(folder)
     sound = [place for place in places if _looks_sound(place)]
-    for place in places[: places.index(sound[-KEPT:][0])]:
+    for place in places[: places.index(sound[-KEPT:][0])] if sound else ():
         shutil.rmtree(place, ignore_errors=True)
     for left in (*folder.glob(".*.part"), *folder.glob(".*.damaged")):
         shutil.rmtree(left, ignore_errors=True)

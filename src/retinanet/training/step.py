@@ -166,7 +166,13 @@ class TrainingStep:
         for buffer, old in before:
             buffer.copy_(torch.where(finite, buffer, old))
         set_rate(self.optimizers, lr)
-        self._update(finite)
+        try:
+            self._update(finite)
+        except torch.cuda.OutOfMemoryError:
+            raise TrainingError(
+                f"no memory left on {self.device} for the optimiser's step; start anew with --optimizer sgd, which "
+                "keeps least, or with a smaller --backbone"
+            ) from None
         if self.average:
             self.average.update(self.network, finite)
         total, classes, boxes, positives = losses
@@ -175,7 +181,8 @@ class TrainingStep:
     def _all_parts(self, batch: Batch, before: Statistics) -> Tensor:
         """Pass a batch through the network and back, for lack of memory in more parts; return the losses.
 
-        Each attempt begins where the first one did: running statistics, random numbers and gradients are put back.
+        Each attempt begins where the first one did: running statistics, random numbers and gradients are put back, but
+        for gradients that other processes have in their sums already.
         """
         draw_again = _random_numbers(self.device)
         shares = None
@@ -204,22 +211,17 @@ class TrainingStep:
         """Take twice as many parts.
 
         Raises:
-            TrainingError: a part is one image already, or other processes have sums of the attempt that failed.
+            TrainingError: a part is one image already.
         """
         parts = min(self.parts, images)
-        at_once = -(-images // parts)
-        more = min(2 * parts, images)
-        if at_once == 1 or self.gradients.sent:
-            advice = ["a smaller --image-size"]
-            if isinstance(self.activations, nullcontext):
-                advice.append("--checkpoint-gradients")
-            if at_once > 1:
-                advice.append(f"--accumulate {more}")
-            what = "one image" if at_once == 1 else f"{at_once} images at once"
-            raise TrainingError(
-                f"no memory left on {self.device} for {what}; use {' or '.join(advice)}"
-            ) from None
-        self.parts = more
+        if parts == images:
+            raise TrainingError(f"no memory left on {self.device} for one image; {self._advice()}") from None
+        self.parts = min(2 * parts, images)
+
+    def _advice(self) -> str:
+        if isinstance(self.activations, nullcontext):
+            return "go on with --resume RUN --checkpoint-gradients, or start anew with a smaller --image-size"
+        return "start anew with a smaller --image-size"
 
     def _there_and_back(self, batch: Batch, shares: Tensor | None) -> Tensor:
         images = batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True)

@@ -83,7 +83,7 @@ def fit_to_time(
     # Three digits are enough, and make runs on one machine comparable.
     steps = int(float(f"{steps:.3g}"))
     why = f"fit into the {seconds:.0f} s left: {step:.2f} s a step, {validation:.0f} s a validation"
-    estimate = Estimate(step, validation, memory, limit_of(plan.device), tried)
+    estimate = Estimate(step, validation, memory, limit_of(plan.device, processes.here), tried)
     return plan.lasting(steps, why, validations), estimate
 
 
@@ -95,7 +95,7 @@ def estimate_run(
     A copy of the network is tried, of several processes by each for itself; with `--compile` as it is, not compiled.
     """
     began = time.monotonic()
-    trial, limit = copy.deepcopy(network), limit_of(plan.device)
+    trial, limit = copy.deepcopy(network), limit_of(plan.device, processes.here)
     tried = dataclasses.replace(uncompiled(plan), batch_size=-(-plan.batch_size // processes.count))
     train_on = TrainingStep.of(tried, trial)
     if plan.device.type == "cpu":
