@@ -14,8 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from retinanet.data import Dataset, open_dataset
-from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.data import Dataset
 from retinanet.training import timing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.estimate import Estimate
@@ -25,6 +24,8 @@ from retinanet.training.run import run_training
 from retinanet.training.starting import build_network
 from test_training import TINY
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 GB = 10**9
 MACHINE = Limit(16 * GB, "this machine")
 TEST: dict[str, Any] = {**TINY, "backbone": "test_resnet", "image_size": 64, "steps": 12}
@@ -32,18 +33,6 @@ LINE = re.compile(
     r"estimate: about [\d:]+ (s|min) \(12 steps of [\d.,]+ m?s, 1 validation of [\d.,]+ m?s\), "
     r"memory \d+\.\d+ GB, \d+% of the [\d.]+ GB of .*; tried for [\d:]+ (s|min)$"
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate_shapes(
-        tmp_path_factory.mktemp("data") / "shapes", train=6, val=2, spec=ShapesSpec(image_size=96)
-    )
-
-
-@pytest.fixture
-def train(data: Path) -> Dataset:
-    return open_dataset(data, "train")
 
 
 def plan_of(train: Dataset, **options: Any) -> Plan:

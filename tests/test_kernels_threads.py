@@ -268,8 +268,15 @@ def answers_of_child(method: str, target=send_answers) -> dict[str, str]:
         child.join()
 
 
+# A spawned one imports everything anew, and is tried as a worker of a data loader anyway.
 @may_fork
-@start_methods
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[pytest.mark.slow] if method == "spawn" else [])
+        for method in sorted({"fork", "spawn"} & set(multiprocessing.get_all_start_methods()))
+    ],
+)
 def test_a_child_process(method, expected_answers):
     assert answers_of_child(method) == expected_answers
 

@@ -47,6 +47,8 @@ from retinanet.training.optimizer import drops_of, rate
 from retinanet.training.planning import plan_run
 from retinanet.training.skipping import IN_A_ROW
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = SCALES["tiny"]
 
 
@@ -54,12 +56,6 @@ TINY = SCALES["tiny"]
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shapes"
     return generate_shapes(folder, train=8, val=4, spec=ShapesSpec(image_size=96))
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of a run take as long as the runs here."""
-    monkeypatch.setattr("retinanet.training.run.draw_run", lambda *_: None)
 
 
 # ---------------------------------------------------------------------------------- published and settings

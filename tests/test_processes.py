@@ -46,6 +46,8 @@ from retinanet.training.starting import build_network
 from retinanet.training.state import State, newest_state
 from retinanet.training.step import TrainingStep
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SCRIPT = Path(two_processes.__file__)
 Found = Callable[[str], list[dict[str, Any]]]
 

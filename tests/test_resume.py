@@ -56,12 +56,6 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    return generate_shapes(folder, train=IMAGES, val=2, spec=ShapesSpec(image_size=96))
-
-
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The runs that came to their pictures, which are not drawn: that takes as long as such a run."""

@@ -28,6 +28,8 @@ from retinanet.training.run import resume_training, run_training
 from retinanet.training.time_left import TimeLeft, in_time
 from test_resume import TINY, quiet, stop_at, terminate
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
