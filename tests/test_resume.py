@@ -33,6 +33,7 @@ from retinanet.objective import focal
 from retinanet.training import loop, timing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
+from retinanet.training.gradients import GradientSum
 from retinanet.training.planning import Plan
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import resume_training, run_training
@@ -92,16 +93,16 @@ def story(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
 
 
-def final(run: Path) -> State:
+def final(run: Path, steps: int = STEPS) -> State:
     state, damaged = newest_state(run / "checkpoints")
     assert state is not None
     assert damaged == []
-    assert state.step == STEPS
+    assert state.step == steps
     return state
 
 
-def assert_the_same(first: Path, second: Path) -> None:
-    ours, theirs = final(first), final(second)
+def assert_the_same(first: Path, second: Path, steps: int = STEPS) -> None:
+    ours, theirs = final(first, steps), final(second, steps)
     assert ours.values == theirs.values
     assert ours.parts.keys() == theirs.parts.keys() == {"network", "average", "optimizer", "meter"}
     for name, part in ours.parts.items():
@@ -113,7 +114,9 @@ def assert_the_same(first: Path, second: Path) -> None:
         a, b = load_model(first / model), load_model(second / model)
         assert a.training == b.training
         assert a.operating_points == b.operating_points
-        assert all(torch.equal(x, b.network.state_dict()[k]) for k, x in a.network.state_dict().items())
+        found, expected = a.network.state_dict(), b.network.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
     assert (first / "metrics.json").read_text() == (second / "metrics.json").read_text()
 
 
@@ -182,6 +185,33 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_never_had(
     resume_training(run, quiet())
     assert seen == whole[1]
     assert_the_same(run, whole[0])
+
+
+def test_a_run_stopped_between_two_parts_of_a_step_ends_that_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**TINY, "steps": 4, "accumulate": 2}
+    seen = images_of(monkeypatch)
+    run_training(TrainingOptions(data=str(data), output=str(tmp_path / "whole"), **options), quiet())
+    expected = [*seen]
+    seen.clear()
+    begin, parts = GradientSum.begin, [0]
+
+    def signalled(self: GradientSum, last: bool) -> None:
+        parts[0] += 1
+        if parts[0] == 3:  # between the parts of the second step
+            terminate()
+        begin(self, last)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientSum, "begin", signalled)
+        with pytest.raises(Stopped, match="at step 2 of 4"):
+            run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet())
+    assert parts == [4]
+    resume_training(run, quiet())
+    assert seen == expected
+    assert_the_same(run, tmp_path / "whole", steps=4)
 
 
 @pytest.mark.parametrize("step", [1, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 9))])
@@ -571,7 +601,9 @@ def test_a_run_goes_on_without_the_model_that_it_started_from(
     assert ours is not None
     assert theirs is not None
     assert ours.step == theirs.step == 3
+    assert ours.parts.keys() == theirs.parts.keys()
     for part in ours.parts:
+        assert ours.parts[part].keys() == theirs.parts[part].keys()
         for key, tensor in ours.parts[part].items():
             assert torch.equal(tensor, theirs.parts[part][key]), (part, key)
     with pytest.raises(ConfigError, match=f"has no training state yet; {model} does not exist. Put it back"):
@@ -678,6 +710,7 @@ def test_sgd_with_batchnorm_and_without_an_average_resumes_as_well(
     resume_training(tmp_path / "stopped", quiet(), plain)
     ours, theirs = final(tmp_path / "whole"), final(tmp_path / "stopped")
     for part in ("network", "optimizer"):
+        assert ours.parts[part].keys() == theirs.parts[part].keys()
         assert all(torch.equal(tensor, theirs.parts[part][key]) for key, tensor in ours.parts[part].items())
     assert story(tmp_path / "whole") == story(tmp_path / "stopped")
 
