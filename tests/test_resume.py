@@ -125,6 +125,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     """A run that nothing stopped, and the images of its steps."""
     run = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retinanet.training.run.draw_run", lambda *_: None)
         seen = images_of(patch)
         run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
     assert len(seen) == STEPS
@@ -431,7 +432,7 @@ def test_a_signal_in_the_trial_of_time_stops_at_once(
 def test_a_run_with_a_time_goes_on_with_the_steps_that_it_planned(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**{name: value for name, value in TINY.items() if name != "steps"}, "time": "20s"}
+    options = {**{name: value for name, value in TINY.items() if name != "steps"}, "time": "10s"}
     run = tmp_path / "run"
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 0.1)
@@ -448,17 +449,31 @@ def test_a_run_with_a_time_goes_on_with_the_steps_that_it_planned(
 # ---------------------------------------------------------------------------------- what is refused
 
 
-def stopped_run(data: Path, run: Path, patch: pytest.MonkeyPatch) -> Path:
-    with patch.context() as inner:
-        stop_at(2, inner, terminate)
+def stopped_run(data: Path, run: Path, steps: int = 3) -> Path:
+    """Return a run that was stopped after two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(2, patch, terminate)
         with pytest.raises(Stopped):
-            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+            run_training(
+                TrainingOptions(data=str(data), output=str(run), **{**TINY, "steps": steps}), quiet()
+            )
     return run
 
 
-def test_changed_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def stopped_once(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stopped_run(data, tmp_path_factory.mktemp("stopped") / "run", STEPS)
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A run of `TINY` that was stopped after two steps."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
+
+
+def test_changed_data_is_refused(tmp_path: Path) -> None:
     own = generate_shapes(tmp_path / "shapes", train=IMAGES, val=2, spec=ShapesSpec(image_size=96))
-    run = stopped_run(own, tmp_path / "run", monkeypatch)
+    run = stopped_run(own, tmp_path / "run")
     file = own / "annotations" / "instances_train.json"
     document = json.loads(file.read_text())
     document["annotations"] = document["annotations"][1:]
@@ -469,8 +484,8 @@ def test_changed_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         resume_training(run, quiet())
 
 
-def test_another_plan_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
+def test_another_plan_is_refused(stopped: Path) -> None:
+    run = stopped
     plan = json.loads((run / "plan.json").read_text())
     write_json(run / "plan.json", {**plan, "lr": 2 * plan["lr"]})
     with pytest.raises(ConfigError, match=r"needs the plan that the run began with; lr was .* and would be"):
@@ -508,13 +523,9 @@ def test_a_trained_run_without_a_sound_state_is_left_as_it_is(
 
 
 def test_the_command_goes_on_with_a_run(
-    data: Path,
-    tmp_path: Path,
-    whole: tuple[Path, list[tuple[int, ...]]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    stopped: Path, whole: tuple[Path, list[tuple[int, ...]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    run = stopped
     for arguments in (
         ["--resume", str(run), "--workers", "1"],
         [f"--resume={run}"],
@@ -526,10 +537,8 @@ def test_the_command_goes_on_with_a_run(
     assert_the_same(run, whole[0])
 
 
-def test_a_state_of_another_network_is_refused(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
+def test_a_state_of_another_network_is_refused(stopped: Path) -> None:
+    run = stopped
     state, _ = newest_state(run / "checkpoints")
     assert state is not None
     network = {f"other.{name}": tensor for name, tensor in state.parts["network"].items()}
@@ -539,21 +548,25 @@ def test_a_state_of_another_network_is_refused(
         resume_training(run, quiet())
 
 
-def test_one_process_trains_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
-    with RunFolder.existing(run).held(), pytest.raises(ConfigError, match="another process is training"):
-        resume_training(run, quiet())
-    resume_training(run, quiet())
+def test_one_process_trains_a_run_and_python_can_resume_it(data: Path, stopped: Path) -> None:
+    with (
+        RunFolder.existing(stopped).held(),
+        pytest.raises(ConfigError, match="another process is training"),
+    ):
+        resume_training(stopped, quiet())
+    finished = retinanet.train(data=str(data), resume=str(stopped))
+    assert finished.path == stopped
+    assert read_state(stopped / "checkpoints" / f"{STEPS:08d}").step == STEPS
 
 
 def test_a_run_is_resumed_from_another_working_directory(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(data.parent)
-    stopped_run(Path(data.name), tmp_path / "run", monkeypatch)
+    stopped_run(Path(data.name), tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     resume_training(Path("run"), quiet())
-    assert final(tmp_path / "run").step == STEPS
+    assert final(tmp_path / "run", 3).step == 3
 
 
 def test_a_run_with_a_loss_of_ones_own_is_not_resumed_with_another(
@@ -565,8 +578,9 @@ def test_a_run_with_a_loss_of_ones_own_is_not_resumed_with_another(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_at(2, patch, terminate)
+        options = TrainingOptions(data=str(data), output=str(run), **{**TINY, "steps": 3})
         with pytest.raises(Stopped):
-            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet(), own)
+            run_training(options, quiet(), own)
     with pytest.raises(ConfigError, match=r"class loss was .*focal.* and would be null now"):
         resume_training(run, quiet())
     resume_training(run, quiet(), own)
@@ -852,10 +866,3 @@ def test_a_gradient_at_a_single_place_is_the_same_every_time(channels: int, side
             out.backward(torch.cos(torch.arange(channels)).reshape(1, channels, 1, 1))
             found.append(pixels.grad)
     assert all(torch.equal(one, found[0]) for one in found)
-
-
-def test_python_can_resume(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
-    finished = retinanet.train(data=str(data), resume=str(run))
-    assert finished.path == run
-    assert read_state(run / "checkpoints" / f"{STEPS:08d}").step == STEPS
