@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from retinanet.checkpoint import FILE_NAME, Model, find_model, load_model, save_model
-from retinanet.errors import CheckpointError
+from retinanet.errors import CheckpointError, DiskError
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, build_retinanet
 from retinanet.records import Classes, OperatingPoints
 
@@ -200,7 +200,9 @@ def test_a_failed_write_leaves_the_old_file(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retinanet.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match=r"cannot be written to .*No space left"):
+    monkeypatch.setattr("os.fsync", full)
+    told = rf"no room for model\.safetensors in {tmp_path}: {len(before):,} bytes are needed, [\d,]+ are free"
+    with pytest.raises(DiskError, match=told):
         save_model(tmp_path, model)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
     assert file.read_bytes() == before

@@ -175,6 +175,11 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/b.png").unlink()
     dataset = open_dataset(folder, "train", image_root=tmp_path / "elsewhere")
     assert (len(dataset), kinds(dataset)) == (2, [("missing image", "dropped")])
+    assert dataset.left_out == ()
+    (folder / "Annotations/empty.xml").rename(folder / "Annotations/other.xml")
+    dataset = open_dataset(folder, "train", image_root=tmp_path / "elsewhere")
+    assert dataset.left_out == ("empty.png",)  # without annotations: it is not unlisted, too
+    (folder / "Annotations/other.xml").rename(folder / "Annotations/empty.xml")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"none: holds none of the 3 images of voc, JPEGImages/a.png for one"):
         open_dataset(folder, "train", image_root=tmp_path / "none")

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from retinanet.batches import Batch
 from retinanet.errors import TrainingError
 from retinanet.model import RetinaNet
-from retinanet.processes import Processes
+from retinanet.processes import ALONE
 from retinanet.training.batch_size import WorstCase
-from retinanet.training.loop import Meter, Saving
-from retinanet.training.skipping import SkippedSteps
+from retinanet.training.folder import RunFolder
+from retinanet.training.loop import Saving
+from retinanet.training.meter import Meter
+from retinanet.training.skipping import SkippedSteps, UnreadableImages
 from retinanet.training.state import State
 from retinanet.training.step import TrainingStep
 from test_checkpointing import dropping, network_of, step_of
@@ -115,14 +117,15 @@ def test_a_run_that_goes_on_takes_as_many_parts(tmp_path: Any, monkeypatch: pyte
     """Else it would run out of memory again."""
     kept: list[State] = []
     monkeypatch.setattr("retinanet.training.loop.save_state", lambda _, state: kept.append(state))
-    saving = object.__new__(Saving)
-    saving.folder = tmp_path
-    step = step_of(network_of(), parts=4)
-    meter, skipped = Meter(), SkippedSteps(Processes())
-    saving.save(7, step, meter, skipped, [], Processes())
+
+    def saving(step: TrainingStep) -> Saving:
+        told = SkippedSteps(ALONE), UnreadableImages(ALONE)
+        return Saving(None, RunFolder(tmp_path), step, Meter(), *told)  # type: ignore[arg-type]
+
+    saving(step_of(network_of(), parts=4)).save(7)
     again = step_of(network_of())
-    assert saving.restore(kept[0], again, meter, skipped, set()) == 7
+    assert saving(again).restore(kept[0]) == 7
     assert again.parts == 4
     one = State(7, kept[0].parts, {**kept[0].values, "parts_of_a_step": 1})
-    saving.restore(one, again, meter, skipped, set())
+    saving(again).restore(one)
     assert again.parts == 4  # what --accumulate asks for stays

@@ -28,7 +28,7 @@ from retinanet.training.configuration import TrainingOptions
 from retinanet.training.examples import GAP, SIDE, Examples
 from retinanet.training.folder import RunFolder
 from retinanet.training.run import resume_training, run_training
-from retinanet.training.run_report import advice_on, shares_of
+from retinanet.training.run_report import advice_on, shares_of, slowest_part
 from test_resume import TINY, Killed, kill, quiet, stop_at, terminate
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -239,6 +239,24 @@ def test_advice_is_about_the_slowest_thing(seconds: dict[str, float], workers: i
     assert said in advice_on(shares_of([record]), workers)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (
+            {"step": 9, "data": 1},
+            "The slowest part of a step is computing, 90 % of it; the rest waits for images.",
+        ),
+        (
+            {"step": 1, "data": 3},
+            "The slowest part of a step is waiting for images, 75 % of it; the rest computes.",
+        ),
+        ({"validating": 3}, ""),
+    ],
+)
+def test_the_slowest_part_of_a_step_is_named(seconds: dict[str, float], said: str) -> None:
+    assert slowest_part(shares_of([{f"seconds_{name}": value for name, value in seconds.items()}])) == said
+
+
 def test_the_bar_shows_where_the_time_goes(tmp_path: Path) -> None:
     shares = [Share("training steps", 75.0, "1:15 min", "#000"), Share("saving", 25.0, "25 s", "#fff")]
     page = written(tmp_path, shares=shares, advice="All is well.")
@@ -282,6 +300,11 @@ def test_the_log_says_where_the_time_went_and_how_every_class_does(
         else:
             assert record["seconds_validating"] > 0
             assert set(record["per_class"]["disk"]) == {"ap", "ap50"}
+
+
+def test_every_page_tells_the_slowest_part_of_a_step(stopped_and_resumed: tuple[Path, list[str]]) -> None:
+    for page in stopped_and_resumed[1]:
+        assert re.search(r"The slowest part of a step is .*, \d+ % of it; the rest ", text_of(page))
 
 
 def test_a_stopped_run_says_how_to_go_on(stopped_and_resumed: tuple[Path, list[str]]) -> None:

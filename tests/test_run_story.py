@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from kernel_cases import torch_threads
 from retinanet.checkpoint import load_model
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import Stopped
@@ -25,6 +27,7 @@ from retinanet.training.parts import parts_of, table_of_parts, trained_in_words
 from retinanet.training.patience import early_stop
 from retinanet.training.progress import TrainingProgress
 from retinanet.training.run import resume_training, run_training
+from retinanet.training.story import RunStory
 from retinanet.training.time_left import TimeLeft, in_time
 from test_resume import TINY, quiet, stop_at, terminate
 
@@ -233,6 +236,59 @@ def test_the_estimate_is_right_within_a_fifth_after_a_twentieth_of_a_run(setting
             assert estimate == pytest.approx(whole - past, rel=0.2), record["step"]
             asked += 1
     assert asked > 5
+
+
+@pytest.mark.slow
+def test_the_estimate_of_a_real_run_is_right_within_a_fifth_after_a_twentieth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By seconds of this process's own work: what others do on the machine meanwhile is no one's to foresee. It changes
+    those, too, as they share caches; of three runs one has to be foreseen."""
+    data = generate_shapes(tmp_path / "shapes", train=20, val=60, spec=ShapesSpec(image_size=128))
+    told: list[tuple[float, float | None]] = []
+    tell, leave, draw = RunStory.trained, RunStory.__exit__, "retinanet.training.run.draw_run"
+
+    def trained(self: RunStory, step: int, figures: dict[str, float]) -> None:
+        tell(self, step, figures)
+        told.append((time.monotonic(), self.left.seconds()))
+
+    def ended(self: RunStory, *how: Any) -> None:
+        told.append((time.monotonic(), 0.0))
+        leave(self, *how)
+
+    monkeypatch.setattr(RunStory, "trained", trained)
+    monkeypatch.setattr(RunStory, "__exit__", ended)
+    monkeypatch.setattr(draw, lambda *_: None)
+    monkeypatch.setattr(time, "monotonic", time.process_time)
+    options = {**TINY, "batch_size": 1, "steps": 400, "validate_every_steps": 40, "log_to": "none"}
+    wrong = []
+    for number in range(3):
+        told.clear()
+        began = time.monotonic()
+        with torch_threads(1):
+            run_training(
+                TrainingOptions(data=str(data), output=str(tmp_path / f"run{number}"), **options), quiet()
+            )
+        end = told[-1][0]
+        at, left = next((at, left) for at, left in told if at - began >= 0.05 * (end - began))
+        assert left is not None
+        wrong.append(left / (end - at) - 1)
+        if abs(wrong[-1]) <= 0.2:
+            return
+    pytest.fail(f"estimates were wrong by {', '.join(f'{share:+.0%}' for share in wrong)}")
+
+
+def test_the_first_step_of_a_process_does_not_count() -> None:
+    left = TimeLeft(steps=100, validate_every=100, validation_in_steps=0.0)
+    left.started(30.0)
+    left.told({"step": 10, "loss": 1.0, "seconds_step": 36.0, "seconds_data": 3.0})
+    assert left.seconds() == pytest.approx(90 * 1.0)
+    # Nor where it has a line of its own, which is forgotten with the next.
+    left = TimeLeft(steps=100, validate_every=100, validation_in_steps=0.0)
+    left.told({"step": 1, "loss": 1.0, "seconds_step": 30.0})
+    left.started(30.0)
+    left.told({"step": 11, "loss": 1.0, "seconds_step": 10.0})
+    assert left.seconds() == pytest.approx(89 * 1.0)
 
 
 def test_the_estimate_follows_the_speed() -> None:

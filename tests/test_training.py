@@ -96,7 +96,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
 
 def test_the_run_folder_is_complete(run: object) -> None:
     names = {path.name for path in run.path.iterdir()}  # type: ignore[attr-defined]
-    assert names - {"tensorboard"} == {
+    assert names - {"tensorboard", "memory.jsonl"} == {
         "config.yaml",
         "command.txt",
         "plan.json",
@@ -118,7 +118,7 @@ def test_the_run_folder_is_complete(run: object) -> None:
     assert [line["step"] for line in trained] == [6, 10, 12]
     assert [line["step"] for line in judged] == [6, 12]
     assert {"step", "epoch", "loss", "loss_class", "loss_box", "lr", "images_per_second"} <= set(trained[0])
-    assert all(line["memory_gb"] > 0 for line in trained if Path("/proc").exists())
+    assert not any("memory_gb" in line for line in lines)  # of which no two runs hold the same
     assert trained[-1]["epoch"] == 12 * 2 / 6
     page = (run.path / "report.html").read_text()  # type: ignore[attr-defined]
     assert "data:image/jpeg;base64," in page

@@ -122,7 +122,7 @@ class FakeWandb(ModuleType):
         self.inits: list[dict[str, Any]] = []
         self.logged: list[dict[str, Any]] = []
         self.over: list[tuple[str, str]] = []
-        self.finished = 0
+        self.finished: list[int] = []
 
     def init(self, **how: Any) -> Any:
         self.inits.append(how)
@@ -133,8 +133,8 @@ class FakeWandb(ModuleType):
             finish=self.finish,
         )
 
-    def finish(self) -> None:
-        self.finished += 1
+    def finish(self, exit_code: int) -> None:
+        self.finished.append(exit_code)
 
 
 class FakeMlflow(ModuleType):
@@ -145,7 +145,7 @@ class FakeMlflow(ModuleType):
         self.starts: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
         self.metrics: list[tuple[dict[str, float], int, str]] = []
-        self.ended = 0
+        self.ended: list[str] = []
 
     def active_run(self) -> None:
         return None
@@ -160,18 +160,22 @@ class FakeMlflow(ModuleType):
     def log_metrics(self, metrics: dict[str, float], step: int, run_id: str) -> None:
         self.metrics.append((metrics, step, run_id))
 
-    def end_run(self) -> None:
-        self.ended += 1
+    def end_run(self, status: str) -> None:
+        self.ended.append(status)
 
 
 def told_to(
-    name: str, folder: RunFolder, say: Callable[[str], None] = lambda _: None, first: int = 0
+    name: str,
+    folder: RunFolder,
+    say: Callable[[str], None] = lambda _: None,
+    first: int = 0,
+    exit_code: int = 0,
 ) -> None:
     writers = Writers(say)
     writers.open(asked(name, lr=0.5), folder, first)
     writers.tell(TRAINED)
     writers.tell(JUDGED)
-    writers.close()
+    writers.close(exit_code)
 
 
 def test_wandb_gets_the_figures_and_a_resumed_run_is_the_same_there(
@@ -180,8 +184,8 @@ def test_wandb_gets_the_figures_and_a_resumed_run_is_the_same_there(
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_PROJECT", "blood")
-    for first in (0, 10):
-        told_to("wandb", RunFolder(tmp_path), first=first)
+    for first, exit_code in ((0, 143), (10, 0)):
+        told_to("wandb", RunFolder(tmp_path), first=first, exit_code=exit_code)
     new, again = fake.inits
     assert (new["id"], new["project"], new["name"], new["dir"]) == (
         None,
@@ -194,7 +198,7 @@ def test_wandb_gets_the_figures_and_a_resumed_run_is_the_same_there(
     assert fake.over == [("*", "step")] * 2
     assert fake.logged[0] == {**figures_of(TRAINED), "step": 10}
     assert len(fake.logged) == 4
-    assert fake.finished == 2
+    assert fake.finished == [143, 0]
 
 
 def test_mlflow_gets_the_figures_and_a_resumed_run_is_the_same_there(
@@ -202,13 +206,13 @@ def test_mlflow_gets_the_figures_and_a_resumed_run_is_the_same_there(
 ) -> None:
     fake = FakeMlflow()
     monkeypatch.setitem(sys.modules, "mlflow", fake)
-    for first in (0, 10):
-        told_to("mlflow", RunFolder(tmp_path), first=first)
-    assert [start["run_id"] for start in fake.starts] == [None, "new"]
-    assert [start["run_name"] for start in fake.starts] == [tmp_path.name, None]
+    for first, exit_code in ((0, 2), (10, 130), (10, 0)):
+        told_to("mlflow", RunFolder(tmp_path), first=first, exit_code=exit_code)
+    assert [start["run_id"] for start in fake.starts] == [None, "new", "new"]
+    assert [start["run_name"] for start in fake.starts] == [tmp_path.name, None, None]
     assert len(fake.params) == 1  # they cannot be changed there
     assert fake.metrics[0] == (figures_of(TRAINED), 10, "new")
-    assert fake.ended == 2
+    assert fake.ended == ["FAILED", "KILLED", "FINISHED"]
 
 
 def test_names_that_mlflow_refuses_are_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +237,7 @@ def test_tensorboard_holds_one_story_of_a_resumed_run(tmp_path: Path) -> None:
     for step in (20, 30, 40):
         again.tell({"step": step, "loss": -float(step)})
     again.tell(JUDGED)
-    again.close()
+    again.close(0)
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     told = [(event.step, event.value) for event in found.Scalars("train/loss")]
     assert told == [(10, 10.0), (20, -20.0), (30, -30.0), (40, -40.0)]
@@ -285,7 +289,11 @@ def test_a_run_tells_its_writers_what_its_log_holds(
             run_training(options, console)
     resume_training(run, console)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert fake.logged == [{**figures_of(line), "step": line["step"]} for line in log]
+    memory = ("train/memory_gb", "train/workers_gb")  # which the log of a run has not
+    told = [{name: value for name, value in one.items() if name not in memory} for one in fake.logged]
+    assert told == [{**figures_of(line), "step": line["step"]} for line in log]
+    assert ("train/memory_gb" in fake.logged[0]) == Path("/proc").exists()
+    assert fake.finished == [143, 0]
     assert [how["id"] for how in fake.inits] == [None, "fresh"]
     said = console.export_text()
     assert ", and to wandb, mlflow" in said

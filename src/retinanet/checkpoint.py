@@ -6,17 +6,17 @@ Reading executes nothing. A run directory, a model directory or the file itself 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from retinanet.errors import CheckpointError, ConfigError, DataError
+from retinanet.folders import write_bytes
 from retinanet.model import ModelSpec, RetinaNet, build_retinanet
 from retinanet.records import OperatingPoints
 from retinanet.version import __version__
@@ -39,11 +39,13 @@ def save_model(path: str | Path, model: Model) -> Path:
     """Write a model into a directory (as `model.safetensors`) or to a path that ends in .safetensors.
 
     The file appears whole or not at all: it is written beside its place and moved there.
+
+    Raises:
+        DiskError: the disk has no room or refuses; a model that was there stays as it was.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
     metadata = {
         "spec": json.dumps(model.spec.to_json()),
@@ -52,17 +54,7 @@ def save_model(path: str | Path, model: Model) -> Path:
         "versions": json.dumps({"retinanet": __version__, "torch": str(torch.__version__)}),
         "licence": LICENCE,
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(state, beside, metadata)
-        beside.chmod(0o644)  # safetensors makes files that only their owner can read
-        with beside.open("rb") as written:
-            os.fsync(written.fileno())  # or a power cut leaves the new name with nothing in it
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the model cannot be written to {path}: {error}") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    write_bytes(path, save(state, metadata), parents=True)
     return path
 
 

@@ -28,6 +28,10 @@ class CheckpointError(RetinaNetError):
     """A model file is missing, damaged, foreign or made for something else."""
 
 
+class DiskError(RetinaNetError):
+    """A file cannot be written: the disk is full, or refuses; what was there before is untouched."""
+
+
 class TrainingError(RetinaNetError):
     """A run cannot go on."""
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from retinanet.errors import ConfigError
+from retinanet.errors import ConfigError, DiskError
 
 RUNS = Path("runs")
+# A full disk, a used-up share of it, and a limit on the size of files.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def new_folder(output: str | None, stem: str, *, outside: Sequence[str | Path] = ()) -> Path:
@@ -96,24 +101,49 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that it is never seen half-written."""
+def write_bytes(path: Path, content: bytes, *, parents: bool = False) -> None:
+    """Write a file beside its place and move it there, so that it is never seen half-written.
+
+    Args:
+        parents: make the folders of its path that are not there.
+
+    Raises:
+        DiskError: the disk has no room or refuses; a file that was there stays as it was.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut leaves the new name with nothing in it
-        os.replace(beside, path)
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut leaves the new name with nothing in it
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        beside.unlink(missing_ok=True)
+        raise not_written(path.name, path.parent, len(content), error) from None
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write indented JSON; see `write_text`."""
-    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+def not_written(what: str, folder: Path, needed: int, error: OSError) -> DiskError:
+    """Return the error of something that cannot be written; of a full disk it says which bytes are needed and free.
+
+    Call it when what was written in part is gone: that takes room, too.
+    """
+    if error.errno not in FULL:
+        return DiskError(f"{what} cannot be written to {folder}: {error.strerror or error}")
+    free = ""
+    with suppress(OSError):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        free = f", {shutil.disk_usage(there).free:,} are free"
+    why = "" if error.errno == errno.ENOSPC else f" ({os.strerror(error.errno)})"
+    return DiskError(f"no room for {what} in {folder}{why}: {needed:,} bytes are needed{free}")
+
+
+def write_json(path: Path, values: Any, *, parents: bool = False) -> None:
+    """Write indented JSON; see `write_bytes`."""
+    write_bytes(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode(), parents=parents)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from retinanet.data.image_files import suffix_of
 from retinanet.data.kinds import Kind
 from retinanet.data.policies import TRUE
 from retinanet.data.rules import Box, Fence, ImageFiles, brief, number, side
-from retinanet.errors import ConfigError, DataError
+from retinanet.errors import DataError, DiskError
 from retinanet.folders import cache_folder, write_bytes
 from retinanet.records import Classes, Ignore
 
@@ -241,7 +241,7 @@ def _cached(content: bytes) -> Path:
         if not (path.is_file() and path.stat().st_size == len(content)):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, content)
-    except (OSError, ConfigError) as error:
+    except (OSError, DiskError) as error:
         raise DataError(
             f"{path}: an image cannot be kept in the cache: {error}; set RETINANET_CACHE"
         ) from None

@@ -100,11 +100,9 @@ def _moved(dataset: Dataset, root: Path) -> Dataset:
     fence = Fence(root)
     files, faults, kept = [], list(dataset.faults), []
     for index, file in enumerate(dataset.files.tolist()):
-        name = PurePosixPath(file).name
-        choices = [name, *(f"{dataset.image_ids[index]}{suffix}" for suffix in SUFFIXES)]
-        found = next((choice for choice in choices if fence.holds_file(root / choice)), None)
+        found = _beside(fence, file, dataset.image_ids[index])
         if found is None:
-            reason = f"there is no image {name} in {root}"
+            reason = f"there is no image {PurePosixPath(file).name} in {root}"
             page = f"Annotations/{dataset.image_ids[index]}.xml"
             faults.append(
                 Fault(page, "filename", reason, "dropped", Kind.MISSING_IMAGE, Kind.MISSING_IMAGE.fix)
@@ -124,8 +122,16 @@ def _moved(dataset: Dataset, root: Path) -> Dataset:
         files=np.array(files, np.str_),
         faults=tuple(faults),
         fault_counts=counts,
-        left_out=tuple(PurePosixPath(file).name for file in dataset.left_out),
+        left_out=tuple(
+            found for file in dataset.left_out if (found := _beside(fence, file, PurePosixPath(file).stem))
+        ),
     )
+
+
+def _beside(fence: Fence, file: str, image_id: object) -> str | None:
+    """Return what an image of a VOC data set is called in another folder: as its page says, else as the page itself."""
+    choices = (PurePosixPath(file).name, *(f"{image_id}{suffix}" for suffix in SUFFIXES))
+    return next((choice for choice in choices if fence.holds_file(fence.folder / choice)), None)
 
 
 def _coco(path: Path, image_root: Path | None) -> Opened | None:

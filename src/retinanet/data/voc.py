@@ -206,12 +206,12 @@ class _Reader:
             if page is None:
                 reason = f"there is no annotation file Annotations/{stem}.xml"
                 self.log.drop(listing, record, reason, Kind.MISSING_ANNOTATION)
-                self._leave_out(by_stem, stem)
+                self._leave_out(by_stem, stem, images)
                 continue
             if isinstance(page, str):
                 fix = "write the XML again; the image is not used without it"
                 self.log.drop(f"Annotations/{stem}.xml", "file", page, Kind.UNREADABLE_LABELS, fix)
-                self._leave_out(by_stem, stem)
+                self._leave_out(by_stem, stem, images)
                 continue
             wanted = stem + PurePosixPath(page.filename).suffix
             if images == "absent":
@@ -237,9 +237,11 @@ class _Reader:
             raise DataError(f"{self.root / listing}: needs at least one usable image; got none.{example}")
         return list(found.values())
 
-    def _leave_out(self, by_stem: dict[str, str], stem: str) -> None:
+    def _leave_out(self, by_stem: dict[str, str], stem: str, images: ImageFiles) -> None:
         if stem in by_stem:
             self.left_out.append(f"JPEGImages/{by_stem[stem]}")
+        elif images == "absent":  # it may lie elsewhere, with any suffix
+            self.left_out.append(f"JPEGImages/{stem}{SUFFIXES[0]}")
 
     def annotations(self, entries: list[_Entry], classes: Classes) -> list[Annotation]:
         """Return the sound boxes, numbered from 1 over all objects of the split, dropped ones too."""

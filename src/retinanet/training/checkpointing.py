@@ -41,11 +41,11 @@ class GradientCheckpoints:
         for part in filter(
             _trained, (*_blocks(timms), network.pyramid, network.class_head, network.box_head)
         ):
-            self.forwards[part] = partial(_recomputed, part.forward, _Statistics([part]))
+            self.forwards[part] = partial(_recomputed, part.forward, _CopiedStatistics([part]))
         for layers in _stems(timms):
             whole = partial(_in_turn, [layer.forward for layer in layers])
             # The first layer does the work of all.
-            self.forwards[layers[0]] = partial(_recomputed, whole, _Statistics(layers))
+            self.forwards[layers[0]] = partial(_recomputed, whole, _CopiedStatistics(layers))
             self.forwards |= dict.fromkeys(layers[1:], _unchanged)
 
     def __enter__(self) -> None:
@@ -59,7 +59,7 @@ class GradientCheckpoints:
             del part.forward  # that of its class is seen again
 
 
-class _Statistics:
+class _CopiedStatistics:
     """A context in which the BatchNorms of some parts have copies of their running statistics, to move in vain."""
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
@@ -79,7 +79,7 @@ class _Statistics:
             norm._buffers.update(buffers)
 
 
-def _recomputed(forward: Callable[..., Any], statistics: _Statistics, *inputs: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], statistics: _CopiedStatistics, *inputs: Any) -> Any:
     """Return what a part computes; its backward pass computes it again, from the same inputs."""
     versions = [of._version for of in inputs if isinstance(of, Tensor)]
     out = checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics))

@@ -18,8 +18,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from retinanet.errors import ConfigError
-from retinanet.folders import RUNS, folders_among, new_folder, read_json, write_json, write_text
+from retinanet.errors import ConfigError, DiskError
+from retinanet.folders import (
+    RUNS,
+    folders_among,
+    new_folder,
+    not_written,
+    read_json,
+    write_json,
+    write_text,
+)
 from retinanet.training.configuration import TrainingOptions, read_config, write_config
 from retinanet.version import __version__
 
@@ -91,6 +99,7 @@ class RunFolder:
 
         Raises:
             ConfigError: one does.
+            DiskError: a file of the run could not be written; it says how to go on.
         """
         lock = FileLock(self.path / LOCK)
         try:
@@ -101,13 +110,17 @@ class RunFolder:
             ) from None
         try:
             yield
+        except DiskError as error:
+            how = f"go on with: {go_on(self)}" if self.plan.is_file() else "start the run again"
+            raise DiskError(
+                f"{error}. What was saved before is untouched: free space, or mend the disk, and {how}"
+            ) from None
         finally:
             lock.release()
 
     def note_command(self) -> None:
         """Add a line to `command.txt`: how the run was started, and each time that it was resumed."""
-        with (self.path / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(shlex.join(sys.argv) + "\n")
+        self._append("command.txt", shlex.join(sys.argv))
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
@@ -166,19 +179,26 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a state must not know of steps that the log does not
+        self._append("metrics.jsonl", json.dumps(record))
 
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of `metrics.jsonl`."""
         return _lines_of(self.path / "metrics.jsonl")
 
+    def log_memory(self, record: dict[str, Any]) -> None:
+        """Append one line to `memory.jsonl`."""
+        self._append("memory.jsonl", json.dumps(record))
+
+    def memory(self) -> list[dict[str, Any]]:
+        """Return the lines of `memory.jsonl`."""
+        return _lines_of(self.path / "memory.jsonl")
+
     def forget_after(self, step: int) -> None:
-        """Take the lines of later steps out of `metrics.jsonl`: they are going to be done again."""
-        kept = [record for record in self.history() if record["step"] <= step]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        """Take what comes after a step out of `metrics.jsonl` and `resumes.jsonl`: it is going to be done again."""
+        for name in ("metrics.jsonl", "resumes.jsonl"):
+            if (self.path / name).is_file():
+                kept = [record for record in _lines_of(self.path / name) if record["step"] <= step]
+                write_text(self.path / name, "".join(json.dumps(record) + "\n" for record in kept))
 
     def validations(self) -> list[dict[str, Any]]:
         """Return the lines of validations."""
@@ -186,12 +206,27 @@ class RunFolder:
 
     def note_resume(self, step: int) -> None:
         """Add a line to `resumes.jsonl`: after which step the run went on, and when."""
-        with (self.path / "resumes.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "at": datetime.now().astimezone().isoformat()}) + "\n")
+        at = datetime.now().astimezone().isoformat()
+        self._append("resumes.jsonl", json.dumps({"step": step, "at": at}))
 
     def resumes(self) -> list[dict[str, Any]]:
         """Return the lines of `resumes.jsonl`."""
         return _lines_of(self.path / "resumes.jsonl")
+
+    def _append(self, name: str, line: str) -> None:
+        """Add a line to a file of the run.
+
+        Raises:
+            DiskError: the disk has no room or refuses.
+        """
+        content = f"{line}\n".encode()
+        try:
+            with (self.path / name).open("ab") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # a state must not know of steps that the log does not
+        except OSError as error:
+            raise not_written(name, self.path, len(content), error) from None
 
     def commands(self) -> list[str]:
         """Return the lines of `command.txt`."""

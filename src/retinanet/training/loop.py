@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from retinanet.batches import Batch
 from retinanet.checkpoint import Model, find_model, load_model, save_model
@@ -21,14 +20,15 @@ from retinanet.inference import Detector, Validation, validate
 from retinanet.model import RetinaNet
 from retinanet.processes import ALONE, Processes
 from retinanet.training.folder import RunFolder, go_on
+from retinanet.training.meter import Meter
 from retinanet.training.optimizer import rate
 from retinanet.training.patience import EarlyStop, early_stop
 from retinanet.training.planning import Plan
 from retinanet.training.progress import plain_console
 from retinanet.training.signals import StopRequest
-from retinanet.training.skipping import SkippedSteps, tell_skipped
+from retinanet.training.skipping import SkippedSteps, UnreadableImages, tell_skipped
 from retinanet.training.state import State, optimizer_tensors, restore_optimizers, save_state
-from retinanet.training.step import Stepped, TrainingStep
+from retinanet.training.step import TrainingStep
 from retinanet.training.story import RunStory
 
 # Steps between two lines of metrics.jsonl.
@@ -62,12 +62,11 @@ def train_network(
         plan, network, processes, _line_of(console if processes.main else plain_console())
     )
     judge = Judge(plan, train_on.shipped, val, folder, processes)
-    meter, skipped, saving = Meter(), SkippedSteps(processes), Saving(plan, folder)
-    unreadable: set[str] = set()
-    new_failures: set[str] = set()
+    meter, skipped, unreadable = Meter(), SkippedSteps(processes), UnreadableImages(processes)
+    saving = Saving(plan, folder, train_on, meter, skipped, unreadable, processes)
     first = 0
     if state is not None:
-        first = saving.restore(state, train_on, meter, skipped, unreadable)
+        first = saving.restore(state)
         judge.remember()
     batches = training_batches(
         train,
@@ -85,15 +84,13 @@ def train_network(
     )
     how = f"go on with: {go_on(folder)}"
 
-    with RunStory(plan, train, val, folder, console, first, main=processes.main) as story:
+    with RunStory(plan, train, val, folder, console, first, early=judge.early, main=processes.main) as story:
         processes.wait()  # for writers that open and a page that is drawn
         if plan.judges(first) and not judge.knows(first):  # stopped before that validation was done
             with stop.at_once(f"stopped by a signal in the validation of step {first}; {how}"):
                 judge(first, story)
         for step, batch in enumerate(story.batches(judge.until_enough(batches)), start=first + 1):
-            # Whatever is random in a step (stochastic depth) follows from the step, not from what ran before.
-            words = (seed, step, processes.rank) if processes.rank else (seed, step)
-            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+            _seed_step(seed, step, processes.rank)
             lr = plan.lr * rate(
                 step - 1,
                 plan.steps,
@@ -105,26 +102,24 @@ def train_network(
 
             meter.add(done, plan.batch_size)
             skipped.note(step, batch.indices, done.finite, done.total)
-            new_failures.update(set(batch.failed) - unreadable)
+            unreadable.note(batch.failed)
             # A signal to any process stops all, after the same step; the main one's clock says when a state is due.
             signal, due = processes.largest(stop.number or 0, processes.main and saving.due(step))
-            judging, saves = plan.judges(step), due or signal
-            if step % LOG_EVERY == 0 or judging or saves:
-                failures = set().union(*processes.gathered(new_failures)) - unreadable
-                story.unreadable(step, sorted(failures))
-                unreadable |= failures
-                new_failures.clear()
-            if step % LOG_EVERY == 0 or judging or saves or not train_on.decides_on_device:
+            judging = plan.judges(step)
+            # When something is told does not depend on when states are saved: a log is the same however often its run
+            # was stopped.
+            telling, saves = step % LOG_EVERY == 0 or judging, judging or due or signal
+            if telling or saves or not train_on.decides_on_device:
                 for one in skipped.read():
                     if processes.main:
                         story.say(tell_skipped(folder, one, plan, train))
                 skipped.require_few(lr)
-            if step % LOG_EVERY == 0 or judging:
+            if telling:
+                story.unreadable(step, unreadable.take())
                 story.trained(step, {**meter.read(), "lr": lr})
-            if judging or saves:
+            if saves:
                 with story.clock.during("saving"):
-                    train_on.share_statistics()
-                    saving.save(step, train_on, meter, skipped, unreadable, processes)
+                    saving.save(step)
             if judging:
                 with stop.at_once(f"stopped by a signal in the validation of step {step}; {how}"):
                     judge(step, story)
@@ -138,105 +133,101 @@ def train_network(
             return judge.best()
 
 
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Let what is random in a step (stochastic depth) follow from the step, not from what ran before."""
+    words = (seed, step, rank) if rank else (seed, step)
+    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+
+
 def _line_of(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, soft_wrap=True)
 
 
+@dataclass
 class Saving:
     """When a training state is saved, what is in it, and how a run takes it up again."""
 
-    def __init__(self, plan: Plan, folder: RunFolder) -> None:
-        self.every_steps = plan.options.save_every_steps
-        self.every_seconds = 60 * plan.options.save_every_minutes
-        self.folder = folder.checkpoints
-        self.saved_at = time.monotonic()
+    plan: Plan
+    folder: RunFolder
+    train_on: TrainingStep
+    meter: Meter
+    skipped: SkippedSteps
+    unreadable: UnreadableImages
+    processes: Processes = ALONE
+    saved_at: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
         """Return whether the steps or the minutes between two states are over."""
-        by_steps = self.every_steps is not None and step % self.every_steps == 0
-        return by_steps or time.monotonic() - self.saved_at >= self.every_seconds
+        options = self.plan.options
+        by_steps = options.save_every_steps is not None and step % options.save_every_steps == 0
+        return by_steps or time.monotonic() - self.saved_at >= 60 * options.save_every_minutes
 
-    def save(
-        self,
-        step: int,
-        train_on: TrainingStep,
-        meter: Meter,
-        skipped: SkippedSteps,
-        unreadable: Collection[str],
-        processes: Processes,
-    ) -> None:
+    def save(self, step: int) -> None:
         """Save everything that the next step depends on, and what has been told: what every process has alike.
 
         Raises:
             DivergedError: a weight is not finite; the states before stay.
-            TrainingError: the disk has no room or refuses.
+            DiskError: the disk has no room or refuses.
         """
+        train_on = self.train_on
         for name, weight in train_on.network.named_parameters():
             if not torch.isfinite(weight).all():
                 raise DivergedError(
                     f"the weights are no longer finite at step {step}, {name} for one; start anew with a lower --lr"
                 )
+        train_on.share_statistics()
+        self.unreadable.share()
         parts = {
             "network": train_on.network.state_dict(),
             "optimizer": optimizer_tensors(train_on.optimizers),
-            "meter": {} if meter.sums is None else {"sums": meter.sums},
+            "meter": {} if self.meter.sums is None else {"sums": self.meter.sums},
         }
-        (in_parts,) = processes.largest(train_on.parts)
+        (in_parts,) = self.processes.largest(train_on.parts)
         values = {
-            "skipped_in_a_row": skipped.in_a_row,
-            "unreadable": sorted(unreadable),
+            "skipped_in_a_row": self.skipped.in_a_row,
+            "unreadable": sorted(self.unreadable.told),
+            "unreadable_untold": sorted(self.unreadable.untold),
             "parts_of_a_step": in_parts,
         }
         if train_on.average is not None:
             parts["average"] = train_on.average.model.state_dict()
             values["averaged"] = int(train_on.average.updates)
-        if processes.main:
-            save_state(self.folder, State(step, parts, values))
-        processes.wait()  # in a step, where they would meet next, none waits for a slow disk
+        if self.processes.main:
+            save_state(self.folder.checkpoints, State(step, parts, values))
+        self.processes.wait()  # in a step, where they would meet next, none waits for a slow disk
         self.saved_at = time.monotonic()
 
-    def restore(
-        self,
-        state: State,
-        train_on: TrainingStep,
-        meter: Meter,
-        skipped: SkippedSteps,
-        unreadable: set[str],
-    ) -> int:
+    def restore(self, state: State) -> int:
         """Put a state back into place; return its step.
 
         Raises:
             CheckpointError: it is of another network or optimiser.
         """
         try:
-            return self._restore(state, train_on, meter, skipped, unreadable)
+            self._restore(state)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"--resume needs the state of this very network and optimiser; that of step {state.step} in "
-                f"{self.folder} is of others: {reason}"
+                f"{self.folder.checkpoints} is of others: {reason}"
             ) from None
+        return state.step
 
-    def _restore(
-        self,
-        state: State,
-        train_on: TrainingStep,
-        meter: Meter,
-        skipped: SkippedSteps,
-        unreadable: set[str],
-    ) -> int:
+    def _restore(self, state: State) -> None:
+        train_on, values = self.train_on, state.values
         train_on.network.load_state_dict(state.parts["network"])
         restore_optimizers(train_on.optimizers, state.parts["optimizer"])
         if train_on.average is not None:
             train_on.average.model.load_state_dict(state.parts["average"])
-            train_on.average.updates.fill_(state.values["averaged"])
+            train_on.average.updates.fill_(values["averaged"])
         sums = state.parts["meter"].get("sums")
-        meter.sums = None if sums is None else sums.to(train_on.device)
-        skipped.in_a_row = state.values["skipped_in_a_row"]
-        unreadable.update(state.values["unreadable"])
-        # Where memory ran out it would again. The first states of this format do not tell.
-        train_on.parts = max(train_on.parts, state.values.get("parts_of_a_step", 1))
-        return state.step
+        self.meter.sums = None if sums is None else sums.to(train_on.device)
+        self.skipped.in_a_row = values["skipped_in_a_row"]
+        self.unreadable.told.update(values["unreadable"])
+        # The first states of this format do not have the rest.
+        self.unreadable.untold.update(values.get("unreadable_untold", ()))
+        # Where memory ran out it would again.
+        train_on.parts = max(train_on.parts, values.get("parts_of_a_step", 1))
 
 
 @dataclass
@@ -258,10 +249,12 @@ class Judge:
     early: EarlyStop | None = None
 
     def remember(self) -> None:
-        """Take up what an earlier process of this run judged."""
-        for record in self.folder.validations():
-            self.steps.add(record["step"])
-            self.best_ap = max(self.best_ap, record["ap"] or 0.0)
+        """Take up what an earlier process of this run judged, as the main process reads it: a shared disk may show
+        others what it was a moment ago."""
+        validations = self.folder.validations() if self.processes.main else []
+        judged = self.processes.told([(record["step"], record["ap"] or 0.0) for record in validations])
+        self.steps.update(step for step, _ in judged)
+        self.best_ap = max((ap for _, ap in judged), default=0.0)
         self._decide()
 
     def until_enough(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -292,6 +285,7 @@ class Judge:
         with story.clock.during("validating"):
             self._judge(step, story)
             self._decide()
+            story.early = self.early
 
     def _judge(self, step: int, story: RunStory) -> None:
         began = time.monotonic()
@@ -338,38 +332,3 @@ class Judge:
             found.operating_points,
             {**summary, "ap": found.ap, "ap50": found.metrics.ap50},
         )
-
-
-class Meter:
-    """Means of the losses and the speed since the last reading. Sums stay on the device until read.
-
-    A step whose numbers were not finite does not count.
-    """
-
-    def __init__(self) -> None:
-        self.sums: Tensor | None = None
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave what happened since the last reading (a validation) out of the speed."""
-        self.began = time.monotonic()
-        self.timed_images = 0
-
-    def add(self, done: Stepped, images: int) -> None:
-        counted = done.finite.float()
-        values = torch.stack([done.total, done.classes, done.boxes, counted])
-        values = torch.where(done.finite, values, 0.0)
-        self.sums = values if self.sums is None else self.sums + values
-        self.timed_images += images
-
-    def read(self) -> dict[str, float]:
-        """Return the means and begin anew; nothing where no step counts."""
-        assert self.sums is not None
-        *sums, steps = self.sums.tolist()
-        speed = self.timed_images / max(1e-9, time.monotonic() - self.began)
-        self.sums = None
-        self.restart_clock()
-        if not steps:
-            return {}
-        total, classes, boxes = (value / steps for value in sums)
-        return {"loss": total, "loss_class": classes, "loss_box": boxes, "images_per_second": speed}

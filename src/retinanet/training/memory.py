@@ -155,7 +155,7 @@ def limit_of(device: torch.device, processes: int = 1) -> Limit | None:
 
 
 class MemoryLog:
-    """What a line of `metrics.jsonl` says of memory: the most until then, in units of 10^9 bytes.
+    """What a line of `memory.jsonl` says: the most until then, in units of 10^9 bytes.
 
     "memory_gb" is of the device, see `peak_memory`; "workers_gb" what the loader's processes held together, by looks at
     them that are half a minute apart.
@@ -178,7 +178,7 @@ class MemoryLog:
 
 
 def most_held(history: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return what a run held at most, by the lines of `metrics.jsonl`, which need not tell.
+    """Return what a run held at most, by the lines of `memory.jsonl`, which need not tell.
 
     >>> most_held([{"memory_gb": 1.0}, {"memory_gb": 2.14, "workers_gb": 0.8}, {"ap": 0.5}])
     [('memory at most', '2.1 GB'), ("the loader's processes", '0.80 GB')]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 
 from retinanet.data import Dataset
-from retinanet.drawing import contact_sheet, draw_boxes, save_image
+from retinanet.drawing import contact_sheet, draw_boxes
+from retinanet.folders import write_bytes
 from retinanet.images import decode
 from retinanet.inference import Validation
 from retinanet.inference.detector import DEFAULT_THRESHOLD
@@ -18,7 +20,7 @@ ROWS, PAIRS = 3, 2
 
 
 def draw_validation(dataset: Dataset, found: Validation, path: Path) -> None:
-    """Draw some validation images, ground truth left and detections (at the best-F1 thresholds) right.
+    """Draw some validation images, ground truth left and detections (at the best-F1 thresholds) right, as PNG.
 
     The images stand at equal distances in the data set: neither the best nor the worst are picked.
     """
@@ -35,7 +37,9 @@ def draw_validation(dataset: Dataset, found: Validation, path: Path) -> None:
         tiles.append(draw_boxes(image, truth.boxes, captions=names, groups=groups))
         tiles.append(sure_detections(found, index).draw(image))
         captions += [f"ground truth: {Path(str(dataset.files[index])).name}", "detections"]
-    save_image(contact_sheet(tiles, columns=2 * PAIRS, captions=captions), path)
+    sheet = io.BytesIO()
+    contact_sheet(tiles, columns=2 * PAIRS, captions=captions).save(sheet, "PNG")
+    write_bytes(path, sheet.getvalue())
 
 
 def sure_detections(found: Validation, index: int) -> Detections:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class Plan:
         return step > 0 and (step % self.validate_every == 0 or step == self.steps)
 
     def as_begun(self, stored: dict[str, Any], *, but: Collection[str] = OF_A_MACHINE) -> Plan:
-        """Return the plan with the length that `plan.json` holds; refuse to go on with another plan than it holds.
+        """Return the plan with the length and the reasons that `plan.json` holds; refuse to go on with another plan.
 
         Args:
             but: what may be another.
@@ -134,8 +134,12 @@ class Plan:
         """
         try:
             plan = self.lasting(stored["steps"], "as the run began")
-            plan = dataclasses.replace(plan, validate_every=stored["validate_every"])
-        except (KeyError, TypeError) as error:
+            plan = dataclasses.replace(
+                plan,
+                validate_every=stored["validate_every"],
+                reasons=_reasons_as_begun(plan.reasons, stored["reasons"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"plan.json of the run is damaged: {error!r}") from None
         now = json.loads(json.dumps(plan.to_json()))
         for name in now.keys() - set(but):
@@ -306,6 +310,20 @@ def shares_in_words(images: int, processes: Processes) -> str:
         )
     shown = f"{min(each)}" if min(each) == max(each) else f"{min(each)} or {max(each)}"
     return f"{processes.count}, with {shown} images of a step each"
+
+
+def _reasons_as_begun(
+    now: Sequence[tuple[str, str, str]], stored: Sequence[Sequence[str]]
+) -> tuple[tuple[str, str, str], ...]:
+    """Return the reasons that a run had when it began, but for what is another now.
+
+    What became of the classes of the model that it started from is known from then alone.
+    """
+    planned = {setting: (value, why) for setting, value, why in now}
+    kept = {"classes", *planned}
+    rows = {setting: (value, why) for setting, value, why in stored if setting in kept}
+    another = {setting: row for setting, row in planned.items() if row[0] != rows.get(setting, ("",))[0]}
+    return tuple((setting, *row) for setting, row in (rows | another).items())
 
 
 def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[str, str, str]]) -> Recipe:

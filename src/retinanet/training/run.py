@@ -262,7 +262,7 @@ def _train(
             draw_run(best, val_set, folder)
         processes.wait()  # for the files of the main one
     console.print(best.metrics.table(), highlight=False, soft_wrap=True)
-    if memory := most_held(folder.history()):
+    if memory := most_held(folder.memory()):
         console.print(", ".join(f"{what} {size}" for what, size in memory), highlight=False)
     console.print(f"best model: {folder.best}", highlight=False, soft_wrap=True)
     return Run(folder.path, load(folder.best, device=str(plan.device)), best)

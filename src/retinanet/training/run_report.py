@@ -20,12 +20,10 @@ from retinanet.training.folder import RunFolder
 from retinanet.training.memory import most_held
 from retinanet.training.pictures import draw_validation
 from retinanet.training.planning import Plan
-from retinanet.training.time_left import in_time
+from retinanet.training.time_left import RECENT, in_time
 
 # Columns of example pictures on the page, that of the ground truth among them.
 COLUMNS = 6
-# Lines of the log that tell the speed now.
-RECENT = 20
 ACTIVITIES = (
     ("step", "training steps", "#0072B2"),
     ("data", "waiting for images", "#E69F00"),
@@ -57,11 +55,11 @@ def write_report(
             status=status,
             history=history,
             resumes=[(record["step"], _when(record["at"])) for record in folder.resumes()],
-            facts=_facts(plan, history, round(status.done * plan.steps)),
+            facts=_facts(plan, history, folder.memory(), round(status.done * plan.steps)),
             classes=_objects(val),
             examples=[(_caption(step, history, best), file) for step, file in columns],
             shares=shares,
-            advice=advice_on(shares, plan.workers),
+            advice=f"{slowest_part(shares)} {advice_on(shares, plan.workers)}".strip(),
             left_out=_left_out(train, val),
             settings=plan.reasons,
             commands=folder.commands(),
@@ -79,6 +77,19 @@ def shares_of(history: Sequence[dict[str, Any]]) -> list[Share]:
         if seconds > 0:
             shares.append(Share(what, seconds, in_time(seconds), colour))
     return shares
+
+
+def slowest_part(shares: Sequence[Share]) -> str:
+    """Return a sentence about what a step mostly does; "" where none is done."""
+    of = {share.what: share.seconds for share in shares}
+    computing, waiting = of.get("training steps", 0.0), of.get("waiting for images", 0.0)
+    if not computing + waiting:
+        return ""
+    part, rest = (
+        ("computing", "waits for images") if computing >= waiting else ("waiting for images", "computes")
+    )
+    most = max(computing, waiting) / (computing + waiting)
+    return f"The slowest part of a step is {part}, {100 * most:.0f} % of it; the rest {rest}."
 
 
 def advice_on(shares: Sequence[Share], workers: int) -> str:
@@ -99,7 +110,9 @@ def advice_on(shares: Sequence[Share], workers: int) -> str:
     return "Most of the time goes into the training steps themselves, as it should."
 
 
-def _facts(plan: Plan, history: Sequence[dict[str, Any]], step: int) -> list[tuple[str, str]]:
+def _facts(
+    plan: Plan, history: Sequence[dict[str, Any]], memory: Sequence[dict[str, Any]], step: int
+) -> list[tuple[str, str]]:
     seconds = sum(share.seconds for share in shares_of(history))
     speeds = [record["images_per_second"] for record in history if "images_per_second" in record][-RECENT:]
     passes = step * plan.batch_size / plan.train_images
@@ -110,7 +123,7 @@ def _facts(plan: Plan, history: Sequence[dict[str, Any]], step: int) -> list[tup
     ]
     if speeds:
         facts.append(("images a second", f"{float(np.median(speeds)):.3g}"))
-    return [*facts, *most_held(history)]
+    return [*facts, *most_held(memory)]
 
 
 def _objects(val: Dataset) -> dict[str, int]:

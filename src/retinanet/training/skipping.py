@@ -1,8 +1,9 @@
-"""Steps that were skipped because a number was not finite: found out, told, and too many of them."""
+"""What is skipped in training: steps of which a number was not finite, and images that cannot be read."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,34 @@ class SkippedSteps:
             )
 
 
+class UnreadableImages:
+    """Collects what was wrong with training images until it is told, once of each.
+
+    Args:
+        processes: each finds its own, and all know what was told.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.told: set[str] = set()
+        self.untold: set[str] = set()
+
+    def note(self, failures: Iterable[str]) -> None:
+        """Take what was wrong with images of a step."""
+        self.untold.update(set(failures) - self.told)
+
+    def share(self) -> None:
+        """Let all processes know what any of them found."""
+        self.untold = set[str]().union(*self.processes.gathered(self.untold)) - self.told
+
+    def take(self) -> list[str]:
+        """Return what is to be told, of all processes; it is told then."""
+        self.share()
+        new, self.untold = sorted(self.untold), set()
+        self.told.update(new)
+        return new
+
+
 def tell_skipped(folder: RunFolder, skipped: Skipped, plan: Plan, train: Dataset) -> str:
     """Write what was skipped into the log and, for the first such steps, what it takes to make its batch again
     (`training.replay`); return the line for people."""
@@ -96,8 +125,8 @@ def tell_skipped(folder: RunFolder, skipped: Skipped, plan: Plan, train: Dataset
     line = f"step {step} was skipped, as {skipped.reason}; weights stay as they were. Its images: {', '.join(files)}"
     place = folder.skipped / f"{step:08d}.json"
     if not place.exists() and len(list(folder.skipped.glob("*.json"))) < REPLAYS:
-        folder.skipped.mkdir(exist_ok=True)
         images = [{"index": i, "file": file} for i, file in zip(skipped.images, files, strict=True)]
-        write_json(place, {"step": step, "epoch": epoch, "reason": skipped.reason, "images": images})
+        values = {"step": step, "epoch": epoch, "reason": skipped.reason, "images": images}
+        write_json(place, values, parents=True)
         line += f"; the batch again: retinanet.training.replay.replay({str(place)!r})"
     return line

@@ -28,7 +28,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim import Optimizer
 
-from retinanet.errors import CheckpointError, TrainingError
+from retinanet.errors import CheckpointError
+from retinanet.folders import not_written
 
 FORMAT_VERSION = 2
 VALUES = "state.json"
@@ -59,7 +60,7 @@ def save_state(folder: Path, state: State) -> Path:
     """Write a state into `folder` and return its own folder; older ones but `KEPT - 1` go when it is there.
 
     Raises:
-        TrainingError: the disk has no room or refuses; what was there before is untouched.
+        DiskError: the disk has no room or refuses; what was there before is untouched.
     """
     place = folder / f"{state.step:08d}"
     if place.exists():
@@ -72,14 +73,13 @@ def save_state(folder: Path, state: State) -> Path:
     needed = MARGIN + sum(
         t.numel() * t.element_size() for part in state.parts.values() for t in part.values()
     )
-    _rotate(
-        folder
-    )  # what a process that was killed while it saved could not take away may be all the room there is
+    # What a process that was killed while it saved could not take away may be all the room there is.
+    _rotate(folder)
     try:
         draft.mkdir(parents=True)
         free = shutil.disk_usage(draft).free
         if free < needed:
-            raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         files = {}
         for name, tensors in state.parts.items():
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -91,7 +91,8 @@ def save_state(folder: Path, state: State) -> Path:
         os.replace(draft, place)
         _flush(folder)
     except OSError as error:
-        raise TrainingError(_no_room(folder, needed, error)) from None
+        shutil.rmtree(draft, ignore_errors=True)  # before what is free is told
+        raise not_written("the training state", folder, needed, error) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     _rotate(folder)
@@ -217,18 +218,6 @@ def _flush(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _no_room(folder: Path, needed: int, error: OSError) -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the training state cannot be written to {folder}: {error.strerror or error}"
-    with suppress(OSError):
-        free = f"{shutil.disk_usage(folder).free:,}"
-        return (
-            f"no room for the training state in {folder}: {needed:,} bytes are needed, {free} are free. The state "
-            "before is untouched: free space and go on with --resume"
-        )
-    return f"no room for the training state in {folder}: {needed:,} bytes are needed"
 
 
 def _places(folder: Path) -> list[Path]:

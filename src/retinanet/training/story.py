@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from retinanet.training.clock import Clock
 from retinanet.training.examples import Examples
 from retinanet.training.folder import RunFolder, go_on
 from retinanet.training.memory import MemoryLog
-from retinanet.training.patience import early_stop
+from retinanet.training.patience import EarlyStop
 from retinanet.training.planning import LOOKED_AT, Plan
 from retinanet.training.progress import TrainingProgress
 from retinanet.training.run_report import write_report
@@ -28,6 +28,8 @@ from retinanet.training.writers import Writers
 
 # Seconds after which the page is written anew between two validations.
 REWRITTEN = 60.0
+# Exit codes of the command that writers are told, beside 0 and those of signals.
+FAILED, INTERRUPTED = 2, 130
 
 
 class RunStory:
@@ -37,6 +39,7 @@ class RunStory:
 
     Args:
         first: steps that are done.
+        early: where the run stopped early, as an earlier process found, and from then on each validation.
         main: whether this process is the one that writes; the others of a run only take the time.
     """
 
@@ -49,9 +52,10 @@ class RunStory:
         console: Console,
         first: int,
         *,
+        early: EarlyStop | None = None,
         main: bool = True,
     ) -> None:
-        self.main = main
+        self.main, self.early = main, early
         self.plan, self.train, self.val, self.folder = plan, train, val, folder
         self.step = self.first = first
         self.clock, self.memory = Clock(plan.device), MemoryLog(plan.device)
@@ -64,6 +68,7 @@ class RunStory:
             validation_in_steps=LOOKED_AT * len(val) / plan.batch_size,
             first=first,
         )
+        self.held: dict[str, float] = {}
         self.failed: set[str] = set()
         self.told_unreadable: set[str] = set()
         self.written_at = time.monotonic()
@@ -79,8 +84,7 @@ class RunStory:
             self.left.remember(record)
             self.told_unreadable.update(record.get("unreadable", []))
         self.writers.open(self.plan.options, self.folder, self.first)
-        over = early_stop((record for record in history if "ap" in record), self.plan.options.patience)
-        if 0 < self.first < self.plan.steps and not over:
+        if 0 < self.first < self.plan.steps and self.early is None:
             self.folder.note_resume(self.first)
         self._report_progress()
         self.progress.__enter__()
@@ -93,26 +97,32 @@ class RunStory:
         self.progress.__exit__(kind, error, trace)
         reached = f"step {self.step:,} of {self.plan.steps:,}"
         if error is None:
-            early = early_stop(self.folder.validations(), self.plan.options.patience)
-            over = str(early) if early and early.step < self.plan.steps else ""
-            if over:
-                self.say(over)
-            self.report(
-                "finished",
-                f"{over[:1].upper()}{over[1:]}." if over else f"Finished: all {self.plan.steps:,} steps.",
-            )
+            self.report("finished", self._finished())
+            code = 0
         elif isinstance(error, Stopped | KeyboardInterrupt):
             self.report("stopped", f"Stopped at {reached}.", "To go on:")
+            code = error.exit_code if isinstance(error, Stopped) else INTERRUPTED
         else:
             what = str(error) or type(error).__name__
             self.report("failed", f"Failed at {reached}: {what}", "When the cause is mended:")
-        self.writers.close()  # last: it may take its time, which a process that is being stopped has not
+            code = FAILED
+        self.writers.close(code)  # last: it may take its time, which a process that is being stopped has not
+
+    def _finished(self) -> str:
+        if self.early is None or self.early.step == self.plan.steps:
+            return f"Finished: all {self.plan.steps:,} steps."
+        why = str(self.early)
+        self.say(why)
+        return f"{why[:1].upper()}{why[1:]}."
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches of the steps to come, and take the time."""
+        began = time.monotonic()
         for batch in self.clock.over(batches):
             self.step += 1
             yield batch
+            if self.step == self.first + 1:
+                self.left.started(time.monotonic() - began)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -138,8 +148,7 @@ class RunStory:
         record = {"step": step, "epoch": self._epoch(step), **figures, **self.clock.take()}
         if not self.main:
             return
-        record |= self.memory.read()
-        self.log(record)
+        self.log(record, self._memory(step))
         self.left.told(record)
         self.progress.step(step, record, self.left.seconds())
         if time.monotonic() - self.written_at > REWRITTEN:
@@ -168,10 +177,14 @@ class RunStory:
         self.left.told(record)
         self._report_progress()
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Write a line of `metrics.jsonl`, with "step" and "epoch", and tell its figures to the writers."""
+    def log(self, record: dict[str, Any], measured: Mapping[str, float] | None = None) -> None:
+        """Write a line of `metrics.jsonl`, with "step" and "epoch", and tell its figures to the writers.
+
+        Args:
+            measured: further figures, for the writers alone.
+        """
         self.folder.log(record)
-        self.writers.tell(record)
+        self.writers.tell({**record, **(measured or {})})
 
     def report(
         self, kind: Literal["running", "finished", "stopped", "failed"], text: str, hint: str = ""
@@ -193,6 +206,15 @@ class RunStory:
         about = "" if left is None else f", about {in_time(left)} left at {datetime.now():%H:%M}"
         text = f"In training: step {self.step:,} of {self.plan.steps:,}{about}."
         self.report("running", text, "If this page no longer changes, the run was killed. To go on:")
+
+    def _memory(self, step: int) -> dict[str, float]:
+        """Return the most memory held until now; where it rose it has a line in a log of its own, as no two runs hold
+        the same."""
+        held = self.memory.read()
+        if held != self.held:
+            self._safely("memory.jsonl", lambda: self.folder.log_memory({"step": step, **held}))
+        self.held = held
+        return held
 
     def _log_unreadable(self, step: int, failures: list[str]) -> None:
         """Log those that are not in the log: at every validation the same images fail."""

@@ -17,7 +17,8 @@ class TimeLeft:
     time left = (steps to come) x (seconds of a step) + (validations to come) x (seconds of a validation)
 
     A step takes as long as the recent ones did, with waiting for images and with states that are saved between
-    validations. The first steps, which compile and fill caches, are forgotten soon: the later half of the lines counts.
+    validations. The first of a process, which compiles and fills caches, does not count, and those after it are
+    forgotten soon: the later half of the lines counts.
     A validation takes as long as those before did, with the state that is saved before each; the first is guessed.
 
     Args:
@@ -34,17 +35,27 @@ class TimeLeft:
         self.every = validate_every
         self.guess = validation_in_steps
         self.done = first
+        self.starting = 0.0
         self.told_lines = 0
         self.lines: deque[tuple[int, float]] = deque()
         self.validations = self.judged = 0
         self.validating = 0.0
+
+    def started(self, seconds: float) -> None:
+        """Take up how long the first step of this process took, its images included; one that has a line of its own is
+        as good as forgotten."""
+        if not self.told_lines:
+            self.starting = seconds
 
     def told(self, record: Mapping[str, Any]) -> None:
         """Take up a line that was just written."""
         self.remember(record)
         seconds = sum(record.get(f"seconds_{name}", 0.0) for name in ("data", "step", "saving"))
         if "loss" in record and record["step"] > self.done:
-            self.lines.append((record["step"] - self.done, seconds))
+            steps = record["step"] - self.done
+            if self.starting:
+                steps, seconds, self.starting = steps - 1, max(0.0, seconds - self.starting), 0.0
+            self.lines.append((steps, seconds))
             self.told_lines += 1
             self.done = record["step"]
             while len(self.lines) > min(RECENT, -(-self.told_lines // 2)):

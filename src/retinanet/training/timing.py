@@ -33,7 +33,7 @@ LEAST_STEPS = 10
 TRIAL, LONGEST_TRIAL = 0.03, 60.0
 VALIDATION_IMAGES = 16
 # Share of the time that is planned; the rest is for what differs between a trial and a run.
-PLANNED = 0.92
+PLANNED_TIME = 0.92
 # Share of the time for validations, of which the last one always takes place.
 VALIDATED = 0.05
 # Seconds of steps of one image, of steps of more, and of validating in the trial of a dry run, which need not be exact:
@@ -73,7 +73,7 @@ def fit_to_time(
     else:
         validations = max(1, min(VALIDATIONS, int(VALIDATED * seconds / max(validation, 1e-9))))
         per_step = step
-    steps = math.floor((seconds * PLANNED - validations * validation) / per_step)
+    steps = math.floor((seconds * PLANNED_TIME - validations * validation) / per_step)
     if steps < 1:
         raise ConfigError(
             f"--time {plan.options.time} is too short: a step takes {step:.1f} s here and a validation "

@@ -16,6 +16,8 @@ from retinanet.training.folder import RunFolder
 
 # What is imported, which is also the name of the extra.
 PACKAGES: dict[WriterName, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+# Exit codes above are of signals.
+SIGNALS = 128
 
 
 class Writer(Protocol):
@@ -24,8 +26,12 @@ class Writer(Protocol):
     def scalars(self, figures: Mapping[str, float], step: int) -> None:
         """Take named figures of a step."""
 
-    def close(self) -> None:
-        """Bring away what was taken; nothing comes any more."""
+    def close(self, exit_code: int) -> None:
+        """Bring away what was taken; nothing comes any more.
+
+        Args:
+            exit_code: the command's: 0 where the run is finished, 130 or 143 where it was stopped, 2 where it failed.
+        """
 
 
 class TensorBoardWriter:
@@ -41,14 +47,15 @@ class TensorBoardWriter:
             self.events.add_scalar(name, value, step)
         self.events.flush()  # or a kill would take minutes of them, and leave a gap
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
         self.events.close()
 
 
 class WandbWriter:
     """A run on Weights & Biases, in the project of $WANDB_PROJECT, else "retinanet"; resumed, the same one.
 
-    Figures are told over "step": W&B's own count of steps only rises, and would refuse those of a resumed run.
+    Figures are told over "step": W&B's own count of steps only rises, and would refuse those of a resumed run. What a
+    killed process told of steps that are made again stays there, beside what is told of them again.
     """
 
     def __init__(self, folder: RunFolder, options: TrainingOptions) -> None:
@@ -68,12 +75,14 @@ class WandbWriter:
     def scalars(self, figures: Mapping[str, float], step: int) -> None:
         self.run.log({**figures, "step": step})
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, exit_code: int) -> None:
+        self.run.finish(exit_code=exit_code)  # all but 0 is "failed" there, until the run is resumed
 
 
 class MlflowWriter:
     """A run of MLflow, where $MLFLOW_TRACKING_URI and $MLFLOW_EXPERIMENT_NAME say; resumed, the same one.
+
+    What a killed process told of steps that are made again stays there, beside what is told of them again.
 
     A server that is away is asked a few times ($MLFLOW_HTTP_REQUEST_MAX_RETRIES, here 2): training waits meanwhile.
     """
@@ -101,8 +110,9 @@ class MlflowWriter:
         plain = {re.sub(r"[^\w\-. /]", "_", name): value for name, value in figures.items()}
         self.mlflow.log_metrics(plain, step=step, run_id=self.id)
 
-    def close(self) -> None:
-        self.mlflow.end_run()
+    def close(self, exit_code: int) -> None:
+        stopped = "KILLED" if exit_code > SIGNALS else "FAILED"
+        self.mlflow.end_run(status=stopped if exit_code else "FINISHED")
 
 
 class Writers:
@@ -137,10 +147,11 @@ class Writers:
             except Exception as error:
                 self._leave_out(name, error)
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
+        """Say how the run ended; see `Writer.close`."""
         for name, writer in list(self.writers.items()):
             try:
-                writer.close()
+                writer.close(exit_code)
             except Exception as error:
                 self._leave_out(name, error)
         self.writers.clear()
