@@ -28,6 +28,8 @@ from retinanet.training.skipping import UnreadableImages
 from retinanet.training.state import newest_state
 from test_resume import TINY, quiet, stop_at, terminate
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
