@@ -47,7 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.collectonly:
         fresh.begin()
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.Popen([sys.executable, "-c", COMPILED], **quiet)
+        compiling = subprocess.Popen([sys.executable, "-c", COMPILED], **quiet)
+        config.add_cleanup(compiling.wait)
+        config.add_cleanup(compiling.terminate)  # before that
 
 
 @pytest.fixture(scope="session")
