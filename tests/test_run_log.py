@@ -28,8 +28,6 @@ from retinanet.training.skipping import UnreadableImages
 from retinanet.training.state import newest_state
 from test_resume import TINY, quiet, stop_at, terminate
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,6 +54,7 @@ def told(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_log_does_not_depend_on_when_states_are_saved(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
