@@ -1,8 +1,9 @@
 """What a run survives, done to real runs, with figures: kills, damage, full disks, signals.
 
     python tests/faults.py kills --times 200      SIGKILL at random moments, saving included, each time resumed
+    python tests/faults.py kills-of-two           the same to one of two processes; the other has to end
     python tests/faults.py damage --times 2000    flipped bytes and cuts in every file of a state
-    python tests/faults.py disk                   disks and files that are full
+    python tests/faults.py disk                   disks and files that are full, whatever is being written
     python tests/faults.py signals                SIGTERM and SIGINT in each phase, alone and with two processes
     python tests/faults.py few-signals            three of them
 
@@ -17,6 +18,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -28,14 +30,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from retinanet.cli.main import main as command
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import CheckpointError
-from retinanet.training import loop, preparation, run
+from retinanet.training import loop, preparation, run, story
+from retinanet.training.folder import RunFolder
 from retinanet.training.gradients import GradientSum
 from retinanet.training.state import State, read_state, save_state
 from retinanet.training.step import TrainingStep
@@ -66,6 +69,8 @@ MOMENTS: tuple[Moment, ...] = (
 )
 # Longest that a stop may take.
 PATIENCE = 30.0
+# Seconds in which a process that lost the other one may end by itself; then it is told to, as torchrun does at once.
+PATIENCE_OF_ONE = 10.0
 
 
 def generated(folder: Path) -> Path:
@@ -285,10 +290,80 @@ def kills(folder: Path, times: int, seed: int) -> Kills:
             if reached < at_least:
                 found.wrong.append(f"run {number}: killed in {phase} of step {step}, state of step {reached}")
             known = max(known, reached)
-            if sum(found.killed.values()) >= times + 20:
+            if sum(found.killed.values()) >= times + 20 and found.finished:
                 break
         shutil.rmtree(target, ignore_errors=True)
     return found
+
+
+def kills_of_two(folder: Path, times: int, seed: int) -> tuple[str, list[str]]:
+    """Kill one of two processes at random moments, go on with both; return what was seen, and what was wrong.
+
+    The other one has to end by itself, or when it is told to, as `torchrun` does.
+    """
+    random_ = random.Random(seed)
+    data = generated(folder)
+    whole = folder / "whole"
+    began = time.monotonic()
+    ends = [ended(child, 600.0)[0] for child in _two(trained(data, whole), folder)]
+    assert ends == [0, 0], (folder / "said-0").read_text()
+    usual, expected = time.monotonic() - began, newest(whole)
+    killed, finished, alone, longest, wrong = 0, 0, 0, 0.0, list[str]()
+    while killed < times or not finished:
+        target = folder / f"run-{killed}"
+        while True:
+            children = _two(trained(data, target), folder)
+            if killed < times:
+                time.sleep(random_.uniform(0.02, 0.6 * usual))
+                victim = random_.randrange(2)
+                other = children[1 - victim]
+                os.kill(children[victim], signal.SIGKILL)
+                if ended(children[victim])[0] == -signal.SIGKILL:
+                    killed += 1
+                    code, seconds = _left(other)
+                    alone, longest = alone + (seconds < PATIENCE_OF_ONE), max(longest, seconds)
+                    if code == 0 or seconds > PATIENCE:
+                        wrong.append(f"the process that was left ended with {code} after {seconds:.1f} s")
+                    continue
+                ends = [0, ended(other)[0]]  # it had ended well before
+            else:
+                ends = [ended(child)[0] for child in children]
+            if ends != [0, 0]:
+                wrong.append(f"ended with {ends}: {(folder / 'said-0').read_text()[-300:]}")
+            elif same(newest(target), expected) and log_of(target) == log_of(whole):
+                finished += 1
+            else:
+                wrong.append("ended with other weights or another log")
+            break
+        shutil.rmtree(target, ignore_errors=True)
+    told = (
+        f"{killed} kills of one of two processes, the other one ended after {longest:.1f} s at most, {alone} times by "
+        f"itself; {finished} runs came to their end, equal to one that was never stopped; {len(wrong)} failures"
+    )
+    return told, wrong
+
+
+def _two(body: Callable[[], None], folder: Path) -> list[int]:
+    """Begin a run of two processes; return their numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for each in range(2):
+        (folder / f"said-{each}").write_text("")
+    return [forked(body, folder / f"said-{each}", {**told, "RANK": str(each)}) for each in range(2)]
+
+
+def _left(child: int) -> tuple[int, float]:
+    """Wait for a process that lost the other one; if it does not end, tell it to."""
+    began = time.monotonic()
+    while time.monotonic() - began < PATIENCE_OF_ONE:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status), time.monotonic() - began
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    code, _ = ended(child, 2 * PATIENCE)
+    return code, time.monotonic() - began
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -331,52 +406,84 @@ def damage(folder: Path, times: int, seed: int) -> tuple[int, list[str]]:
     return times, missed
 
 
+# What a full disk may find being written: what is called, and what the message names.
+Written: TypeAlias = Literal["state", "log", "model", "page"]
+WRITERS: dict[Written, tuple[Any, str, str]] = {
+    "state": (loop, "save_state", "the training state"),
+    "log": (RunFolder, "log", "metrics.jsonl"),
+    "model": (loop, "save_model", "model.safetensors"),
+    "page": (story, "write_report", "report.html"),
+}
+# Where that is written for the first time in a run of twelve steps, and a state is there.
+TWELVE: dict[str, Any] = {"steps": 12, "validate_every_steps": 4, "log_to": "none"}
+SMALL: tuple[Written, ...] = ("state", "model")
+NO_ROOM = r"no room for {what} in .+: [\d,]+ bytes are needed, [\d,]+ are free\. .*--resume"
+
+
 def disk(folder: Path) -> list[tuple[str, bool, str]]:
     """Fill the disk in the middle of a run: a small file system where we may mount one, and a limit on files."""
     data = generated(folder)
-    found = []
+    whole, found = folder / "whole", list[tuple[str, bool, str]]()
+    assert ended(forked(trained(data, whole, **TWELVE), folder / "said-whole"), 600.0)[0] == 0
     small = folder / "small"
     small.mkdir()
     if os.geteuid() == 0 and os.system(f"mount -t tmpfs -o size=56m tmpfs {small} 2>/dev/null") == 0:
         try:
-            found.append(_filled("a disk of 56 MiB", data, small / "run", fill=small / "other", limit=None))
+            found += [
+                _filled("a disk of 56 MiB", what, data, small / "run", whole, small / "other")
+                for what in SMALL
+            ]
         finally:
             os.system(f"umount -l {small}")
-    found.append(_filled("files of at most 1 MiB", data, folder / "limited", fill=None, limit=2**20))
-    return found
+    return found + [
+        _filled("files of no byte", what, data, folder / "limited", whole, None) for what in WRITERS
+    ]
 
 
 def _filled(
-    name: str, data: Path, target: Path, fill: Path | None, limit: int | None
+    name: str, what: Written, data: Path, target: Path, whole: Path, fill: Path | None
 ) -> tuple[str, bool, str]:
-    said = target.parent / f"said-{target.name}" if fill is None else data.parent / "said-small"
+    """Let there be no more room when something is written: on the disk from then on, or for files just then."""
+    said = data.parent / "said-full"
+    said.write_text("")
+    owner, function, named = WRITERS[what]
+    write, written = getattr(owner, function), [0]
 
-    def entered(phase: str, step: int) -> None:
-        if (phase, step) == ("step", 5):
-            if fill is not None:
-                with contextlib.suppress(OSError), fill.open("wb") as stream:
-                    while True:
-                        stream.write(bytes(2**16))
-                        stream.flush()
-            else:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit or 0, limit or 0))
+    def writing(*args: Any, **kwargs: Any) -> Any:
+        written[0] += 1
+        if written[0] != 2:
+            return write(*args, **kwargs)
+        if fill is not None:
+            with contextlib.suppress(OSError), fill.open("wb", buffering=0) as stream:
+                while True:
+                    stream.write(bytes(4096))
+            return write(*args, **kwargs)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            return write(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     def body() -> None:
-        with phases(entered):
-            trained(data, target)()
+        setattr(owner, function, writing)
+        trained(data, target, **TWELVE)()
 
     code, _ = ended(forked(body, said))
+    lines = said.read_text().strip().splitlines()
     state = newest(target)
-    message = said.read_text().strip().splitlines()[-1]
-    right = (
-        code == 2 and state is not None and state.step == 5 and "no room for the training state" in message
-    )
+    if what == "page":  # which a run can do without
+        message = next((line for line in lines if named in line), lines[-1])
+        right = code == 0 and f"no room for {named}" in message
+    else:
+        message = lines[-1]
+        right = code == 2 and re.search(NO_ROOM.format(what=named), message) is not None and state is not None
     if fill is not None:
         fill.unlink(missing_ok=True)
-    code, _ = ended(forked(trained(data, target), said))
-    finished = newest(target)
-    right = right and code == 0 and finished is not None and finished.step == TINY["steps"]
-    return name, right, message
+    again, _ = ended(forked(trained(data, target), said))
+    right = right and again == 0 and same(newest(target), newest(whole)) and log_of(target) == log_of(whole)
+    shutil.rmtree(target, ignore_errors=True)
+    return f"{name}, {what}", right, f"exit {code}: {message}"
 
 
 def signals(folder: Path) -> list[tuple[str, bool, str]]:
@@ -418,17 +525,20 @@ def _signalled(
             phase, step = moment
             where = phase if step is None else f"{phase}, {step} steps done"
             name = f"{signal.Signals(number).name} in {where}, process {rank + 1} of {count}"
-            code, seconds = ends[rank][0], max(seconds for _, seconds in ends)
+            codes, seconds = [code for code, _ in ends], max(seconds for _, seconds in ends)
             again = _together(trained(data, target), count, folder, None, -1, 0)
             right = (
-                code == 128 + number
+                codes[rank] == 128 + number
+                and all(
+                    code in (128 + number, 128 + signal.SIGTERM) for code in codes
+                )  # torchrun tells the other
                 and seconds < PATIENCE
                 and all(end[0] == 0 for end in again)
                 and same(newest(target), newest(whole))
                 and log_of(target) == log_of(whole)
             )
             found.append(
-                (name, right, f"exit {code} after {seconds:.1f} s, then resumed to the same weights")
+                (name, right, f"exit {codes} after {seconds:.1f} s, then resumed to the same weights")
             )
             shutil.rmtree(target, ignore_errors=True)
     return found
@@ -492,7 +602,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("kills", "damage", "disk", "signals", "few-signals"))
+    choices = ("kills", "kills-of-two", "damage", "disk", "signals", "few-signals")
+    parser.add_argument("what", choices=choices)
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -502,15 +613,19 @@ def main() -> int:
             of_kills = kills(folder, given.times, given.seed)
             print(of_kills)
             print(*of_kills.wrong, sep="\n")
-            return int(bool(of_kills.wrong))
+            return int(bool(of_kills.wrong) or not of_kills.finished)
+        if given.what == "kills-of-two":
+            told, wrong = kills_of_two(folder, given.times, given.seed)
+            print(told, *wrong, sep="\n")
+            return int(bool(wrong))
         if given.what == "damage":
             times, missed = damage(folder, given.times, given.seed)
             print(f"{times} flips and cuts, {times - len(missed)} noticed")
             print(*missed, sep="\n")
             return int(bool(missed))
         rows = {"disk": disk, "signals": signals, "few-signals": few_signals}[given.what](folder)
-        for what, right, told in rows:
-            print(f"{'right' if right else 'WRONG'}: {what}: {told}", flush=True)
+        for what, right, said in rows:
+            print(f"{'right' if right else 'WRONG'}: {what}: {said}", flush=True)
         return int(not all(right for _, right, _ in rows))
 
 

@@ -1,11 +1,7 @@
-"""Cases that the tests of several kernels share, and circumstances to try them in: threads, another process."""
+"""Cases that the tests of several kernels share, and the numbers of threads to try them with."""
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -18,19 +14,6 @@ def torch_threads(number: int):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def run_python(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    run = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if run.returncode != 0:
-        pytest.fail(f"{run.stdout}{run.stderr}", pytrace=False)
-    return run
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -15,9 +15,8 @@ import torch
 from rich.console import Console
 
 from retinanet.cli.main import main
-from retinanet.data import Dataset, open_dataset
+from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
-from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.data.transforms import Augmentation
 from retinanet.errors import ConfigError, Stopped, TrainingError
 from retinanet.processes import Processes
@@ -44,21 +43,11 @@ from retinanet.training.starting import build_network
 from test_resume import stop_at, terminate
 from test_training import TINY
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 GB = 10**9
 CASE = WorstCase(height=640, width=1024, boxes=7)
 AUTO: dict[str, Any] = {**TINY, "backbone": "test_resnet", "image_size": 64, "batch_size": "auto"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate_shapes(
-        tmp_path_factory.mktemp("data") / "shapes", train=6, val=2, spec=ShapesSpec(image_size=96)
-    )
-
-
-@pytest.fixture
-def train(data: Path) -> Dataset:
-    return open_dataset(data, "train")
 
 
 def plan_of(train: Dataset, **options: Any) -> Plan:

@@ -335,6 +335,7 @@ def test_every_command_takes_images_from_elsewhere(
     (tmp_path / "found.json").write_text("[]")
     view = ["--output", str(tmp_path / "seen.png"), "--images", "1", "--image-size", "64"]
     train = ["--dry-run", "--pretrained", "none", "--device", "cpu", "--steps", "1"]
+    train += ["--backbone", "test_resnet", "--channels", "64", "--image-size", "64", "--batch-size", "1"]
     for command, rest in {
         "data view": view,
         "data anchors": ["--image-size", "64"],

@@ -14,8 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from retinanet.data import Dataset, open_dataset
-from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.data import Dataset
 from retinanet.training import timing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.estimate import Estimate
@@ -25,6 +24,8 @@ from retinanet.training.run import run_training
 from retinanet.training.starting import build_network
 from test_training import TINY
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 GB = 10**9
 MACHINE = Limit(16 * GB, "this machine")
 TEST: dict[str, Any] = {**TINY, "backbone": "test_resnet", "image_size": 64, "steps": 12}
@@ -32,18 +33,6 @@ LINE = re.compile(
     r"estimate: about [\d:]+ (s|min) \(12 steps of [\d.,]+ m?s, 1 validation of [\d.,]+ m?s\), "
     r"memory \d+\.\d+ GB, \d+% of the [\d.]+ GB of .*; tried for [\d:]+ (s|min)$"
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate_shapes(
-        tmp_path_factory.mktemp("data") / "shapes", train=6, val=2, spec=ShapesSpec(image_size=96)
-    )
-
-
-@pytest.fixture
-def train(data: Path) -> Dataset:
-    return open_dataset(data, "train")
 
 
 def plan_of(train: Dataset, **options: Any) -> Plan:
@@ -82,11 +71,13 @@ def test_examples_hold() -> None:
 # --- the trial --------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_ends_with_an_estimate(data: Path) -> None:
+def test_a_dry_run_ends_with_an_estimate_and_writes_nothing(data: Path, tmp_path: Path) -> None:
     said = io.StringIO()
     began = time.monotonic()
-    options = TrainingOptions(data=str(data), dry_run=True, **{**TEST, "validate_every_steps": 12})
+    told = {**TEST, "output": str(tmp_path / "dry"), "validate_every_steps": 12}
+    options = TrainingOptions(data=str(data), dry_run=True, **told)
     assert run_training(options, Console(file=said, width=200)) is None
+    assert not (tmp_path / "dry").exists()
     assert time.monotonic() - began < 60  # it is a second or two where nothing has to be compiled
     *_, estimate, last = said.getvalue().splitlines()
     assert last == "dry run: nothing was written"

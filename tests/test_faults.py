@@ -23,7 +23,8 @@ def test_every_flip_and_cut_in_a_state_is_noticed(tmp_path: Path) -> None:
     ("what", "said"),
     [
         ("kills", "0 failures"),
-        ("disk", "right: files of at most 1 MiB"),
+        ("kills-of-two", "0 failures"),
+        ("disk", "right: files of no byte, page"),
         ("few-signals", "right: SIGTERM in validation, process 2 of 2"),
     ],
 )

@@ -12,7 +12,7 @@ pytest.importorskip("numba")
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-from kernel_cases import run_python
+from fresh import run_python
 from retinanet.batches import MatchState
 from retinanet.kernels.cpu import selection
 from retinanet.kernels.cpu.compiled import compiled

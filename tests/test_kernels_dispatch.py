@@ -12,7 +12,8 @@ pytest.importorskip("numba")
 
 import numba
 
-from kernel_cases import random_boxes, random_mask, run_python, seeded
+from fresh import run_python
+from kernel_cases import random_boxes, random_mask, seeded
 from retinanet import boxes as boxes_module
 from retinanet import kernels
 from retinanet.boxes import nms

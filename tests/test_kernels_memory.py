@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from kernel_cases import run_python
+from fresh import run_python
 from retinanet.kernels.cpu import memory
 from test_kernels_focal import focal_case, fused
 

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("numba")
 
-from kernel_cases import run_python, torch_threads
+from fresh import run_python
+from kernel_cases import torch_threads
 from retinanet.kernels.cpu import focal, matching, memory, selection, threads
 from retinanet.kernels.cpu import nms as nms_kernel
 from test_kernels_focal import check_focal
@@ -267,8 +268,15 @@ def answers_of_child(method: str, target=send_answers) -> dict[str, str]:
         child.join()
 
 
+# A spawned one imports everything anew, and is tried as a worker of a data loader anyway.
 @may_fork
-@start_methods
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[pytest.mark.slow] if method == "spawn" else [])
+        for method in sorted({"fork", "spawn"} & set(multiprocessing.get_all_start_methods()))
+    ],
+)
 def test_a_child_process(method, expected_answers):
     assert answers_of_child(method) == expected_answers
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import doctest
 import mmap
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import fresh
 from retinanet.training import memory
 from retinanet.training.memory import (
     Limit,
@@ -193,8 +192,7 @@ def test_a_limit_of_this_process_is_found() -> None:
         "from retinanet.training.memory import _left_by_ulimit, _sizes, ROOT;"
         "(flag, left), = _left_by_ulimit(_sizes(ROOT / 'proc/self/status')); print(flag, left < 64 * 2**30)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out == "-v True\n"
+    assert fresh.run(code).stdout == "-v True\n"
 
 
 def test_a_device_says_itself_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from retinanet.records import Classes
 
 COCO = Classes(tuple(f"class {i}" for i in range(80)))
 FEW = Classes(("cat", "dog", "bird"))
-SMALL = ModelSpec(FEW, backbone=BackboneSpec("resnet18"))
+SMALL = ModelSpec(FEW, backbone=BackboneSpec("test_resnet"))
 
 
 def parameters(model):
@@ -271,7 +271,7 @@ def test_load_backbone_errors(tmp_path):
     state = timm.create_model("resnet18").state_dict()
     shape = {**state, "layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}
     lacking = {name: tensor for name, tensor in state.items() if name != "layer2.0.conv1.weight"}
-    native, group = BackboneSpec("resnet18"), BackboneSpec("resnet18", norm="group")
+    native, group = (build_backbone(BackboneSpec("resnet18", norm=norm)) for norm in ("native", "group"))
     cases = [
         (lacking, native, r"lacks 'layer2\.0\.conv1\.weight'"),
         (shape, native, r"'layer1\.0\.conv1\.weight' has shape \[1, 2, 3, 3\], required is \[64, 64, 3, 3\]"),
@@ -279,15 +279,15 @@ def test_load_backbone_errors(tmp_path):
         ({"epoch": 3}, native, "named tensors only"),
         ([1, 2], native, "named tensors only"),
     ]
-    for content, spec, message in cases:
+    for content, backbone, message in cases:
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(CheckpointError, match=message):
-            load_backbone(build_backbone(spec), tmp_path / "w.pth")
+            load_backbone(backbone, tmp_path / "w.pth")
     for name in ("no.pth", "no.safetensors", "text.pth", "text.safetensors"):
         if name.startswith("text"):
             (tmp_path / name).write_text("this is no weights file")
         with pytest.raises(CheckpointError, match="needs a weights file that can be read"):
-            load_backbone(build_backbone(native), tmp_path / name)
+            load_backbone(native, tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------- the spec

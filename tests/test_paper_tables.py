@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 from PIL import Image
 from scipy.stats import kendalltau
 
+import fresh
 from retinanet.checkpoint import Model, save_model
 from retinanet.cli.main import main
 from retinanet.data import open_dataset
@@ -47,6 +46,8 @@ from retinanet.training import recipes
 from retinanet.training.optimizer import drops_of, rate
 from retinanet.training.planning import plan_run
 from retinanet.training.skipping import IN_A_ROW
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = SCALES["tiny"]
 
@@ -229,9 +230,14 @@ def request(data: Path, output: Path, **changes: Any) -> Request:
     return replace(usual, about_data="blood: 8 training images, 25% without objects", **changes)
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, ap: Any) -> list[Job]:
-    """Put a function of the job in the place of training; return the list of what was run."""
+def fake(monkeypatch: pytest.MonkeyPatch, ap: Any, *, drawn: bool = False) -> list[Job]:
+    """Put a function of the job in the place of training; return the list of what was run.
+
+    Figures become files only where asked: a page is written after every run.
+    """
     ran: list[Job] = []
+    if not drawn:
+        monkeypatch.setattr("retinanet.paper.page._png", lambda _: b"")
 
     def run_apart(job: Job, store: Store, *_: object) -> tuple[int, str]:
         ran.append(job)
@@ -383,9 +389,7 @@ def test_results_under_other_conditions_do_not_mix(
     assert re.fullmatch(r"shapes: 8 training images, \d+% without objects", about)
 
 
-def test_a_real_run_in_a_process_of_its_own(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(replace(cross_entropy(0.75), side=240), "tiny", str(data), 0.5, 1)
     assert job_of(json.dumps(dataclasses.asdict(job))) == job
     monkeypatch.setitem(SCALES, "tiny", replace(TINY, steps=2))
@@ -399,9 +403,14 @@ def test_a_real_run_in_a_process_of_its_own(
     assert plan["recipe"]["loss"] == "balanced-ce"
     assert plan["steps"] == plan["validate_every"] == 2
     assert not (store.run(job) / "last").exists()
-    # Apart: what cannot be trained ends with a message, and the command goes on.
-    absent = replace(job, data=str(tmp_path / "absent"))
-    said: list[str] = []
+
+
+@pytest.mark.slow
+def test_what_cannot_be_trained_ends_its_own_process_with_a_message_and_the_command_goes_on(
+    tmp_path: Path,
+) -> None:
+    store, said = Store(tmp_path), list[str]()
+    absent = Job(focal(2), "tiny", str(tmp_path / "absent"), 0.5, 1)
     (failure,) = run_all([absent], store, parallel=1, say=said.append, done=lambda: None)
     assert "exit code 2; retinanet: " in failure
     assert "absent" in failure
@@ -476,7 +485,7 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], arguments: tuple[str
 def test_the_command_measures_and_tells(
     capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(monkeypatch, lambda job: 0.3 if job.setting != cross_entropy(0.75) else None)
+    fake(monkeypatch, lambda job: 0.3 if job.setting != cross_entropy(0.75) else None, drawn=True)
     code, out, _ = run(
         capsys,
         "table3",
@@ -706,18 +715,20 @@ running.run_all(jobs, running.Store(Path(sys.argv[1])), parallel=2, say=print, d
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_no_run_behind(tmp_path: Path, number: signal.Signals) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], stderr=subprocess.DEVNULL)
+    parent = fresh.start(SLEEPER, tmp_path, said=tmp_path / "said")
     try:
         until = time.monotonic() + 120
         while len(logs := [file for file in tmp_path.glob("*.log") if file.read_text()]) < 2:
             assert time.monotonic() < until
             time.sleep(0.05)
         children = [int(file.read_text()) for file in logs]
-        parent.send_signal(number)
-        assert parent.wait(50) != 0
+        assert parent.pid is not None
+        os.kill(parent.pid, number)
+        parent.join(50)
+        assert parent.exitcode
     finally:
         parent.kill()
-        parent.wait()
+        parent.join()
     for pid in children:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import fresh
 import two_processes
 from kernel_cases import torch_threads
 from retinanet.batches import Batch
@@ -36,7 +37,7 @@ from retinanet.training import loop, skipping
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.parts import batch_norm_in_words
-from retinanet.training.planning import plan_run
+from retinanet.training.planning import Plan, plan_run
 from retinanet.training.preparation import prepare
 from retinanet.training.recipes import Recipe
 from retinanet.training.replay import replay
@@ -44,6 +45,8 @@ from retinanet.training.run import resume_training, run_training
 from retinanet.training.starting import build_network
 from retinanet.training.state import State, newest_state
 from retinanet.training.step import TrainingStep
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 SCRIPT = Path(two_processes.__file__)
 Found = Callable[[str], list[dict[str, Any]]]
@@ -61,9 +64,8 @@ def two(data: Path, out: Path, *cases: str) -> Found:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-W", "error", str(SCRIPT), str(data), str(out), *cases]
-    done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=500)
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = fresh.run(SCRIPT, data, out, *cases, environment=told, seconds=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
     def found(case: str) -> list[dict[str, Any]]:
@@ -149,16 +151,23 @@ def test_gradients_are_summed_over_processes_whatever_the_buckets(found: Found) 
 
 
 @pytest.mark.parametrize(
-    ("case", "batch_size", "normalizer"),
-    [("image", 4, "image"), ("all-processes", 4, "all-processes"), ("uneven, in parts", 3, "all-processes")],
+    ("case", "plan", "within"),
+    [
+        ("image", lambda data: two_processes.plan_of(data, 4, "image"), 1e-5),
+        ("all-processes", two_processes.plan_of, 1e-5),
+        ("uneven, in parts", lambda data: two_processes.plan_of(data, 3), 1e-5),
+        ("uneven, no room on the way back", lambda data: two_processes.plan_of(data, 3), 1e-5),
+        ("whole heads", two_processes.whole_heads, 5e-5),
+    ],
+    ids=["image", "all-processes", "uneven, in parts", "uneven, no room on the way back", "whole heads"],
 )
 def test_two_processes_train_as_one_with_all_images(
-    case: str, batch_size: int, normalizer: str, data: Path, found: Found
+    case: str, plan: Callable[[str], Plan], within: float, data: Path, found: Found
 ) -> None:
-    alone = two_processes.steps_of(two_processes.plan_of(str(data), batch_size, normalizer), ALONE)
+    alone = two_processes.steps_of(plan(str(data)), ALONE)
     first, second = (of[case] for of in found("steps"))
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
-    assert nearly_the_same_way(first, alone)
+    assert nearly_the_same_way(first, alone, within)
     for ours, theirs in zip(first["said"], alone["said"], strict=True):
         torch.testing.assert_close(ours["total"], theirs["total"], rtol=1e-5, atol=0)
         assert ours["positives"] == theirs["positives"]
@@ -176,11 +185,11 @@ def test_as_many_images_are_taken_as_fit_into_the_fullest_process(found: Found) 
     assert "of rank 1. Give a smaller" in first["none"]
 
 
-def nearly_the_same_way(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+def nearly_the_same_way(ours: dict[str, Any], theirs: dict[str, Any], within: float = 1e-5) -> bool:
     """Return whether the weights went the same way, but for rounding."""
     apart = (ours["moved"] - theirs["moved"]).norm() / theirs["moved"].norm()
     print(f"apart by {apart:.1e} of the way")
-    return bool(apart < 1e-5)
+    return bool(apart < within)
 
 
 def test_a_process_that_sees_no_object_for_twenty_steps_keeps_in_step(found: Found) -> None:
@@ -231,8 +240,9 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert ours is not None
     assert theirs is not None
     assert (ours.step, ours.values) == (theirs.step, theirs.values)
+    assert ours.parts.keys() == theirs.parts.keys()
     for name, part in ours.parts.items():
-        assert all(torch.equal(value, theirs.parts[name][key]) for key, value in part.items()), name
+        assert_same_tensors(part, theirs.parts[name])
     assert story(run) == story(whole)
 
 
@@ -248,6 +258,11 @@ def test_a_run_of_two_stopped_by_a_signal_to_one_goes_on_as_if_it_never_had(foun
         code, message = rank["stopped"]
         assert code == 143
         assert "stopped by a signal at step 2 of 6; go on with: retinanet train --resume" in message
+        assert len(rank["images"]) == 6
+        assert rank["images"] == rank["images of the whole"]
+    assert not any(
+        set(ours) & set(theirs) for ours, theirs in zip(first["images"], second["images"], strict=True)
+    )
     assert "processes" in first["said"]
     assert "2, with 1 or 2 images of a step each" in first["said"]
     assert "resuming at epoch 1/3, step 2" in first["said"]
@@ -311,6 +326,8 @@ def test_two_processes_stopped_anywhere_resume_to_the_same_weights(data: Path, t
     assert first.keys() == second.keys()
     for name in first:
         assert first[name][0] == second[name][0] == 143, (name, first[name], second[name])
+        assert first[name][2], name  # the same images
+        assert second[name][2], name
         assert_same_run(tmp_path / name, tmp_path / "whole-2")
 
 

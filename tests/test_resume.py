@@ -33,6 +33,7 @@ from retinanet.objective import focal
 from retinanet.training import loop, timing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
+from retinanet.training.gradients import GradientSum
 from retinanet.training.planning import Plan
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import resume_training, run_training
@@ -54,12 +55,6 @@ TINY: dict[str, Any] = {
     "validate_every_steps": 4,
     "mosaic": 0.5,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    return generate_shapes(folder, train=IMAGES, val=2, spec=ShapesSpec(image_size=96))
 
 
 @pytest.fixture(autouse=True)
@@ -98,16 +93,16 @@ def story(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
 
 
-def final(run: Path) -> State:
+def final(run: Path, steps: int = STEPS) -> State:
     state, damaged = newest_state(run / "checkpoints")
     assert state is not None
     assert damaged == []
-    assert state.step == STEPS
+    assert state.step == steps
     return state
 
 
-def assert_the_same(first: Path, second: Path) -> None:
-    ours, theirs = final(first), final(second)
+def assert_the_same(first: Path, second: Path, steps: int = STEPS) -> None:
+    ours, theirs = final(first, steps), final(second, steps)
     assert ours.values == theirs.values
     assert ours.parts.keys() == theirs.parts.keys() == {"network", "average", "optimizer", "meter"}
     for name, part in ours.parts.items():
@@ -119,7 +114,9 @@ def assert_the_same(first: Path, second: Path) -> None:
         a, b = load_model(first / model), load_model(second / model)
         assert a.training == b.training
         assert a.operating_points == b.operating_points
-        assert all(torch.equal(x, b.network.state_dict()[k]) for k, x in a.network.state_dict().items())
+        found, expected = a.network.state_dict(), b.network.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
     assert (first / "metrics.json").read_text() == (second / "metrics.json").read_text()
 
 
@@ -128,6 +125,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     """A run that nothing stopped, and the images of its steps."""
     run = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retinanet.training.run.draw_run", lambda *_: None)
         seen = images_of(patch)
         run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
     assert len(seen) == STEPS
@@ -188,6 +186,33 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_never_had(
     resume_training(run, quiet())
     assert seen == whole[1]
     assert_the_same(run, whole[0])
+
+
+def test_a_run_stopped_between_two_parts_of_a_step_ends_that_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**TINY, "steps": 4, "accumulate": 2}
+    seen = images_of(monkeypatch)
+    run_training(TrainingOptions(data=str(data), output=str(tmp_path / "whole"), **options), quiet())
+    expected = [*seen]
+    seen.clear()
+    begin, parts = GradientSum.begin, [0]
+
+    def signalled(self: GradientSum, last: bool) -> None:
+        parts[0] += 1
+        if parts[0] == 3:  # between the parts of the second step
+            terminate()
+        begin(self, last)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientSum, "begin", signalled)
+        with pytest.raises(Stopped, match="at step 2 of 4"):
+            run_training(TrainingOptions(data=str(data), output=str(run), **options), quiet())
+    assert parts == [4]
+    resume_training(run, quiet())
+    assert seen == expected
+    assert_the_same(run, tmp_path / "whole", steps=4)
 
 
 @pytest.mark.parametrize("step", [1, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 9))])
@@ -413,7 +438,7 @@ def test_a_signal_in_the_trial_of_time_stops_at_once(
 def test_a_run_with_a_time_goes_on_with_the_steps_that_it_planned(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**{name: value for name, value in TINY.items() if name != "steps"}, "time": "20s"}
+    options = {**{name: value for name, value in TINY.items() if name != "steps"}, "time": "10s"}
     run = tmp_path / "run"
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 0.1)
@@ -430,17 +455,31 @@ def test_a_run_with_a_time_goes_on_with_the_steps_that_it_planned(
 # ---------------------------------------------------------------------------------- what is refused
 
 
-def stopped_run(data: Path, run: Path, patch: pytest.MonkeyPatch) -> Path:
-    with patch.context() as inner:
-        stop_at(2, inner, terminate)
+def stopped_run(data: Path, run: Path, steps: int = 3) -> Path:
+    """Return a run that was stopped after two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(2, patch, terminate)
         with pytest.raises(Stopped):
-            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
+            run_training(
+                TrainingOptions(data=str(data), output=str(run), **{**TINY, "steps": steps}), quiet()
+            )
     return run
 
 
-def test_changed_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def stopped_once(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stopped_run(data, tmp_path_factory.mktemp("stopped") / "run", STEPS)
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A run of `TINY` that was stopped after two steps."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
+
+
+def test_changed_data_is_refused(tmp_path: Path) -> None:
     own = generate_shapes(tmp_path / "shapes", train=IMAGES, val=2, spec=ShapesSpec(image_size=96))
-    run = stopped_run(own, tmp_path / "run", monkeypatch)
+    run = stopped_run(own, tmp_path / "run")
     file = own / "annotations" / "instances_train.json"
     document = json.loads(file.read_text())
     document["annotations"] = document["annotations"][1:]
@@ -451,8 +490,8 @@ def test_changed_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         resume_training(run, quiet())
 
 
-def test_another_plan_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
+def test_another_plan_is_refused(stopped: Path) -> None:
+    run = stopped
     plan = json.loads((run / "plan.json").read_text())
     write_json(run / "plan.json", {**plan, "lr": 2 * plan["lr"]})
     with pytest.raises(ConfigError, match=r"needs the plan that the run began with; lr was .* and would be"):
@@ -490,13 +529,9 @@ def test_a_trained_run_without_a_sound_state_is_left_as_it_is(
 
 
 def test_the_command_goes_on_with_a_run(
-    data: Path,
-    tmp_path: Path,
-    whole: tuple[Path, list[tuple[int, ...]]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    stopped: Path, whole: tuple[Path, list[tuple[int, ...]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
+    run = stopped
     for arguments in (
         ["--resume", str(run), "--workers", "1"],
         [f"--resume={run}"],
@@ -508,10 +543,8 @@ def test_the_command_goes_on_with_a_run(
     assert_the_same(run, whole[0])
 
 
-def test_a_state_of_another_network_is_refused(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
+def test_a_state_of_another_network_is_refused(stopped: Path) -> None:
+    run = stopped
     state, _ = newest_state(run / "checkpoints")
     assert state is not None
     network = {f"other.{name}": tensor for name, tensor in state.parts["network"].items()}
@@ -521,21 +554,25 @@ def test_a_state_of_another_network_is_refused(
         resume_training(run, quiet())
 
 
-def test_one_process_trains_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
-    with RunFolder.existing(run).held(), pytest.raises(ConfigError, match="another process is training"):
-        resume_training(run, quiet())
-    resume_training(run, quiet())
+def test_one_process_trains_a_run_and_python_can_resume_it(data: Path, stopped: Path) -> None:
+    with (
+        RunFolder.existing(stopped).held(),
+        pytest.raises(ConfigError, match="another process is training"),
+    ):
+        resume_training(stopped, quiet())
+    finished = retinanet.train(data=str(data), resume=str(stopped))
+    assert finished.path == stopped
+    assert read_state(stopped / "checkpoints" / f"{STEPS:08d}").step == STEPS
 
 
 def test_a_run_is_resumed_from_another_working_directory(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(data.parent)
-    stopped_run(Path(data.name), tmp_path / "run", monkeypatch)
+    stopped_run(Path(data.name), tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     resume_training(Path("run"), quiet())
-    assert final(tmp_path / "run").step == STEPS
+    assert final(tmp_path / "run", 3).step == 3
 
 
 def test_a_run_with_a_loss_of_ones_own_is_not_resumed_with_another(
@@ -547,8 +584,9 @@ def test_a_run_with_a_loss_of_ones_own_is_not_resumed_with_another(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_at(2, patch, terminate)
+        options = TrainingOptions(data=str(data), output=str(run), **{**TINY, "steps": 3})
         with pytest.raises(Stopped):
-            run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet(), own)
+            run_training(options, quiet(), own)
     with pytest.raises(ConfigError, match=r"class loss was .*focal.* and would be null now"):
         resume_training(run, quiet())
     resume_training(run, quiet(), own)
@@ -583,7 +621,9 @@ def test_a_run_goes_on_without_the_model_that_it_started_from(
     assert ours is not None
     assert theirs is not None
     assert ours.step == theirs.step == 3
+    assert ours.parts.keys() == theirs.parts.keys()
     for part in ours.parts:
+        assert ours.parts[part].keys() == theirs.parts[part].keys()
         for key, tensor in ours.parts[part].items():
             assert torch.equal(tensor, theirs.parts[part][key]), (part, key)
     with pytest.raises(ConfigError, match=f"has no training state yet; {model} does not exist. Put it back"):
@@ -690,6 +730,7 @@ def test_sgd_with_batchnorm_and_without_an_average_resumes_as_well(
     resume_training(tmp_path / "stopped", quiet(), plain)
     ours, theirs = final(tmp_path / "whole"), final(tmp_path / "stopped")
     for part in ("network", "optimizer"):
+        assert ours.parts[part].keys() == theirs.parts[part].keys()
         assert all(torch.equal(tensor, theirs.parts[part][key]) for key, tensor in ours.parts[part].items())
     assert story(tmp_path / "whole") == story(tmp_path / "stopped")
 
@@ -831,10 +872,3 @@ def test_a_gradient_at_a_single_place_is_the_same_every_time(channels: int, side
             out.backward(torch.cos(torch.arange(channels)).reshape(1, channels, 1, 1))
             found.append(pixels.grad)
     assert all(torch.equal(one, found[0]) for one in found)
-
-
-def test_python_can_resume(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = stopped_run(data, tmp_path / "run", monkeypatch)
-    finished = retinanet.train(data=str(data), resume=str(run))
-    assert finished.path == run
-    assert read_state(run / "checkpoints" / f"{STEPS:08d}").step == STEPS

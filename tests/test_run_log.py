@@ -54,6 +54,7 @@ def told(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_log_does_not_depend_on_when_states_are_saved(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,8 @@ from retinanet.training.run import resume_training, run_training
 from retinanet.training.run_report import advice_on, shares_of, slowest_part
 from test_resume import TINY, Killed, kill, quiet, stop_at, terminate
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

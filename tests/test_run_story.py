@@ -31,6 +31,8 @@ from retinanet.training.story import RunStory
 from retinanet.training.time_left import TimeLeft, in_time
 from test_resume import TINY, quiet, stop_at, terminate
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

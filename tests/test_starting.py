@@ -144,13 +144,14 @@ def test_a_missing_model_is_named(train: Dataset) -> None:
         plan(train, "nowhere")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_goes_on_from_another(data: Path, model: Model, saved: str, tmp_path: Path) -> None:
     run = retinanet.train(
         data=data,
         output=tmp_path / "run",
         weights=saved,
         image_size=96,
-        steps=2,
+        steps=1,
         lr=1e-7,  # so that what it started from is still to be seen
         batch_size=2,
         device="cpu",

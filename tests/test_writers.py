@@ -21,6 +21,8 @@ from retinanet.training.run import resume_training, run_training
 from retinanet.training.writers import Writers, chosen_writers, figures_of
 from test_resume import TINY, stop_at, terminate
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TRAINED = {"step": 10, "epoch": 0.5, "loss": 1.5, "lr": 0.1, "seconds_step": 2.0}
 JUDGED = {
     "step": 10,

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -113,13 +113,19 @@ def exact(recipe: Recipe) -> Recipe:
 
 
 def plan_of(
-    data: str, batch_size: int | Literal["auto"] = 4, normalizer: str = "all-processes", steps: int = STEPS
+    data: str,
+    batch_size: int | Literal["auto"] = 4,
+    normalizer: str = "all-processes",
+    steps: int = STEPS,
+    *,
+    side: int = 64,
+    head_norms: bool = False,
 ) -> Plan:
     """Return a plan of few steps without BatchNorm, whose statistics are of each process's own images."""
-    options = replace(handed_over(data, ""), batch_size=batch_size, steps=steps)
+    options = replace(handed_over(data, ""), batch_size=batch_size, steps=steps, image_size=side)
 
     def change(recipe: Recipe) -> Recipe:
-        return replace(exact(recipe), normalizer=normalizer)  # type: ignore[arg-type]
+        return replace(recipe if head_norms else exact(recipe), normalizer=normalizer)  # type: ignore[arg-type]
 
     return plan_run(options, open_dataset(data, "train"), change)
 
@@ -239,7 +245,15 @@ def steps(processes: Processes, data: str, _: str) -> dict[str, Any]:
         room_for_one()
     ):  # the second process has two images of a step, and takes it in parts while the other waits
         found["uneven, in parts"] = steps_of(plan_of(data, 3), processes)
+    with no_room_on_the_way_back():
+        found["uneven, no room on the way back"] = steps_of(plan_of(data, 3), processes)
+    found["whole heads"] = steps_of(whole_heads(data), processes)
     return found
+
+
+def whole_heads(data: str) -> Plan:
+    """Return a plan with the norms of the heads, of images so large that P7 has places enough for them."""
+    return plan_of(data, 4, steps=1, side=256, head_norms=True)
 
 
 def room_for_one() -> AbstractContextManager[Any]:
@@ -252,6 +266,23 @@ def room_for_one() -> AbstractContextManager[Any]:
         return forward(self, images)
 
     return mock.patch.object(RetinaNet, "forward", refusing)
+
+
+def no_room_on_the_way_back() -> AbstractContextManager[Any]:
+    """Let memory end on the way back of more than one image, when gradients of the heads have arrived already."""
+    forward = RetinaNet.forward
+
+    def passing(self: RetinaNet, images: torch.Tensor) -> Any:
+        if len(images) > 1:
+
+            def refuse(_: torch.Tensor) -> None:
+                hook.remove()
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+            hook = next(self.pyramid.parameters()).register_hook(refuse)
+        return forward(self, images)
+
+    return mock.patch.object(RetinaNet, "forward", passing)
 
 
 def fitting(processes: Processes, data: str, _: str) -> dict[str, Any]:
@@ -341,15 +372,31 @@ def validated(processes: Processes, data: str, _: str) -> dict[str, Any]:
     return {"metrics": found.metrics.to_json(), "boxes": boxes, "capped": found.capped}
 
 
+@contextmanager
+def images_of_steps() -> Iterator[list[tuple[int, ...]]]:
+    """Give the list to which every step adds the images that this process trained on."""
+    seen: list[tuple[int, ...]] = []
+    step = TrainingStep.__call__
+
+    def noting(self: TrainingStep, batch: Batch, lr: float) -> Any:
+        seen.append(tuple(batch.indices))
+        return step(self, batch, lr)
+
+    with mock.patch.object(TrainingStep, "__call__", noting):
+        yield seen
+
+
 def run(processes: Processes, data: str, out: str) -> dict[str, Any]:
     """A run, the same stopped by a signal to the second process and resumed, and one that is left stopped."""
     said = io.StringIO()
     told = Console(file=said, width=200)
     options = {**TINY, "data": data}
-    run_training(TrainingOptions(output=f"{out}/whole", **options), told)
-    stopped = stop(processes, 2, 1, lambda: TrainingOptions(output=f"{out}/stopped", **options))
-    resume_training(Path(out) / "stopped", told)
-    return {"stopped": stopped, "said": said.getvalue()}
+    with images_of_steps() as whole:
+        run_training(TrainingOptions(output=f"{out}/whole", **options), told)
+    with images_of_steps() as seen:
+        stopped = stop(processes, 2, 1, lambda: TrainingOptions(output=f"{out}/stopped", **options))
+        resume_training(Path(out) / "stopped", told)
+    return {"stopped": stopped, "said": said.getvalue(), "images": seen, "images of the whole": whole}
 
 
 def handed(processes: Processes, data: str, out: str) -> dict[str, Any]:
@@ -363,7 +410,8 @@ def matrix(processes: Processes, data: str, out: str) -> dict[str, Any]:
     """Stopped anywhere by a signal to either, with and without workers."""
     options = {**TINY, "data": data, "accumulate": 2}
     quiet = Console(file=io.StringIO())
-    run_training(TrainingOptions(output=f"{out}/whole-2", **options), quiet)
+    with images_of_steps() as whole:
+        run_training(TrainingOptions(output=f"{out}/whole-2", **options), quiet)
     found = {}
     for workers in (0, 2):
         # The first step; in a part; mid-epoch; an epoch's end; in a validation.
@@ -371,8 +419,10 @@ def matrix(processes: Processes, data: str, out: str) -> dict[str, Any]:
             name = f"{where}-{workers}"
             told = TrainingOptions(output=f"{out}/{name}", **{**options, "workers": workers})
             rank = (workers // 2 + len(where)) % 2
-            found[name] = stop(processes, where, rank, lambda told=told: told)
-            resume_training(Path(out) / name, quiet)
+            with images_of_steps() as seen:
+                stopped = stop(processes, where, rank, lambda told=told: told)
+                resume_training(Path(out) / name, quiet)
+            found[name] = (*stopped, seen == whole)
     return found
 
 
