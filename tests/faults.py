@@ -309,7 +309,7 @@ def kills_of_two(folder: Path, times: int, seed: int) -> tuple[str, list[str]]:
     assert ends == [0, 0], (folder / "said-0").read_text()
     usual, expected = time.monotonic() - began, newest(whole)
     killed, finished, alone, longest, wrong = 0, 0, 0, 0.0, list[str]()
-    while killed < times or not finished:
+    while (killed < times or not finished) and not wrong:
         target = folder / f"run-{killed}"
         while True:
             children = _two(trained(data, target), folder)
@@ -322,10 +322,13 @@ def kills_of_two(folder: Path, times: int, seed: int) -> tuple[str, list[str]]:
                     killed += 1
                     code, seconds = _left(other)
                     alone, longest = alone + (seconds < PATIENCE_OF_ONE), max(longest, seconds)
-                    if code == 0 or seconds > PATIENCE:
+                    if seconds > PATIENCE:
                         wrong.append(f"the process that was left ended with {code} after {seconds:.1f} s")
-                    continue
-                ends = [0, ended(other)[0]]  # it had ended well before
+                    if code:
+                        continue
+                    ends = [0, 0]  # it needed the other no more
+                else:
+                    ends = [0, ended(other)[0]]  # it had ended well before
             else:
                 ends = [ended(child)[0] for child in children]
             if ends != [0, 0]:

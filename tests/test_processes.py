@@ -173,6 +173,13 @@ def test_two_processes_train_as_one_with_all_images(
         assert ours["positives"] == theirs["positives"]
 
 
+def test_memory_that_ended_on_the_way_back_did_so_when_sums_were_sent(found: Found) -> None:
+    first, second = (of["sent before"] for of in found("steps"))
+    assert first == []  # it had one image
+    (sent,) = second
+    assert sent > 0
+
+
 def test_as_many_images_are_taken_as_fit_into_the_fullest_process(found: Found) -> None:
     """All take the same number, or none go on."""
     first, second = found("fitting")

@@ -245,8 +245,9 @@ def steps(processes: Processes, data: str, _: str) -> dict[str, Any]:
         room_for_one()
     ):  # the second process has two images of a step, and takes it in parts while the other waits
         found["uneven, in parts"] = steps_of(plan_of(data, 3), processes)
-    with no_room_on_the_way_back():
+    with no_room_on_the_way_back() as sent:
         found["uneven, no room on the way back"] = steps_of(plan_of(data, 3), processes)
+    found["sent before"] = sent
     found["whole heads"] = steps_of(whole_heads(data), processes)
     return found
 
@@ -268,9 +269,16 @@ def room_for_one() -> AbstractContextManager[Any]:
     return mock.patch.object(RetinaNet, "forward", refusing)
 
 
-def no_room_on_the_way_back() -> AbstractContextManager[Any]:
-    """Let memory end on the way back of more than one image, when gradients of the heads have arrived already."""
-    forward = RetinaNet.forward
+@contextmanager
+def no_room_on_the_way_back() -> Iterator[list[int]]:
+    """Let memory end on the way back of more than one image, when gradients of the heads are sent already; return the
+    list to which each time adds how many buckets are."""
+    forward, forget = RetinaNet.forward, GradientSum.forget
+    sent: list[int] = []
+
+    def noting(self: GradientSum) -> None:
+        sent.append(self.sent)
+        forget(self)
 
     def passing(self: RetinaNet, images: torch.Tensor) -> Any:
         if len(images) > 1:
@@ -282,7 +290,13 @@ def no_room_on_the_way_back() -> AbstractContextManager[Any]:
             hook = next(self.pyramid.parameters()).register_hook(refuse)
         return forward(self, images)
 
-    return mock.patch.object(RetinaNet, "forward", passing)
+    small = mock.patch.dict(GradientSum.__init__.__kwdefaults__, bucket=2**16)
+    with (
+        small,
+        mock.patch.object(RetinaNet, "forward", passing),
+        mock.patch.object(GradientSum, "forget", noting),
+    ):
+        yield sent
 
 
 def fitting(processes: Processes, data: str, _: str) -> dict[str, Any]:
