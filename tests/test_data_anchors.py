@@ -264,10 +264,14 @@ def test_training_takes_the_file_and_names_what_it_misses(tmp_path: Path) -> Non
     assert reasons[0][2].startswith("asked for and fitted at shortest side 512, not 256; ")
     name, missed, advice = reasons[1]
     assert (name, missed) == ("anchors miss", "100% of dots")
-    assert (
-        "retinanet data anchors D --image-size 256 --output anchors.yaml, then --anchors anchors.yaml"
-        in advice
-    )
+    again = "--image-size 256 --output anchors-256.yaml, then --anchors anchors-256.yaml"
+    assert advice.endswith(f"a larger --image-size or fitted anchors help: retinanet data anchors D {again}")
+    # Fitted at this very size: to fit them again is no advice.
+    file.write_text(file.read_text().replace("512", "256"))
+    choose_anchors(options, dataset, choices, frame, reasons)
+    assert reasons[-1][2].endswith("a larger --image-size helps")
+    choose_anchors(replace(options, anchors=None), dataset, choices, frame, reasons)
+    assert "--output anchors.yaml, then --anchors anchors.yaml" in reasons[-1][2]
     with pytest.raises(
         ConfigError, match=r"needs 9 anchors a location .* as the model of --weights has; got 6"
     ):
@@ -340,7 +344,7 @@ def test_the_command_shows_before_and_after_and_writes(
         (["--image-size", "99", "--seed", "-1"], "--seed needs 0 or more"),
         (["--image-size", "99", "--output", "{data}/a.yaml"], "--output needs a place outside the data folder"),
         (["--image-size", "99", "--output", "{data}/a.png"], "--output needs a"),
-        (["--image-size", "99", "--image-root", "{tmp}/no"], "image_root needs a folder of images"),
+        (["--image-size", "99", "--image-root", "{tmp}/no"], "image_root in Python) needs a folder of images"),
         (["--image-size", "99", "--box-format", "xywh"], "COCO says itself what boxes are"),
         (["--image-size", "99", "--output", "{tmp}/no/a.yaml"], "there is no {tmp}/no"),
         (["--image-size", "99", "--output", "{tmp}"], "--output needs a new file; {tmp} exists"),

@@ -25,7 +25,7 @@ from retinanet.training import checking
 from retinanet.training.advice import exit_code, sentences
 from retinanet.training.checking import AuditedSplit, check, frame_of
 from retinanet.training.configuration import TrainingOptions
-from retinanet.training.findings import Findings
+from retinanet.training.findings import FaultCount, Findings, Leak
 from retinanet.training.sentences import share
 
 REAL_DATA = os.environ.get("RETINANET_TEST_DATA")
@@ -345,7 +345,7 @@ def test_every_command_takes_images_from_elsewhere(
         start = [*command.split(), str(data), *rest]
         for options, code, message in (
             (["--image-root", str(elsewhere)], 0, ""),
-            (["--image-root", str(tmp_path / "no")], 2, "image_root needs a folder of images"),
+            (["--image-root", str(tmp_path / "no")], 2, "image_root in Python) needs a folder of images"),
             (["--image-root", str(elsewhere), "--box-format", "xywh"], 2, "COCO says itself what boxes are"),
         ):
             with pytest.raises(SystemExit) as stop:
@@ -464,6 +464,23 @@ def test_objects_without_an_anchor_are_explained_and_something_helps(tmp_path: P
     assert f"retinanet data anchors {tmp_path} --image-size 128 --output anchors.yaml" in said
 
 
+def test_every_size_has_the_anchors_that_training_takes_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "SIDES", (256,))
+    write_split(tmp_path, "train", [truth(*((x, y) for x in (0, 50, 100) for y in (0, 50)), side=40)])
+    write_split(tmp_path, "val", [truth((1, 1))])
+    small, large = (findings(tmp_path, image_size=side).anchors for side in (48, 256))
+    assert small
+    assert large
+    assert small.anchors.name == "training's choice"
+    assert small.anchors.sizes[0] < large.anchors.sizes[0]
+    # A table by size has no other anchors for 256 pixels because it was made at 48.
+    rows = [[row for row in at.compared if row.image_size == 256] for at in (small, large)]
+    assert [row.anchors for row in rows[0]] == [row.anchors for row in rows[1]]
+    assert large.anchors in [row.anchors for row in rows[0]]
+
+
 def test_positives_are_counted_as_training_matches(tmp_path: Path) -> None:
     """One anchor a location of P3 and one object that is such an anchor: its neighbours 8 px off share 24 x 32."""
     write_split(tmp_path, "train", [GroundTruth(boxes_at((52, 44), side=32), np.zeros(1))])
@@ -492,8 +509,55 @@ def test_faults_are_counted_named_and_what_to_do_is_said(data: Path) -> None:
     assert "1 box was left out: 1 x equal corners" in said
     assert (
         "look: 2 entries were repaired, as only one thing can have been meant: 1 x reversed box (a.xml, object 2 (cat) "
-        "in train); 1 x animated image (x.gif in train)."
+        "in train); 1 x animated image (x.gif in train). What to do about reversed box: Draw it again."
     ) in said
+
+
+def test_of_many_kinds_the_worst_come_first_and_none_is_hidden(data: Path) -> None:
+    def fault(kind: Kind, fix: str = "", file: str = "a.xml") -> Fault:
+        return Fault(file, "object 2", "why", "dropped", kind, fix)
+
+    clicks = [fault(Kind.EQUAL_CORNERS, "Draw it") for _ in range(3)]
+    unknown = [
+        fault(Kind.UNKNOWN_CLASS, f"add {name} to classes.csv") for name in ("'cow'", "'owl'", "'cow'")
+    ]
+    others = [fault(kind, "no") for kind in (Kind.EMPTY_BOX, Kind.DUPLICATE_BOX)]
+    lost = fault(Kind.MISSING_IMAGE, "Put it there", "b.png")
+    said = said_of(findings(data, [*clicks, *unknown, *others, lost]))
+    assert "9 entries were left out: 1 x missing image (b.png in train); 3 x equal corners" in said
+    assert (
+        "; and 2 more kinds (empty box, duplicate box). What to do about missing image: Put it there." in said
+    )
+    assert said.count("What to do about") == 3
+    assert "What to do about unknown class: add 'cow' to classes.csv; add 'owl' to classes.csv." in said
+
+
+def test_a_split_without_label_files_is_told_once(data: Path) -> None:
+    bare = Fault(
+        "data.yaml",
+        "test",
+        "none of the 2 images has labels",
+        "repaired",
+        Kind.MISSING_ANNOTATION,
+        "add them",
+    )
+    found = findings(data)
+    counts = (FaultCount("test", "missing annotation", "repaired", 1),)
+    said = said_of(replace(found, faults=(("test", bare),), fault_counts=counts))
+    assert "look: data.yaml: none of the 2 images has labels. What to do: add them." in said
+    assert "good: Every image was readable." in said
+    assert "only one thing can have been meant" not in said
+    said = said_of(replace(found, faults=(("val", bare),), fault_counts=counts))
+    assert "data.yaml" not in said  # that val has no box is said
+
+
+def test_one_image_that_stands_in_two_splits_is_named_once_where_its_names_are_alike(data: Path) -> None:
+    leak = Leak("train", "a.png", "val", "a.png", equal=True, bits=0)
+    found = findings(data)
+    said = said_of(replace(found, leaks=(leak,)))
+    assert "1 image of val stands in train, too, byte for byte (a.png)." in said
+    said = said_of(replace(found, leaks=(replace(leak, file_b="b.png", equal=False, bits=2),)))
+    assert "1 image of val stands in train, too, or looks like one there (b.png and a.png)." in said
 
 
 @pytest.mark.parametrize(

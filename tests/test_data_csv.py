@@ -141,6 +141,8 @@ def test_rows_that_are_dropped(tmp_path: Path, row: str, kind: str, reason: str)
     assert reason in dataset.faults[0].reason
     assert faults(dataset)[0].startswith("train.csv: line 5: ")
     assert dataset.faults[0].fix
+    if kind == "unknown class":
+        assert dataset.faults[0].fix == "add 'cow' to classes.csv, or correct the name"
 
 
 def test_rows_of_one_meaning(tmp_path: Path) -> None:
@@ -192,7 +194,10 @@ def test_another_root_holds_the_images(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "data", "train", image_root=tmp_path / "elsewhere")
     assert dataset.files.tolist() == ["a.png"]
     assert len(dataset.boxes) == 2
-    with pytest.raises(DataError, match=r"image_root needs a folder of images; there is none at .*nowhere"):
+    with pytest.raises(
+        DataError,
+        match=r"--image-root \(image_root in Python\) needs a folder of images; there is none at .*nowhere",
+    ):
         open_dataset(tmp_path / "data", "train", image_root=tmp_path / "nowhere")
 
 

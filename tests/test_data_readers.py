@@ -683,6 +683,7 @@ def test_coco_says_where_it_looked_when_no_image_is_there(tmp_path: Path) -> Non
         read_coco(path, split="train")
     for place in ("images", "train", "images/train", "train/images", "train2017", "images/train2014"):
         assert f"{tmp_path / place}," in str(caught.value)
+    assert "or name their folder: --image-root DIR (image_root in Python)" in str(caught.value)
     with pytest.raises(DataError, match=f"Tried: {tmp_path / 'else'}. Put them"):
         read_coco(path, split="train", image_root=tmp_path / "else")
 
@@ -1096,7 +1097,7 @@ def test_voc_without_images_looks_at_none(tmp_path: Path) -> None:
     ("page", "message"),
     [
         ("<annotation><object>", "Annotations/a.xml: needs sound XML; no element found"),
-        ("", "Annotations/a.xml: needs sound XML; no element found"),
+        ("", "Annotations/a.xml: needs the XML of Pascal VOC, <annotation>; the file is empty"),
         ("<html/>", "Annotations/a.xml: needs the XML of Pascal VOC, <annotation>; got <'html'>"),
         ("<!DOCTYPE a [<!ENTITY b 'c'>]><annotation/>", "needs plain XML without DOCTYPE and ENTITY"),
         ("<?xml version='1.0' encoding='no-such'?><annotation/>", "Annotations/a.xml: needs sound XML; "),

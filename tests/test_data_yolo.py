@@ -247,7 +247,10 @@ def test_without_a_table_classes_stand_in_a_list(tmp_path: Path, classes: str, s
     dataset = open_dataset(tmp_path, "train")
     assert boxes_by_image(dataset) == expected(SPLITS["train"])
     assert dataset.faults == ()
-    with pytest.raises(DataError, match=r"image_root stands for the `path` of a data.yaml; there is none"):
+    with pytest.raises(
+        DataError,
+        match=r"--image-root \(image_root in Python\) stands for the `path` of a data.yaml; there is none",
+    ):
         open_dataset(tmp_path, "train", image_root=tmp_path)
 
 

@@ -339,7 +339,7 @@ VOC = (
         Kind.UNREADABLE_IMAGE,
     ),
     Case("cut XML", voc(page(thing())[:-9]), "Annotations/a.xml: needs sound XML", Kind.UNREADABLE_LABELS),
-    Case("empty XML", voc(b""), "no element found", Kind.UNREADABLE_LABELS),
+    Case("empty XML", voc(b""), "the file is empty", Kind.UNREADABLE_LABELS),
     Case(
         "another XML",
         voc(b"<html/>"),

@@ -49,6 +49,7 @@ class Anchors:
     """Print the anchors and their coverage as JSON instead of the table."""
 
     def run(self) -> int:
+        self._check()  # before seconds are spent on imports
         from retinanet.anchors import AnchorSpec
         from retinanet.data import open_dataset
         from retinanet.data.anchor_fit import fit_anchors
@@ -56,7 +57,6 @@ class Anchors:
         from retinanet.images import Preprocessing
         from retinanet.training.sizing import longest_of
 
-        self._check()
         frame = Preprocessing(
             image_size=self.image_size, max_size=self.max_size or longest_of(self.image_size)
         )

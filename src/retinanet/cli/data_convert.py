@@ -133,7 +133,7 @@ def _show_faults(parts: Sequence[Dataset]) -> int:
         print(f"  {fault}", file=sys.stderr)
     more = sum(part.fault_total for part in parts) - len(shown)
     if more:
-        print(f"  and {more:,} more faults", file=sys.stderr)
+        print(f"  and {more:,} more fault{'s' * (more > 1)}", file=sys.stderr)
     return sum(
         number for part in parts for (_, action), number in part.fault_counts.items() if action == "dropped"
     )

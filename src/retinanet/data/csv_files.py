@@ -132,7 +132,10 @@ def read_csv(
     """
     source = Path(os.path.abspath(csv_path))
     table = _Table(source)
-    classes = _listed_classes(source, folder) or _named_classes([table, *(_Table(path) for path in together)])
+    listed = _class_file(source, folder)
+    classes = (
+        _listed_classes(listed) if listed else _named_classes([table, *(_Table(path) for path in together)])
+    )
     root = source.parent if image_root is None else Path(os.path.abspath(image_root))
     choices = image_places(root, split) if image_root is None else [(root, root)]
     named = ((row.fields[table.columns["path"]], row.number) for row in table.named())
@@ -144,7 +147,7 @@ def read_csv(
             raise
         place, fence = root, root
     gathered = Collector(place, fence=fence, images=images)
-    _Taker(table, classes, root, gathered).take_rows()
+    _Taker(table, classes, listed, root, gathered).take_rows()
     return gathered.finish(name=source.name, split=split, classes=classes, source=source)
 
 
@@ -206,8 +209,11 @@ class _Table:
 class _Taker:
     """Gives a table's images and boxes to the data set, or names what is wrong with them."""
 
-    def __init__(self, table: _Table, classes: Classes, root: Path, gathered: Collector) -> None:
+    def __init__(
+        self, table: _Table, classes: Classes, listed: Path | None, root: Path, gathered: Collector
+    ) -> None:
         self.table = table
+        self.listed = listed.name if listed else CLASS_FILES[0]
         self.root = root
         self.gathered = gathered
         self.labels = {name: label for label, name in enumerate(classes.names)}
@@ -251,7 +257,8 @@ class _Taker:
             self.gathered.drop(where, Kind.NOT_A_NUMBER, reason, "correct them")
         elif label is None:
             reason = f"needs a class of the class file; got {brief(values[4])}"
-            self.gathered.drop(where, Kind.UNKNOWN_CLASS, reason, "add it there, or correct the name")
+            fix = f"add {brief(values[4])} to {self.listed}, or correct the name"
+            self.gathered.drop(where, Kind.UNKNOWN_CLASS, reason, fix)
         else:
             x1, y1, x2, y2 = corners
             self.gathered.box(image, (x1, y1, x2, y2), label, where, own_id=number)
@@ -268,11 +275,12 @@ def folders_of(source: Path, folder: Path | str | None) -> list[Path]:
     return [source.parent, above] if inside else [source.parent]
 
 
-def _listed_classes(source: Path, folder: Path | str | None) -> Classes | None:
+def _class_file(source: Path, folder: Path | str | None) -> Path | None:
     places = (place / name for place in folders_of(source, folder) for name in CLASS_FILES)
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        return None
+    return next((place for place in places if place.is_file()), None)
+
+
+def _listed_classes(path: Path) -> Classes:
     ids: dict[int, str] = {}
     for place, row in enumerate(read_rows(path)):
         name, number = row.fields if len(row.fields) == 2 else ("", "")

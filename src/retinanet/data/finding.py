@@ -40,8 +40,7 @@ def find_place(files: Iterable[str], places: Sequence[tuple[Path, Path]], source
     tried = ", ".join(str(place) for place, _ in places)
     raise DataError(
         f"{source}: none of its {count:,} image files was found, {brief(example)} for one. Tried: {tried}. Put them in "
-        "one of these places, or name their folder: image_root, on the command line `retinanet data convert "
-        "--image-root`"
+        "one of these places, or name their folder: --image-root DIR (image_root in Python)"
     )
 
 

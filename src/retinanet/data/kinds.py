@@ -48,7 +48,7 @@ class Kind(StrEnum):
     )
     MISSING_ANNOTATION = (
         "missing annotation",
-        "Add the annotation file; for an image without objects, an empty one",
+        "Add the annotation file; for an image without objects, an XML file whose <annotation> holds no <object>",
     )
     # Tables and label files
     WRONG_COLUMNS = "wrong columns", "Give every line the columns of the format"

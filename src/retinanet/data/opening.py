@@ -116,7 +116,9 @@ def _existing(data: str | Path) -> Path:
 
 def _folder(image_root: str | Path | None) -> Path | None:
     if image_root is not None and not os.path.isdir(image_root):
-        raise DataError(f"image_root needs a folder of images; there is none at {image_root}")
+        raise DataError(
+            f"--image-root (image_root in Python) needs a folder of images; there is none at {image_root}"
+        )
     return None if image_root is None else Path(os.path.abspath(image_root))
 
 

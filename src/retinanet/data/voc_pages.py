@@ -73,6 +73,8 @@ def _parse(path: Path) -> ElementTree.Element:
     content = read_bytes(path, limit=LARGEST_XML)
     if b"\0" in content:  # UTF-16
         raise UnsoundPage(f"{path}: needs XML in UTF-8; got zero bytes")
+    if not content.strip():
+        raise UnsoundPage(f"{path}: needs the XML of Pascal VOC, <annotation>; the file is empty")
     try:
         root = ElementTree.fromstring(content, ElementTree.XMLParser(target=_PlainTree()))
     except _HasDoctype:

@@ -169,7 +169,7 @@ class _Reader:
                 where,
                 Kind.UNKNOWN_CLASS,
                 reason,
-                f"correct the number, or add it to {self.found.source.name}",
+                f"correct {brief(fields[0])}, or add it to `names` in {self.found.source.name}",
             )
             return
         if len(fields) > 5:

@@ -54,7 +54,9 @@ def load_yolo(source: Path, image_root: Path | str | None = None) -> YoloSet:
     """
     if source.is_dir():
         if image_root is not None:
-            raise DataError(f"{source}: image_root stands for the `path` of a data.yaml; there is none")
+            raise DataError(
+                f"{source}: --image-root (image_root in Python) stands for the `path` of a data.yaml; there is none"
+            )
         return _load_folder(source)
     source = Path(os.path.abspath(source))
     document = read_yaml(source)
@@ -191,7 +193,7 @@ def _root(given: Plain | None, source: Path, faults: list[Fault]) -> Path:
             reason,
             "repaired",
             Kind.PATH_ELSEWHERE,
-            "remove the line, or give image_root",
+            "remove the line, or name the folder: --image-root DIR",
         )
     )
     return base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 from retinanet.data import Fault
@@ -14,6 +14,7 @@ from retinanet.training.findings import Findings
 from retinanet.training.sentences import Level, Sentence
 
 NAMED = 3
+EVERY_IMAGE = "Every image was readable."
 # COCO's number of detections an image, which most detectors keep to.
 USUAL_DETECTIONS = 100
 # How many times more boxes than another a class has before a word is said, and how few boxes are few.
@@ -49,6 +50,14 @@ ABOUT_IMAGES = frozenset(
 )
 # Images of which there is nothing to look at, and labels of which there is nothing to read.
 LOST_IMAGES = frozenset({Kind.MISSING_IMAGE, Kind.UNREADABLE_IMAGE, Kind.TRUNCATED_IMAGE, Kind.HUGE_IMAGE})
+# Faults that cost more than a box: a whole image, or all its boxes.
+WORST = LOST_IMAGES | {
+    Kind.MISSING_ANNOTATION,
+    Kind.UNREADABLE_LABELS,
+    Kind.BAD_FILE_NAME,
+    Kind.OTHER_SIZE,
+    Kind.ROTATED_LABELS,
+}
 # Splits that training cannot do without.
 NEEDED = ("train", "val")
 
@@ -57,6 +66,7 @@ def sentences(found: Findings) -> list[Sentence]:
     """Return what was found, in the order in which it matters."""
     every = [
         *_about_splits(found),
+        *_about_bare_splits(found),
         *_about_faults(found),
         *_about_leaks(found),
         *_about_doubles(found),
@@ -139,24 +149,50 @@ def _about_faults(found: Findings) -> Iterator[Sentence]:
     ):
         counts: Counter[str] = Counter()
         for of in found.fault_counts:
-            counts[of.kind] += of.count * (of.action == action)
+            counts[of.kind] += of.count * (of.action == action and not _is_bare(of.kind, action))
         counts = +counts
         if not counts:
             continue
-        kinds = [kind for kind, _ in counts.most_common()]
+        kinds = sorted(counts, key=lambda kind: (kind not in WORST, -counts[kind]))
         kept = {
             kind: [p for p in found.faults if (p[1].kind, p[1].action) == (kind, action)] for kind in kinds
         }
         listed = "; ".join(_of_kind(kind, counts[kind], kept[kind]) for kind in kinds[:NAMED])
-        more = f"; and {len(kinds) - NAMED} more kinds" if len(kinds) > NAMED else ""
-        fixes = [fault.fix for _, fault in kept[kinds[0]][:1] if fault.fix and len(kinds) == 1]
-        fix = f" What to do: {fixes[0]}." if fixes else ""
+        rest = kinds[NAMED:]
+        more = f"; and {_of(len(rest), 'more kind')} ({', '.join(rest)})" if rest else ""
+        fix = _what_to_do({kind: kept[kind] for kind in kinds[:NAMED]})
         number = counts.total()
         was = "was" if number == 1 else "were"
         yield Sentence(
             "look", f"{read} {_of(number, _noun(kinds))} {was} {done}: {listed}{more}.{fix}".strip()
         )
         read = ""
+    if read == EVERY_IMAGE:
+        yield Sentence("good", read)
+
+
+def _is_bare(kind: str, action: str) -> bool:
+    """Return whether this is a split without any label file, which gets a sentence of its own."""
+    return (kind, action) == (Kind.MISSING_ANNOTATION, "repaired")
+
+
+def _about_bare_splits(found: Findings) -> Iterator[Sentence]:
+    for name, fault in found.faults:
+        # Of a split that needs boxes it is said already that there are none.
+        if _is_bare(fault.kind, fault.action) and name not in NEEDED:
+            yield Sentence("look", f"{fault.file}: {fault.reason}. What to do: {fault.fix}.")
+
+
+def _what_to_do(pairs: Mapping[str, Sequence[tuple[str, Fault]]]) -> str:
+    """Return what mends each kind of fault; of unknown classes the first ones, which are not alike."""
+    advice = {}
+    for kind, of_kind in pairs.items():
+        fixes = list(dict.fromkeys(fault.fix for _, fault in of_kind if fault.fix))
+        if fixes:
+            advice[kind] = "; ".join(fixes[: NAMED if kind == Kind.UNKNOWN_CLASS else 1])
+    if len(pairs) == 1:
+        return "".join(f" What to do: {fix}." for fix in advice.values())
+    return "".join(f" What to do about {kind}: {fix}." for kind, fix in advice.items())
 
 
 def _how_readable(found: Findings, images: int) -> str:
@@ -169,7 +205,7 @@ def _how_readable(found: Findings, images: int) -> str:
         parts.append(f"{lost:,} of {images + max(0, lost - still_counted):,} images cannot be read.")
     if labels:
         parts.append(f"{_of(labels, 'image')} {'has' if labels == 1 else 'have'} labels that cannot be read.")
-    return " ".join(parts) or "Every image was readable."
+    return " ".join(parts) or EVERY_IMAGE
 
 
 def _noun(kinds: list[str]) -> str:
@@ -199,12 +235,17 @@ def _about_leaks(found: Findings) -> Iterator[Sentence]:
         leaks = [leak for leak in found.leaks if (leak.split_a, leak.split_b) == (a, b)]
         equal = sum(leak.equal for leak in leaks)
         first = min(leaks, key=lambda leak: (not leak.equal, leak.bits))
-        same = f", {equal:,} of them byte for byte" if equal else ""
+        one = len(leaks) == 1
+        stand, look = ("stands", "looks") if one else ("stand", "look")
+        alike = ", byte for byte" if equal == len(leaks) else f", or {look} like one there"
+        if 0 < equal < len(leaks):
+            alike += f", {equal:,} of them byte for byte"
+        names = " and ".join(dict.fromkeys((first.file_b, first.file_a))) + ("" if one else ", for one")
         yield Sentence(
             "look",
-            f"{_of(len(leaks), 'image')} of {b} stand in {a}, too, or look like one there{same} "
-            f"({first.file_b} and {first.file_a}, for one). A detector that has seen the answer is judged too well: "
-            f"compare them by eye, and keep pictures of one scene in one split.",
+            f"{_of(len(leaks), 'image')} of {b} {stand} in {a}, too{alike} ({names}). "
+            "A detector that has seen the answer is judged too well: compare them by eye, and keep pictures of one "
+            "scene in one split.",
         )
     if len(found.splits) > 1 and not found.leaks:
         which = "the splits that could be read" if found.refused else "splits"
@@ -266,8 +307,8 @@ def _about_empty_images(found: Findings) -> Iterator[Sentence]:
     if empty:
         yield Sentence(
             "look" if empty > images / 2 else "good",
-            f"{_of(empty, 'image')} of {images:,} hold no object. They teach what is not one; if nobody has "
-            "labelled them yet, take them out.",
+            f"{_of(empty, 'image')} of {images:,} hold{'s' * (empty == 1)} no object. They teach what is not "
+            "one; if nobody has labelled them yet, take them out.",
         )
 
 

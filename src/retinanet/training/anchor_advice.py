@@ -36,7 +36,8 @@ def about_anchors(data: str, at: AnchorFindings) -> Iterator[Sentence]:
         return
     worst = sorted(poor, key=lambda name: poor[name].coverage.at_50 or 0.0)
     parts = [_of_class(name, poor[name], at) for name in worst[:NAMED]]
-    more = f" The same holds for {len(worst) - NAMED} more classes." if len(worst) > NAMED else ""
+    others = len(worst) - NAMED
+    more = f" The same holds for {others} more class{'es' * (others > 1)}." if others > 0 else ""
     yield Sentence("look", f"{where}, {'; '.join(parts)}.{more} {explained} {_what_to_do(data, at)}")
 
 
@@ -59,11 +60,8 @@ def _what_to_do(data: str, at: AnchorFindings) -> str:
     fitted = {
         row.image_size: row.coverage.at_50 or 0.0 for row in at.compared if row.anchors.name == "fitted"
     }
-    kept = {
-        row.image_size: row.coverage.at_50 or 0.0
-        for row in at.compared
-        if row.anchors.name == at.anchors.name
-    }
+    # Training may take other anchors at another size: its row comes after that of the usual ones, if it has one.
+    taken = {row.image_size: row.coverage.at_50 or 0.0 for row in at.compared if row.anchors.name != "fitted"}
     here = at.overall.at_50 or 0.0
     ways = []
     if fitted[at.image_size] > here + WORTH_SAYING:
@@ -72,10 +70,10 @@ def _what_to_do(data: str, at: AnchorFindings) -> str:
             f"{share(here)} (retinanet data anchors {shlex.quote(data)} --image-size {at.image_size} "
             "--output anchors.yaml, then train with --anchors anchors.yaml)"
         )
-    larger = [side for side in kept if side > at.image_size and kept[side] > here + WORTH_SAYING]
+    larger = [side for side in taken if side > at.image_size and taken[side] > here + WORTH_SAYING]
     if larger:
         ways.append(
-            f"larger images reach {share(kept[larger[0]])} (--image-size {larger[0]}), and take longer"
+            f"larger images reach {share(taken[larger[0]])} (--image-size {larger[0]}), and take longer"
         )
     return (
         f"What helps: {'; '.join(ways)}."

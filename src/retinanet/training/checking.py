@@ -46,7 +46,13 @@ from retinanet.training.findings import (
     Spread,
 )
 from retinanet.training.recipes import Recipe, small
-from retinanet.training.sizing import anchor_choices, choose_anchors, choose_batch, choose_preprocessing
+from retinanet.training.sizing import (
+    anchor_choices,
+    best_of,
+    choose_anchors,
+    choose_batch,
+    choose_preprocessing,
+)
 from retinanet.training.storage import images_as_stored, label_frames_of
 
 # Shortest sides that are looked at beside the one that training would take.
@@ -78,13 +84,19 @@ class AuditedSplit:
 
 @dataclass(frozen=True)
 class Frame:
-    """The input size and the anchors that a data set is judged by."""
+    """The input size and the anchors that a data set is judged by; `choices` are those that training chooses from."""
 
     preprocessing: Preprocessing
     anchors: AnchorSpec
     usual: AnchorSpec
-    name: str
+    choices: tuple[AnchorSpec, ...]
     why: str
+
+    def name_of(self, anchors: AnchorSpec) -> str:
+        """Return what anchors are called that training takes at some size."""
+        if len(self.choices) == 1:
+            return "asked for"
+        return "usual" if anchors == self.usual else "training's choice"
 
 
 def check(
@@ -168,9 +180,7 @@ def frame_of(options: TrainingOptions, train: Dataset, device: str) -> Frame:
     preprocessing = choose_preprocessing(recipe, options, train, choices, target, reasons)
     why = reasons[-1][2]
     anchors = choose_anchors(options, train, choices, preprocessing, reasons)
-    usual = recipe.model.anchors
-    name = "asked for" if options.anchors else "usual" if anchors == usual else "training's choice"
-    return Frame(preprocessing, anchors, usual, name, why)
+    return Frame(preprocessing, anchors, recipe.model.anchors, tuple(choices), why)
 
 
 def _with_sides(recipe: Recipe, options: TrainingOptions) -> Recipe:
@@ -236,7 +246,7 @@ def _anchor_findings(
         image_size=frame.preprocessing.image_size,
         max_size=frame.preprocessing.max_size,
         why=frame.why,
-        anchors=Shapes.of(frame.name, frame.anchors),
+        anchors=Shapes.of(frame.name_of(frame.anchors), frame.anchors),
         overall=Coverage.of(overlaps),
         per_class={name: _class_fit(train, objects, name, of, frame) for name, of in by_class.items()},
         per_size=coverage_by_size(train, objects.rows, overlaps),
@@ -272,7 +282,9 @@ def _compared(train: Dataset, frame: Frame) -> list[CoverageAt]:
         )
         objects = objects_in_network(train, preprocessing, most=MOST_OBJECTS)
         fitted = fit_anchors(frame.usual, objects, train.labels[objects.rows])
-        specs = {"usual": frame.usual, frame.name: frame.anchors, "fitted": fitted}
+        # Training chooses anew at every size.
+        taken = frame.choices[best_of(frame.choices, train, preprocessing)[0]]
+        specs = {"usual": frame.usual, frame.name_of(taken): taken, "fitted": fitted}
         rows += [
             CoverageAt(side, Shapes.of(name, spec), Coverage.of(best_overlaps(spec, objects)))
             for name, spec in specs.items()

@@ -267,7 +267,8 @@ def plan_run(
         ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
     )
     if options.patience is not None:
-        stops = f"after {options.patience} validations without a better AP"
+        many = "1 validation" if options.patience == 1 else f"{options.patience} validations"
+        stops = f"after {many} without a better AP"
         reasons.append(("early stop", stops, "asked for; the schedule stays that of all steps"))
     if options.compile:
         sizes = f"compiled, for padded sides in steps of {COMPILED_DIVISOR}"

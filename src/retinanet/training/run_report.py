@@ -145,8 +145,9 @@ def _left_out(train: Dataset, val: Dataset) -> list[str]:
     for dataset in (train, val):
         if dataset.fault_total:
             dropped = sum(n for (_, action), n in dataset.fault_counts.items() if action == "dropped")
+            entries = "1 entry was" if dropped == 1 else f"{dropped:,} entries were"
             sentences.append(
-                f"Of the annotations of {dataset.split}, {dropped:,} entries were left out and "
+                f"Of the annotations of {dataset.split}, {entries} left out and "
                 f"{dataset.fault_total - dropped:,} repaired before the first step; retinanet data check names them."
             )
     return sentences

@@ -209,6 +209,15 @@ def with_anchors(usual: AnchorSpec, asked: AskedAnchors) -> AnchorSpec:
     )
 
 
+def best_of(
+    choices: Sequence[AnchorSpec], train: Dataset, preprocessing: Preprocessing
+) -> tuple[int, list[float]]:
+    """Return which anchors training takes at an input size, and the share of objects that each choice reaches."""
+    shares = [coverage(spec, train, preprocessing) for spec in choices]
+    # Smaller anchors must earn their place: with equal coverage the usual ones stand.
+    return max(range(len(choices)), key=lambda i: shares[i] - 0.01 * i), shares
+
+
 def choose_anchors(
     options: TrainingOptions,
     train: Dataset,
@@ -217,9 +226,7 @@ def choose_anchors(
     reasons: list[tuple[str, str, str]],
 ) -> AnchorSpec:
     """Take the anchors that cover most objects; append the reason, and which classes they miss."""
-    shares = [coverage(spec, train, preprocessing) for spec in choices]
-    # Smaller anchors must earn their place: with equal coverage the usual ones stand.
-    best = max(range(len(choices)), key=lambda i: shares[i] - 0.01 * i)
+    best, shares = best_of(choices, train, preprocessing)
     sizes = ", ".join(f"{size:g}" for size in choices[best].sizes)
     if len(choices) > 1:
         compared = ", ".join(
@@ -242,9 +249,8 @@ def choose_anchors(
             (
                 "anchors miss",
                 missed,
-                f"no anchor reaches IoU 0.5 with them; below {POORLY_COVERED:.0%} of a class, a larger "
-                f"--image-size or fitted anchors help: retinanet data anchors {shlex.quote(options.data)} "
-                f"--image-size {preprocessing.image_size} --output anchors.yaml, then --anchors anchors.yaml",
+                f"no anchor reaches IoU 0.5 with them; below {POORLY_COVERED:.0%} of a class, "
+                + _help_for_missed(options, preprocessing.image_size),
             )
         )
     return choices[best]
@@ -259,6 +265,19 @@ def _missed(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> s
     worst = sorted(poor.items(), key=lambda item: -item[1])
     more = f" and {len(worst) - CLASSES_NAMED} more classes" if len(worst) > CLASSES_NAMED else ""
     return ", ".join(f"{share:.0%} of {name}" for name, share in worst[:CLASSES_NAMED]) + more
+
+
+def _help_for_missed(options: TrainingOptions, size: int) -> str:
+    """Return what helps; anchors that were asked for are fitted anew only where they were fitted at another size."""
+    asked = options.asked_anchors()
+    if asked and asked.image_size in (None, size):
+        return "a larger --image-size helps"
+    # The file that was asked for may have the usual name.
+    file = f"anchors-{size}.yaml" if asked else "anchors.yaml"
+    return (
+        f"a larger --image-size or fitted anchors help: retinanet data anchors {shlex.quote(options.data)} "
+        f"--image-size {size} --output {file}, then --anchors {file}"
+    )
 
 
 def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> float:
