@@ -500,6 +500,16 @@ def test_a_missing_size_is_named_where_no_image_tells_it(tmp_path: Path) -> None
     assert (fault.kind, fault.action) == (Kind.MISSING_SIZE, "repaired")
 
 
+def test_what_is_advised_for_a_missing_annotation_is_an_image_without_objects(tmp_path: Path) -> None:
+    assert Kind.MISSING_ANNOTATION.fix.endswith("an XML file whose <annotation> holds no <object>")
+    dataset = open_dataset(written(Case("", voc(b"<annotation></annotation>"), ""), tmp_path), "train")
+    assert (dataset.faults, dataset.files.tolist(), len(dataset.boxes)) == (
+        (),
+        ["JPEGImages/a.png", "JPEGImages/b.png"],
+        1,
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The command line
 
