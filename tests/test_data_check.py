@@ -543,12 +543,18 @@ def test_a_split_without_label_files_is_told_once(data: Path) -> None:
     )
     found = findings(data)
     counts = (FaultCount("test", "missing annotation", "repaired", 1),)
-    said = said_of(replace(found, faults=(("test", bare),), fault_counts=counts))
+    of_test, of_val = (
+        replace(split, split=name, objects=0)
+        for split, name in zip(found.splits, ("test", "val"), strict=True)
+    )
+    said = said_of(replace(found, splits=(of_test,), faults=(("test", bare),), fault_counts=counts))
     assert "look: data.yaml: none of the 2 images has labels. What to do: add them." in said
     assert "good: Every image was readable." in said
     assert "only one thing can have been meant" not in said
-    said = said_of(replace(found, faults=(("val", bare),), fault_counts=counts))
-    assert "data.yaml" not in said  # that val has no box is said
+    said = said_of(replace(found, splits=(of_val,), faults=(("val", bare),), fault_counts=counts))
+    assert "stop: The split val has no box in 2 images" in said
+    assert "exported with the images. data.yaml: none of the 2 images has labels." in said
+    assert "What to do: add them" not in said
 
 
 def test_one_image_that_stands_in_two_splits_is_named_once_where_its_names_are_alike(data: Path) -> None:

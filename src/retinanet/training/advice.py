@@ -97,7 +97,8 @@ def _about_splits(found: Findings) -> Iterator[Sentence]:
             yield Sentence(
                 "stop",
                 f"The split {split.split} has no box in {_of(split.images, 'image')}: there is nothing to learn "
-                "from, or to judge by. Check that the labels were exported with the images.",
+                "from, or to judge by. Check that the labels were exported with the images."
+                + "".join(f" {fault.file}: {fault.reason}." for fault in _bare(found, split.split)),
             )
     for a, b in combinations(found.splits, 2):
         classes = [list(zip(split.class_ids, split.per_class, strict=True)) for split in (a, b)]
@@ -177,10 +178,14 @@ def _is_bare(kind: str, action: str) -> bool:
 
 
 def _about_bare_splits(found: Findings) -> Iterator[Sentence]:
-    for name, fault in found.faults:
+    for split in found.splits:
         # Of a split that needs boxes it is said already that there are none.
-        if _is_bare(fault.kind, fault.action) and name not in NEEDED:
+        for fault in _bare(found, split.split) if split.split not in NEEDED else ():
             yield Sentence("look", f"{fault.file}: {fault.reason}. What to do: {fault.fix}.")
+
+
+def _bare(found: Findings, split: str) -> list[Fault]:
+    return [fault for name, fault in found.faults if name == split and _is_bare(fault.kind, fault.action)]
 
 
 def _what_to_do(pairs: Mapping[str, Sequence[tuple[str, Fault]]]) -> str:
@@ -225,7 +230,9 @@ def _of_kind(kind: str, number: int, pairs: list[tuple[str, Fault]]) -> str:
 
 
 def _place(split: str, fault: Fault) -> str:
-    within = f", {fault.record}" if fault.kind not in ABOUT_IMAGES else ""
+    # An image that is listed wrongly is one line of a list; any other is its own file.
+    of_list = fault.record.startswith(("line ", "images["))
+    within = f", {fault.record}" if of_list or fault.kind not in ABOUT_IMAGES else ""
     return f"{fault.file}{within}" + (f" in {split}" if split else "")
 
 
