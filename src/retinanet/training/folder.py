@@ -116,6 +116,10 @@ class RunFolder:
             raise ConfigError(
                 f"another process is training {self.path}; wait for its end, or stop it first"
             ) from None
+        except OSError as error:
+            raise DiskError(
+                f"a run needs a folder that it can write to; {self.path}: {error.strerror or error}"
+            ) from None
         try:
             yield
         except DiskError as error:
