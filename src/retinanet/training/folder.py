@@ -57,6 +57,7 @@ class RunFolder:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cores": os.cpu_count(),
+            "directory": os.getcwd(),  # that the paths of the command are of
             **{name: version(name) for name in VERSIONS},
             **({"torchrun": launch} if (launch := launch_of_process()) else {}),
         }
