@@ -29,7 +29,8 @@ MOST_DOTS = 40
 STYLE = """
 .chart { width: 100%; height: auto; display: block; font: 11px system-ui, sans-serif; fill: currentColor; }
 .chart .grid { stroke: currentColor; opacity: .15; } .chart .mark { stroke: currentColor; opacity: .6;
-stroke-dasharray: 4 3; } .chart text { opacity: .7; } .chart polyline { stroke-linejoin: round; } .chart .shade { stroke: currentColor; stroke-width: 3.5; opacity: .3; }
+stroke-dasharray: 4 3; } .chart text { opacity: .7; } .chart polyline { stroke-linejoin: round; }
+.chart .shade { stroke: currentColor; stroke-width: 3.5; opacity: .3; }
 """
 
 
