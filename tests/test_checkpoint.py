@@ -42,6 +42,8 @@ def test_round_trip(model: Model, tmp_path: Path) -> None:
     for name, tensor in model.network.state_dict().items():
         assert torch.equal(again.network.state_dict()[name], tensor), name
     assert [path.name for path in file.parent.iterdir()] == [FILE_NAME]  # nothing half-written is left
+    written = {save_model(tmp_path / f"{number}", model).read_bytes() for number in range(4)}
+    assert written == {file.read_bytes()}  # the same model is the same file
 
 
 def test_loading_leaves_the_random_generator_alone(model: Model, tmp_path: Path) -> None:

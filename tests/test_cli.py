@@ -366,9 +366,9 @@ def test_a_value_may_begin_with_a_hyphen() -> None:
     from retinanet.cli.main import parse
     from retinanet.cli.train import Train
 
-    command = parse(["train", "d", "--output", "-x", "--freeze=--y"])
+    command = parse(["train", "d", "--output", "-x", "--backbone=--y"])
     assert isinstance(command, Train)
-    assert (command.output, command.freeze) == ("-x", "--y")
+    assert (command.output, command.backbone) == ("-x", "--y")
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,15 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     assert boxes_by_image(dataset) == expected(SPLITS["train"])
 
 
+@pytest.mark.parametrize("content", [b"", "images/a.png,1,2,3,4,cat\n".encode("utf-16")])
+def test_a_split_whose_csv_file_is_damaged_is_not_passed_by(tmp_path: Path, content: bytes) -> None:
+    folder = csv_set(tmp_path)
+    (folder / "train.csv").write_bytes(content)
+    assert "train" in available_splits(folder)
+    with pytest.raises(DataError, match=r"train\.csv: needs "):
+        open_dataset(folder, "train")
+
+
 def test_strict_reading_names_the_first_faults(tmp_path: Path) -> None:
     folder = csv_set(tmp_path, classes="cat,0\ndog,1\n")
     rows = "".join(f"images/a.png,{i},1,0,5,cat\n" for i in range(1, 6))

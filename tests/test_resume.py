@@ -3,6 +3,7 @@ images, log; bit for bit."""
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 import retinanet
@@ -26,7 +28,15 @@ from retinanet.checkpoint import load_model
 from retinanet.cli.main import main
 from retinanet.data import Dataset
 from retinanet.data.shapes import ShapesSpec, generate_shapes
-from retinanet.errors import CheckpointError, ConfigError, DataError, DivergedError, Stopped, TrainingError
+from retinanet.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskError,
+    DivergedError,
+    Stopped,
+    TrainingError,
+)
 from retinanet.folders import write_json
 from retinanet.inference import Detector
 from retinanet.objective import focal
@@ -554,12 +564,23 @@ def test_a_state_of_another_network_is_refused(stopped: Path) -> None:
         resume_training(run, quiet())
 
 
-def test_one_process_trains_a_run_and_python_can_resume_it(data: Path, stopped: Path) -> None:
+def test_one_process_trains_a_run_and_python_can_resume_it(
+    data: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
     with (
         RunFolder.existing(stopped).held(),
         pytest.raises(ConfigError, match="another process is training"),
     ):
         resume_training(stopped, quiet())
+    with monkeypatch.context() as patch:
+        patch.setattr(FileLock, "acquire", refuse)
+        with pytest.raises(
+            DiskError, match=f"a run needs a folder that it can write to; {stopped}: Read-only"
+        ):
+            resume_training(stopped, quiet())
     finished = retinanet.train(data=str(data), resume=str(stopped))
     assert finished.path == stopped
     assert read_state(stopped / "checkpoints" / f"{STEPS:08d}").step == STEPS

@@ -208,6 +208,7 @@ def test_a_val_split_that_is_of_no_use_is_refused(change: Any, message: str, tmp
         ({"gamma": -1.0}, "--gamma needs 0 or more"),
         ({"gamma": float("nan")}, "--gamma needs 0 or more"),
         ({"prior": 0.0}, r"--prior needs a number in \(0, 1\)"),
+        ({"freeze": "stage"}, r"--freeze needs none, stem, stage1 \.\. stage4 or backbone; got 'stage'"),
         ({"patience": 0}, "--patience needs 1 or more; got 0"),
         ({"seed": 2**64}, "--seed needs 0 or more and below 2.63"),
         ({"gamma": float("inf")}, "--gamma needs 0 or more"),

@@ -54,8 +54,21 @@ def save_model(path: str | Path, model: Model) -> Path:
         "versions": json.dumps({"retinanet": __version__, "torch": str(torch.__version__)}),
         "licence": LICENCE,
     }
-    write_bytes(path, save(state, metadata), parents=True)
+    write_bytes(path, _ordered(save(state, metadata)), parents=True)
     return path
+
+
+def _ordered(content: bytes) -> bytes:
+    """Return a safetensors file with its metadata in order: the same model is the same file, whatever was hashed how.
+
+    The file is the length of its header in 8 bytes, the header as JSON, filled up with spaces, and the tensors.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def find_model(path: str | Path) -> Path:

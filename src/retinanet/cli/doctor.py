@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +35,7 @@ class Doctor:
     def run(self) -> int:
         import torch
 
-        from retinanet.devices import choose_device, resolve_precision
+        from retinanet.devices import available_cores, choose_device, resolve_precision
         from retinanet.version import __version__
 
         problems = []
@@ -55,7 +54,7 @@ class Doctor:
         device = choose_device("auto")
         facts = {
             "platform": platform.platform(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": len(available_cores()),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "precision": resolve_precision(device, "auto"),
             "threads": torch.get_num_threads(),

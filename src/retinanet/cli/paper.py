@@ -133,10 +133,9 @@ class Paper:
             raise ConfigError(f"{option(given[0])} belongs to items that are measured, such as table1b")
 
     def _request(self, studies: Sequence[str]) -> Request:
-        import os
-
         import torch
 
+        from retinanet.devices import available_cores
         from retinanet.errors import ConfigError
         from retinanet.paper.measuring import check_rows
         from retinanet.paper.own_loss import load_own_loss, name_of_own_loss
@@ -161,14 +160,13 @@ class Paper:
                 f"--scale {scale.name} needs --data: a folder with COCO's annotations/instances_train2017.json, "
                 "instances_val2017.json and images"
             )
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         request = Request(
             scale=scale,
             data=Path(self.data) if self.data else None,
             output=Path(self.output),
             seeds=self.seeds or 3,
             rows=rows,
-            parallel=self.parallel or torch.cuda.device_count() or cores,
+            parallel=self.parallel or torch.cuda.device_count() or len(available_cores()),
             pretrained=self.pretrained or "auto",
             model=self.model,
             peers=self.peers,

@@ -20,7 +20,7 @@ import numpy as np
 from retinanet.data.arrow_files import hugging_face_splits
 from retinanet.data.coco import read_coco
 from retinanet.data.coco.document import SECTIONS
-from retinanet.data.csv_files import is_table_of_boxes, read_csv
+from retinanet.data.csv_files import is_table_of_boxes, read_csv, read_rows
 from retinanet.data.dataset import Dataset, Fault
 from retinanet.data.hugging_face import BoxFormat, read_hugging_face
 from retinanet.data.image_files import SUFFIXES
@@ -272,6 +272,8 @@ def _tables(
     files = [*path.glob("*.csv"), *path.glob("annotations/*.csv"), *path.glob("*/_annotations.csv")]
     found = [file for file in sorted(files)[:TABLES_TRIED] if is_table(file)]
     whole = [file for file in found if file.name in WHOLE_CSV and not _split_in(file)]
+    if found:  # a split of it is not passed by where its file is damaged: who reads that is told
+        found += [file for file in sorted(files)[:TABLES_TRIED] if file.stem in USUAL and not _has_text(file)]
     if not any(_split_in(file) for file in found) and (whole or len(found) == 1):
         table = (whole or found)[0]
         return Opened(form, (), (), lambda split, reading: read(table, split, reading, {}))
@@ -282,6 +284,14 @@ def _tables(
     if not tables:
         return None
     return _by_file(form, tables, lambda file, split, reading: read(file, split, reading, tables))
+
+
+def _has_text(file: Path) -> bool:
+    """Return whether a CSV file has a first line that can be read."""
+    try:
+        return next(read_rows(file), None) is not None
+    except DataError:
+        return False
 
 
 def _split_in(file: Path) -> str:

@@ -70,13 +70,16 @@ class Backbone(nn.Module):
         return self
 
 
+def require_backbone(name: str) -> None:
+    """Raise `ConfigError` where timm has no model of a name."""
+    if not timm.is_model(name):
+        near = did_you_mean(name, timm.list_models())
+        raise ConfigError(f"--backbone needs the name of a timm model, such as resnet50; got {name!r}.{near}")
+
+
 def build_backbone(spec: BackboneSpec, strides: Sequence[int] = STRIDES) -> Backbone:
     """Build the timm network of a spec, without loading weights; RetinaNet takes its maps at strides 8, 16 and 32."""
-    if not timm.is_model(spec.name):
-        near = did_you_mean(spec.name, timm.list_models())
-        raise ConfigError(
-            f"--backbone needs the name of a timm model, such as resnet50; got {spec.name!r}.{near}"
-        )
+    require_backbone(spec.name)
     indices = _indices_of_strides(spec.name, strides)
     options: dict[str, Any] = {"norm_layer": GroupNorm} if spec.norm == "group" else {}
     try:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from retinanet.devices import choose_device
+from retinanet.devices import available_cores, choose_device
 from retinanet.errors import ConfigError, DivergedError, RetinaNetError, Stopped
 from retinanet.folders import write_json
 from retinanet.paper.own_loss import name_of_own_loss
@@ -186,8 +186,7 @@ def _run_apart(
     job: Job, store: Store, parallel: int, device: str | None, children: _Children
 ) -> tuple[int, str]:
     """Run a job in a process of its own; return its exit code and the last line that it printed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // parallel))
+    threads = str(max(1, len(available_cores()) // parallel))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device

@@ -29,8 +29,8 @@ MOST_DOTS = 40
 STYLE = """
 .chart { width: 100%; height: auto; display: block; font: 11px system-ui, sans-serif; fill: currentColor; }
 .chart .grid { stroke: currentColor; opacity: .15; } .chart .mark { stroke: currentColor; opacity: .6;
-stroke-dasharray: 4 3; } .chart text { opacity: .7; } .chart polyline { fill: none; stroke-width: 2;
-stroke-linejoin: round; } .chart .shade { stroke: currentColor; stroke-width: 3.5; opacity: .3; }
+stroke-dasharray: 4 3; } .chart text { opacity: .7; } .chart polyline { stroke-linejoin: round; }
+.chart .shade { stroke: currentColor; stroke-width: 3.5; opacity: .3; }
 """
 
 
@@ -117,9 +117,10 @@ class _Frame:
 
     def line(self, line: Line, shaded: bool) -> str:
         corners = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in line.points)
-        drawn = f'<polyline stroke="{line.colour}" points="{corners}"/>'
+        # As attributes: what turns a page into a PDF or a mail often keeps its style sheet from drawings.
+        drawn = f'<polyline fill="none" stroke-width="2" stroke="{line.colour}" points="{corners}"/>'
         if shaded:
-            drawn = f'<polyline class="shade" points="{corners}"/>{drawn}'
+            drawn = f'<polyline class="shade" fill="none" points="{corners}"/>{drawn}'
         if len(line.points) > MOST_DOTS:
             return drawn
         return drawn + "".join(

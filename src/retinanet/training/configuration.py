@@ -6,6 +6,7 @@ An option left at None is decided by the recipe and printed before step 1.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +277,8 @@ class _RunOptions:
             raise ConfigError(
                 f"--weights brings a backbone's weights, too, and needs --pretrained auto; got {self.pretrained}"
             )
+        if self.freeze is not None and not re.fullmatch(r"none|stem|stage\d|backbone", self.freeze):
+            raise ConfigError(f"--freeze needs none, stem, stage1 .. stage4 or backbone; got {self.freeze!r}")
         if self.time is not None:
             self.seconds()
         if self.checkpoint_gradients and self.compile:

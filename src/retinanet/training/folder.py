@@ -57,6 +57,7 @@ class RunFolder:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cores": os.cpu_count(),
+            "directory": os.getcwd(),  # that the paths of the command are of
             **{name: version(name) for name in VERSIONS},
             **({"torchrun": launch} if (launch := launch_of_process()) else {}),
         }
@@ -115,6 +116,10 @@ class RunFolder:
         except Timeout:
             raise ConfigError(
                 f"another process is training {self.path}; wait for its end, or stop it first"
+            ) from None
+        except OSError as error:
+            raise DiskError(
+                f"a run needs a folder that it can write to; {self.path}: {error.strerror or error}"
             ) from None
         try:
             yield

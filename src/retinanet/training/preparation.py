@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from retinanet.checkpoint import find_model
 from retinanet.data import Dataset, available_splits, open_dataset, read_as
-from retinanet.devices import fix_cublas_memory, fix_matrix_products
+from retinanet.devices import choose_device, fix_cublas_memory, fix_matrix_products
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import RetinaNet
+from retinanet.model.backbone import require_backbone
 from retinanet.processes import ALONE, Processes
 from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
@@ -64,7 +66,13 @@ def prepare(
     if options.deterministic:
         fix_cublas_memory()
     with processes.main_first():
-        writers = chosen_writers(options)  # what is missing for one is told before anything is read
+        # What is missing is told before anything is read.
+        writers = chosen_writers(options)
+        choose_device(options.device)
+        if options.weights is None:
+            require_backbone(options.backbone_name())
+        elif not trained:
+            find_model(options.weights)
         train_set, val_set = open_splits(
             options.data, image_root=options.image_root, box_format=options.box_format, strict=options.strict
         )

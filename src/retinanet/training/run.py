@@ -214,6 +214,8 @@ def _go_on(
             plan = prepared.plan
             epoch, epochs = (int(done * plan.batch_size / plan.train_images) for done in (step, plan.steps))
             console.print(f"resuming at epoch {epoch}/{epochs}, step {step}", highlight=False)
+            if step == plan.steps:
+                console.print("all steps are done: the best model is judged and told once more")
             processes.wait()  # until the log is cut, which all read
         return _train(prepared, folder, console, stop, state, processes)
 
