@@ -370,7 +370,10 @@ def test_a_form_of_boxes_can_be_told(tmp_path: Path, capsys: pytest.CaptureFixtu
             ["in", "out", "--format", "voc", "--box-format", "xywh"],
             "box_format is for Hugging Face data sets; CSV says",
         ),
-        (["in", "out", "--format", "voc", "--image-root", "none"], "image_root in Python) needs a folder of images"),
+        (
+            ["in", "out", "--format", "voc", "--image-root", "none"],
+            "image_root in Python) needs a folder of images",
+        ),
     ],
 )
 def test_wrong_requests_exit_with_2(
