@@ -35,13 +35,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def available_cores() -> list[int]:
-    """Return the numbers of the processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def require_cpp_compiler() -> None:
     """Refuse where torch.compile would find no C++ compiler: it tries the one in CXX, or else one by platform."""
     usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")

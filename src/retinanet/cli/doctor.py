@@ -35,7 +35,8 @@ class Doctor:
     def run(self) -> int:
         import torch
 
-        from retinanet.devices import available_cores, choose_device, resolve_precision
+        from retinanet.devices import choose_device, resolve_precision
+        from retinanet.processes import available_cores
         from retinanet.version import __version__
 
         problems = []

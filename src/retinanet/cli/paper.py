@@ -135,12 +135,12 @@ class Paper:
     def _request(self, studies: Sequence[str]) -> Request:
         import torch
 
-        from retinanet.devices import available_cores
         from retinanet.errors import ConfigError
         from retinanet.paper.measuring import check_rows
         from retinanet.paper.own_loss import load_own_loss, name_of_own_loss
         from retinanet.paper.results import Request
         from retinanet.paper.settings import SCALES
+        from retinanet.processes import available_cores
 
         for name in ("seeds", "parallel"):
             value = getattr(self, name)

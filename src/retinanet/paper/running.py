@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from retinanet.devices import available_cores, choose_device
+from retinanet.devices import choose_device
 from retinanet.errors import ConfigError, DivergedError, RetinaNetError, Stopped
 from retinanet.folders import write_json
 from retinanet.paper.own_loss import name_of_own_loss
 from retinanet.paper.peers import seconds_of, train_peer
 from retinanet.paper.settings import SCALES, ScaleName, Setting, change_of, options_of
+from retinanet.processes import available_cores
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
 from retinanet.training.preparation import open_splits

@@ -7,5 +7,6 @@ waits for one that took another way. Messages between hosts go through gloo, ten
 from retinanet.processes.devices import device_of_process
 from retinanet.processes.group import ALONE, Processes
 from retinanet.processes.joining import joined_processes
+from retinanet.processes.machine import available_cores
 
-__all__ = ["ALONE", "Processes", "device_of_process", "joined_processes"]
+__all__ = ["ALONE", "Processes", "available_cores", "device_of_process", "joined_processes"]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from retinanet.devices import available_cores
 from retinanet.errors import ConfigError, LostProcessError
 from retinanet.processes.group import ALONE, PATIENCE, STEP_WAITS, Processes, exchange
+from retinanet.processes.machine import available_cores, name_of_machine
 from retinanet.processes.meeting import name_of_meeting
 
 # Longest that processes wait for each other to begin: to import torch from a slow disk, on the slowest of machines.
@@ -68,17 +66,10 @@ def _described(messages: Any, patient: Any) -> Processes:
     """Return the processes of the default group. Who is on which machine, and on which of its processors, they tell
     each other: not everything that starts processes says so."""
     joined = Processes(dist.get_rank(), dist.get_world_size(), messages, patient)
-    places = joined.gathered((_machine(), available_cores()))
+    places = joined.gathered((name_of_machine(), available_cores()))
     machine, _ = places[joined.rank]
     here = sum(other == machine for other, _ in places)
     return replace(joined, here=here, sharing=places.count(places[joined.rank]))
-
-
-def _machine() -> str:
-    """Return what tells this machine from others of the same name: when it was started, where the system says so."""
-    with suppress(OSError):
-        return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text()}"
-    return socket.gethostname()
 
 
 def _gloo(timeout: timedelta) -> Any:

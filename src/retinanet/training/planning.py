@@ -18,12 +18,12 @@ from retinanet.checkpoint import Model, load_model
 from retinanet.data import Dataset
 from retinanet.data.sampling import epoch_length, share_of
 from retinanet.data.transforms import Augmentation
-from retinanet.devices import available_cores, choose_device, require_cpp_compiler, resolve_precision
+from retinanet.devices import choose_device, require_cpp_compiler, resolve_precision
 from retinanet.errors import ConfigError
 from retinanet.images import Preprocessing
 from retinanet.model import ModelSpec, fitting_norm
 from retinanet.objective import Objective
-from retinanet.processes import ALONE, Processes, device_of_process
+from retinanet.processes import ALONE, Processes, available_cores, device_of_process
 from retinanet.training import objectives
 from retinanet.training.choosing import choose_rate, choose_recipe, find_pretrained, started_from
 from retinanet.training.configuration import EVERY_SETTING, TrainingOptions
