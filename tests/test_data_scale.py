@@ -221,7 +221,7 @@ def test_opening_costs_little_a_box(opening: ModuleType, tmp_path: Path) -> None
     peaks = []
     for boxes in (few, many):
         folder = tmp_path / str(boxes)
-        opening.generate(folder, images=5_000, boxes=boxes, polygons=True)
+        opening.generate_coco(folder, images=5_000, boxes=boxes, polygons=True)
         found = opening.measure(folder)
         assert (found["images"], found["boxes"], found["faults"]) == (5_000, boxes, 0)
         peaks.append(found["peak_bytes"])
@@ -240,7 +240,7 @@ def test_the_memory_of_workers_stays_flat_over_epochs(opening: ModuleType, tmp_p
     from retinanet.data.transforms import Augmentation
     from retinanet.images import Preprocessing
 
-    opening.generate(tmp_path, images=400, boxes=200_000, polygons=False)
+    opening.generate_coco(tmp_path, images=400, boxes=200_000, polygons=False)
     Image.new("RGB", (640, 480)).save(tmp_path / "one.jpg")
     for path in (tmp_path / "train").iterdir():
         path.write_bytes((tmp_path / "one.jpg").read_bytes())
