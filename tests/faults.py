@@ -530,11 +530,11 @@ def _signalled(
             name = f"{signal.Signals(number).name} in {where}, process {rank + 1} of {count}"
             codes, seconds = [code for code, _ in ends], max(seconds for _, seconds in ends)
             again = _together(trained(data, target), count, folder, None, -1, 0)
+            # The other is told by torchrun, unless it finds first that it is alone: a validation is given up at once.
+            others = (128 + number, 128 + signal.SIGTERM, *([2] if phase == "validation" else []))
             right = (
                 codes[rank] == 128 + number
-                and all(
-                    code in (128 + number, 128 + signal.SIGTERM) for code in codes
-                )  # torchrun tells the other
+                and all(code in others for code in codes)
                 and seconds < PATIENCE
                 and all(end[0] == 0 for end in again)
                 and same(newest(target), newest(whole))
