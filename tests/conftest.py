@@ -1,5 +1,6 @@
 """Shapes are checked under pytest: every tensor function's jaxtyping annotation is enforced by beartype."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,10 @@ install_import_hook(
 )
 fix_matrix_products()
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# A shell that starts us in the background ignores Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Half a minute of one core where none of it is on disk yet.
 COMPILED = """
