@@ -899,14 +899,15 @@ def test_a_signal_stops_the_run_after_saving(data: Path, tmp_path: Path, number:
     )
     assert process.stderr is not None
     log = output / "metrics.jsonl"
-    for _ in range(600):
-        if log.is_file() or process.poll() is not None:
-            break
-        import time
-
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    try:
+        for _ in range(600):
+            if log.is_file() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()  # it would train for hours
     assert process.returncode == code, said
     assert "stopped by a signal at step" in said
     assert load_model(output / "last").training["step"] >= 10
