@@ -62,9 +62,10 @@ def prepare(request: Request, say: Callable[[str], None], *, draw: bool) -> Requ
 
 def _digest(request: Request, splits: Sequence[Dataset]) -> str:
     """Return a short name of the annotations, the recipe, the scale's numbers and the weights: equal ones, equal
-    results.
+    results. Which rates are tried changes none.
     """
-    numbers = {name: value for name, value in asdict(request.scale).items() if name not in ("what", "shapes")}
+    aside = ("what", "shapes", "rates", "first_rates")
+    numbers = {name: value for name, value in asdict(request.scale).items() if name not in aside}
     classes, base = splits[0].classes, request.scale.base
     recipe = (
         small(classes, base, "cpu") if numbers["options"]["recipe"] == "small" else paper(classes, base, None)
@@ -98,25 +99,15 @@ def dry_run(names: Sequence[str], request: Request) -> None:
     studies = [request.study(name) for name in names]
     store, console = Store(request.output), plain_console()
     settings = _settings(studies, request.rows)
-    jobs = search_jobs(settings, request)
-    done = sum(store.result(job) is not None for job in jobs)
-    seeds = len(settings) * (request.seeds - 1)
-    rates = len(request.scale.rates)
-    console.print(
-        f"{len(settings)} settings, each at {rates} rate{'s' if rates > 1 else ''} with the first seed ({done} of "
-        f"{len(jobs)} runs done) and at the best with {request.seeds - 1} more ({seeds} runs); "
-        f"{request.parallel} at a time",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(_runs_in_words(settings, request, store), highlight=False, soft_wrap=True)
     for setting in settings:
         names = [row.name for study in studies for row in study.rows if row.setting == setting]
         console.print(f"  {' = '.join(dict.fromkeys(names))}", highlight=False)
     if request.data is None:
         console.print("the plan is known when the images are drawn: without --dry-run", highlight=False)
-    if request.data is None or not jobs:
+    if request.data is None or not settings:
         return
-    first = jobs[0]
+    first = request.job(settings[0], request.scale.first_rates[0], 0)
     options = options_of(
         first.setting, request.scale, first.data, seed=first.seed, pretrained=first.pretrained
     )
@@ -139,6 +130,25 @@ def dry_run(names: Sequence[str], request: Request) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _runs_in_words(settings: Sequence[Setting], request: Request, store: Store) -> str:
+    """Return how many runs the settings take."""
+    scale = request.scale
+    rates = f"at rate x {scale.rates[0]:g}"
+    if len(scale.rates) > 1:
+        first = " and ".join(f"{rate:g}" for rate in scale.first_rates)
+        rates = (
+            f"at rates x {first}, and beside the best of x {scale.rates[0]:g} to {scale.rates[-1]:g} until it has no "
+            "better neighbour,"
+        )
+    known = [what_is_known(setting, request, store) for setting in settings]
+    done = sum(len(one.rates) + max(0, len(one.results) - 1) for one in known)
+    finished = sum(one.rate is not None and len(one.results) == request.seeds for one in known)
+    return (
+        f"{len(settings)} settings, each {rates} with the first seed and at the best with {request.seeds - 1} more; "
+        f"{done} runs are done, {finished} settings finished; {request.parallel} at a time"
+    )
 
 
 def trained_model(request: Request) -> Path:
@@ -170,8 +180,13 @@ def measure(names: Sequence[str], request: Request, say: Callable[[str], None]) 
     failures: list[str] = []
     # Peers come last: they train for as long as ours did.
     for group in ([one for one in settings if one.peer is None], [one for one in settings if one.peer]):
-        # First every setting at every rate with one seed, then the other seeds at the best.
-        failures += run(timed(search_jobs(group, request), request, store))
+        # First a rate for every setting, with one seed, then the other seeds at it.
+        tried: set[Job] = set()
+        while jobs := [
+            job for job in timed(search_jobs(group, request, store), request, store) if job not in tried
+        ]:
+            failures += run(jobs)
+            tried.update(jobs)  # one that failed is not tried again
         failures += run(timed(seed_jobs(group, request, store), request, store))
     lacking = [
         one for one in settings if one.peer and what_is_known(one.ours, request, store).seconds is None

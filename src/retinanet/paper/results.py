@@ -9,7 +9,7 @@ from typing import Any
 
 from retinanet.paper.comparison import Interval, interval
 from retinanet.paper.running import Job, Store
-from retinanet.paper.settings import Scale, Setting
+from retinanet.paper.settings import Scale, Setting, best_rate
 from retinanet.paper.tables import STUDIES, Study, with_own_loss, with_peers
 
 
@@ -53,7 +53,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a setting: AP at each rate with the first seed, the best rate, and the results at it."""
+    """What is known of a setting: AP at each rate that was tried with the first seed, the best rate when no other is
+    left to try, and the results at it.
+    """
 
     rates: dict[float, float]
     rate: float | None
@@ -74,9 +76,13 @@ class Measured:
         return interval(values) if values else None
 
 
-def search_jobs(settings: Iterable[Setting], request: Request) -> list[Job]:
-    """Return the runs that find each setting's rate."""
-    return [request.job(setting, rate, 0) for setting in settings for rate in request.scale.rates]
+def search_jobs(settings: Iterable[Setting], request: Request, store: Store) -> list[Job]:
+    """Return the next runs that look for each setting's rate: what they find says whether it takes more."""
+    return [
+        request.job(setting, rate, 0)
+        for setting in settings
+        for rate in request.scale.next_rates(what_is_known(setting, request, store).rates)
+    ]
 
 
 def seed_jobs(settings: Iterable[Setting], request: Request, store: Store) -> list[Job]:
@@ -90,13 +96,11 @@ def seed_jobs(settings: Iterable[Setting], request: Request, store: Store) -> li
 
 
 def what_is_known(setting: Setting, request: Request, store: Store) -> Measured:
-    """Return the results of a setting so far. The best rate is known when all were tried."""
-    found = {job.rate: store.result(job) for job in search_jobs([setting], request)}
+    """Return the results of a setting so far."""
+    found = {rate: store.result(request.job(setting, rate, 0)) for rate in request.scale.rates}
     rates = {rate: float(result["ap"]) for rate, result in found.items() if result is not None}
-    if len(rates) < len(found):
+    if request.scale.next_rates(rates):
         return Measured(rates, None, [])
-    rate = max(rates, key=lambda rate: rates[rate])
-    others = [store.result(request.job(setting, rate, seed)) for seed in range(1, request.seeds)]
-    first = found[rate]
-    assert first is not None  # all of them are there
-    return Measured(rates, rate, [first, *(result for result in others if result is not None)])
+    rate = best_rate(rates)
+    results = [found[rate], *(store.result(request.job(setting, rate, n)) for n in range(1, request.seeds))]
+    return Measured(rates, rate, [result for result in results if result is not None])

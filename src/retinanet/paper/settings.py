@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,8 +97,9 @@ class Scale:
         base, deep: timm backbones in the places of ResNet-50 and ResNet-101.
         side: pixels in the place of the paper's 600.
         steps: of training.
-        rates: factors on the recipe's rate. Every setting is trained at each of them with the first seed; the
-            best on val is what the other seeds train at.
+        rates: factors on the recipe's rate, the same grid for every setting, of which a setting is trained at
+            `first_rates` with the first seed, and then beside the best until that has no better neighbour; the best on
+            val is what the other seeds train at.
         options: of `retinanet train`, the same for all settings, base sizes of the anchors among them.
         shapes: the synthetic images made where no --data is given, and how many of train and val. Those of
             `tiny` were chosen by their imbalance (`paper.imbalance`).
@@ -110,8 +112,21 @@ class Scale:
     side: int
     steps: int
     rates: tuple[float, ...]
+    first_rates: tuple[float, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     shapes: tuple[ShapesSpec, int, int] | None = None
+
+    def next_rates(self, known: Mapping[float, float]) -> list[float]:
+        """Return the rates that a setting has to be trained at next; none are left when the best has its neighbours.
+
+        Args:
+            known: AP at the rates that were tried. Of equal ones the best is the one nearest to the recipe's.
+        """
+        lacking = [rate for rate in self.first_rates if rate not in known]
+        if lacking:
+            return lacking
+        at = self.rates.index(best_rate(known))
+        return [rate for rate in self.rates[max(0, at - 1) : at + 2] if rate not in known]
 
     def pixels(self, setting: Setting) -> int:
         """Return the shortest side of a setting's images: the paper's own, elsewhere a multiple of 32."""
@@ -119,6 +134,14 @@ class Scale:
             return setting.side
         return max(32, round(self.side * setting.side / PAPER_SIDE / 32) * 32)
 
+
+def best_rate(known: Mapping[float, float]) -> float:
+    """Return the rate with the highest AP, of equal ones the nearest to the recipe's."""
+    return max(known, key=lambda rate: (known[rate], -abs(math.log(rate))))
+
+
+# Twice and half as much, from an eighth of the recipe's rate to four times it.
+GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 SCALES: dict[ScaleName, Scale] = {
     "tiny": Scale(
@@ -128,7 +151,8 @@ SCALES: dict[ScaleName, Scale] = {
         deep="resnet10t",
         side=160,
         steps=600,
-        rates=(0.5, 1.0, 2.0),
+        rates=GRID,
+        first_rates=(0.5, 1.0),
         options={"recipe": "small", "channels": 64, "batch_size": 8, "anchors": "16,32,64,128,256"},
         shapes=(ShapesSpec(max_objects=1, empty_share=0.25), 4000, 500),
     ),
@@ -139,7 +163,8 @@ SCALES: dict[ScaleName, Scale] = {
         deep="resnet50",
         side=320,
         steps=6000,
-        rates=(0.5, 1.0, 2.0),
+        rates=GRID,
+        first_rates=(0.5, 1.0),
         options={"recipe": "small", "batch_size": 16, "anchors": "32,64,128,256,512"},
         shapes=(ShapesSpec(image_size=320, max_objects=3, empty_share=0.25), 20_000, 2_000),
     ),
@@ -151,6 +176,7 @@ SCALES: dict[ScaleName, Scale] = {
         side=600,
         steps=90_000,
         rates=(1.0,),
+        first_rates=(1.0,),
         options={"recipe": "paper", "batch_size": 16, "anchors": "32,64,128,256,512"},
     ),
 }

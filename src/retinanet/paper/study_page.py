@@ -13,6 +13,7 @@ from retinanet.paper.comparison import compare_order, difference, interval
 from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
 from retinanet.paper.results import Measured, Request, what_is_known
 from retinanet.paper.running import Store
+from retinanet.paper.settings import Scale
 from retinanet.paper.tables import Row, Study
 
 HEADINGS = {
@@ -64,18 +65,7 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
         parts.append(_picture(study, finished, known))
     tried = [row for row in study.rows if row.name in known and known[row.name].rates]
     if len(request.scale.rates) > 1 and tried:
-        parts += [
-            "AP at every rate that was tried, with the first seed (factors on the recipe's rate; the best is used for "
-            "the other seeds):",
-            Table(
-                ["row", *(f"rate x {rate:g}" for rate in request.scale.rates)],
-                [
-                    [row.name, *(_rate(known[row.name], rate) for rate in request.scale.rates)]
-                    for row in tried
-                ],
-            ),
-        ]
-        parts += _at_the_edge(tried, known, request)
+        parts += _rates(tried, known, request.scale)
     numbers["rows"] = [
         {
             "name": row.name,
@@ -93,9 +83,11 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
 
 def _how(request: Request) -> str:
     scale, options = request.scale, request.scale.options
+    first = " and ".join(f"{rate:g}" for rate in scale.first_rates)
     chosen = (
-        " The rate of a row is the best on val with its first seed, which counts among the seeds: that lifts every row "
-        "a little."
+        f" The rate of a row is the best on val with its first seed, looked for alike with every loss: at x {first}, "
+        "then beside the best until it has no better neighbour. That seed counts among the seeds, which lifts every "
+        "row a little."
     )
     return (
         f"Measured at scale {scale.name} ({scale.what}) on {request.about_data}; {scale.steps:,} steps of "
@@ -122,19 +114,29 @@ def _measured(found: Measured | None, figures: Sequence[str]) -> list[str]:
     return [*cells, f"x {found.rate:g}", f"{len(found.results)}"]
 
 
-def _rate(found: Measured, rate: float) -> str:
-    return f"{100 * found.rates[rate]:.1f}" if rate in found.rates else "not yet"
-
-
-def _at_the_edge(rows: Sequence[Row], known: dict[str, Measured], request: Request) -> list[str]:
-    """Return a sentence on rows whose best rate is the least or the greatest that was tried."""
-    edges = (min(request.scale.rates), max(request.scale.rates))
-    names = [row.name for row in rows if known[row.name].rate in edges]
-    if not names:
-        return []
-    return [
-        f"The best rate is at the edge of what was tried, and one beyond might be better, of: {'; '.join(names)}."
+def _rates(rows: Sequence[Row], known: dict[str, Measured], scale: Scale) -> list[str | Table]:
+    """Return what was found at every rate that was tried, and rows whose best is at the edge of the grid."""
+    tried = sorted({rate for row in rows for rate in known[row.name].rates})
+    parts: list[str | Table] = [
+        "AP at the rates that were tried, with the first seed (factors on the recipe's rate; the best is used for the "
+        "other seeds):",
+        Table(
+            ["row", *(f"rate x {rate:g}" for rate in tried)],
+            [[row.name, *(_rate(known[row.name], rate, scale) for rate in tried)] for row in rows],
+        ),
     ]
+    names = [row.name for row in rows if known[row.name].rate in (scale.rates[0], scale.rates[-1])]
+    if names:
+        parts.append(
+            f"The best rate is at the edge of the grid, and one beyond might be better, of: {'; '.join(names)}."
+        )
+    return parts
+
+
+def _rate(found: Measured, rate: float, scale: Scale) -> str:
+    if rate in found.rates:
+        return f"{100 * found.rates[rate]:.1f}"
+    return "not yet" if rate in scale.next_rates(found.rates) else ""
 
 
 def _steps(peer: Measured) -> str:
