@@ -1,23 +1,29 @@
 """Ablations of the recipe for training from scratch: one change at a time, on several data sets, with several seeds.
 
     python bench/recipes.py --data bccd=PATH nuclei=PATH --seeds 0 1 2 --variants base adamw
+    python bench/recipes.py --data bccd=PATH nuclei=PATH --backbone resnet10t --channels 64 --parallel 2
 
-Runs follow one another, each in a process of its own, as a user's run would. A finished run is a line of
+Runs follow one another, each in a process of its own, as a user's run would; with `--parallel` some run side by side,
+each with its share of the cores, and their rows say nothing of time. A finished run is a line of
 `bench/recipes.jsonl` and is never repeated; one that was interrupted starts anew. After every run `docs/recipes.md` is
-written from all lines. `--images` shortens every run, so that more variants fit into a night: only runs of equal length
-are compared. `--list` says what there is and what is done.
+written from all lines. `--images` shortens every run, and a smaller network does, so that more variants fit into a
+night: only runs of equal length and network are compared. `--list` says what there is and what is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +32,15 @@ from unittest.mock import patch
 
 import torch
 from objectives import AdaptiveObjective, AdaptiveVarifocalObjective, VarifocalObjective
+from torch import nn
 
+from retinanet.data import open_dataset
+from retinanet.model import heads
 from retinanet.objective import Objective
+from retinanet.processes import available_cores
 from retinanet.training import objectives as of_training
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import run_training
 
@@ -42,18 +53,36 @@ RECIPE = "80 objects and 4 images a step at most, 150 megapixels of 30,000 objec
 
 @dataclass(frozen=True)
 class Variant:
-    """One change to the recipe: of its fields, of its model's, of the command's options, or of how losses are made."""
+    """One change to the recipe: of its fields, of its model's, of the command's options, or of how losses are made.
+
+    Args:
+        width: factor on the width of pyramid and heads.
+        side: factor on the planned shortest side; pixels in all stay as many.
+        start: how the heads' inner convolutions begin, in place of what `model.heads` does.
+    """
 
     what: str
     recipe: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     objective: Callable[..., Objective] = Objective
+    width: float = 1
+    side: float = 1
+    start: Callable[[nn.Conv2d], None] | None = None
 
     def __call__(self, recipe: Recipe) -> Recipe:
-        model = replace(recipe.model, head=replace(recipe.model.head, **self.head))
+        model = replace(
+            recipe.model,
+            backbone=replace(recipe.model.backbone, **self.backbone),
+            head=replace(recipe.model.head, **self.head),
+        )
         augmentation = replace(recipe.augmentation, **self.recipe.get("augmentation", {}))
         return replace(recipe, **{**self.recipe, "model": model, "augmentation": augmentation})
+
+
+def start_as_the_paper(convolution: nn.Conv2d) -> None:
+    nn.init.normal_(convolution.weight, std=0.01)
 
 
 VARIANTS = {
@@ -65,8 +94,16 @@ VARIANTS = {
     "batch-8": Variant("8 images a step", {"batch_size": 8}),
     "batch-8-linear": Variant("8 images a step, twice the rate", {"batch_size": 8, "lr": 0.004 * 2**0.5}),
     "no-average": Variant("without averaged weights", {"average_decay": None}),
+    "schedule-step": Variant("rate dropped twice in place of a cosine", {"schedule": "step"}),
+    "no-clip": Variant("gradients as long as they are", {"clip_norm": None}),
     "depth-2": Variant("heads of 2 convolutions", head={"depth": 2}),
-    "channels-128": Variant("pyramid and heads 128 wide", options={"channels": 128}),
+    "width-half": Variant("pyramid and heads half as wide", width=0.5),
+    "width-double": Variant("pyramid and heads twice as wide", width=2),
+    "batch-norm": Variant("BatchNorm in the backbone", backbone={"norm": "batch"}),
+    "no-head-norm": Variant("no norm in the heads, started as in the paper", head={"norm": "none"}),
+    "start-0.01": Variant("heads with GroupNorm started at N(0, 0.01)", start=start_as_the_paper),
+    "side-smaller": Variant("sides a quarter smaller, as many pixels in all", side=0.75),
+    "side-larger": Variant("sides a third larger, as many pixels in all", side=4 / 3),
     "smooth-l1": Variant(
         "smooth L1 at 1/9, weight 1", {"box_loss": "smooth-l1", "box_beta": 1 / 9, "box_weight": 1.0}
     ),
@@ -83,6 +120,11 @@ VARIANTS = {
     ),
     "no-zoom": Variant("flips alone", {"augmentation": {"zoom": (1.0, 1.0)}}),
     "zoom-wide": Variant("zoom 0.5 to 2", {"augmentation": {"zoom": (0.5, 2.0)}}),
+    "photometric": Variant("half of the images in other colours", {"augmentation": {"photometric": 0.5}}),
+    "mosaic": Variant("half of the images mosaics", {"augmentation": {"mosaic": 0.5}}),
+    "turned": Variant(
+        "quarter turns and upside down", {"augmentation": {"flip_vertical": 0.5, "quarter_turn": 0.5}}
+    ),
     "gamma-1.5": Variant("gamma 1.5", {"loss_settings": {"gamma": 1.5}}),
     "weight-decay-0.1": Variant("weight decay 0.1", {"weight_decay": 0.1}),
 }
@@ -96,10 +138,12 @@ class Job:
     variant: str
     seed: int
     images: int | None
+    backbone: str = "resnet18"
+    channels: int = 256
 
     def folder(self, runs: Path) -> Path:
         length = f"-{self.images}" if self.images else ""
-        return runs / f"{self.data}-{self.variant}{length}-{self.seed}"
+        return runs / f"{self.backbone}-{self.channels}-{self.data}-{self.variant}{length}-{self.seed}"
 
 
 def main() -> None:
@@ -112,62 +156,113 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, help="images each run sees; by default as many as the recipe says"
     )
-    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--backbone", default=Job.backbone)
+    parser.add_argument("--channels", type=int, default=Job.channels, help="of pyramid and heads")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; more than one are not timed")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "recipes")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     given = parser.parse_args()
     folders = dict(pair.split("=", 1) for pair in given.data)
     if given.job:
-        run(Job(**json.loads(given.job)), folders, given.backbone, given.runs)
+        run(Job(**json.loads(given.job)), folders, given.runs)
         return
     rows = known_rows()
-    done = {
-        (row["data"], row["variant"], row["seed"], row["images"]) for row in rows if row["recipe"] == RECIPE
-    }
+    done = {job_of(row) for row in rows if row["recipe"] == RECIPE}
     jobs = [
-        Job(data, variant, seed, given.images)
+        Job(data, variant, seed, given.images, given.backbone, given.channels)
         for seed in given.seeds  # a first look at everything before a second one at anything
         for variant in given.variants
         for data in folders
     ]
-    for number, job in enumerate(jobs, 1):
-        finished = tuple(asdict(job).values()) in done
+    lock = threading.Lock()
+
+    def finish(number: int, job: Job) -> None:
+        line = f"{number}/{len(jobs)} {job.folder(given.runs).name}"
+        print(f"{line}{' (done)' if job in done else ''}", flush=True)
+        if job in done or given.list:
+            return
+        row = outcome_of(job, given.data, given.runs, given.parallel)
+        if row is None:
+            print(f"{line} failed: see {log_of(job, given.runs)}", flush=True)
+            return
+        with lock:
+            keep(rows, row)
         print(
-            f"{number}/{len(jobs)} {job.folder(given.runs).name}{' (done)' if finished else ''}", flush=True
+            f"{line}: AP {row['ap']:.3f}, AP50 {row['ap50']:.3f}, {row['seconds'] / 60:.1f} min", flush=True
         )
-        if finished or given.list:
-            continue
-        shutil.rmtree(job.folder(given.runs), ignore_errors=True)
-        began = time.monotonic()
-        command = [sys.executable, __file__, "--job", json.dumps(asdict(job)), "--data", *given.data]
-        command += ["--backbone", given.backbone, "--runs", str(given.runs)]
-        given.runs.mkdir(parents=True, exist_ok=True)
-        with (given.runs / "log.txt").open("a") as log:
-            outcome = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-        if outcome.returncode:
-            print(f"  failed: see {given.runs / 'log.txt'}", flush=True)
-            continue
-        row = {**asdict(job), **result_of(job.folder(given.runs)), "seconds": round(time.monotonic() - began)}
-        row |= {
-            "recipe": RECIPE,
-            "what": VARIANTS[job.variant].what,
-            "backbone": given.backbone,
-            "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),
-        }
-        rows.append(row)
-        with KEPT.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        PAGE.write_text(page(rows))
-        print(f"  AP {row['ap']:.3f}, AP50 {row['ap50']:.3f}, {row['seconds'] / 60:.1f} min", flush=True)
+
+    with ThreadPoolExecutor(given.parallel) as pool:
+        list(pool.map(finish, range(1, len(jobs) + 1), jobs))
+
+
+def outcome_of(job: Job, data: list[str], runs: Path, parallel: int) -> dict[str, Any] | None:
+    """Run a job in a process of its own; return its row, or None where it failed."""
+    shutil.rmtree(job.folder(runs), ignore_errors=True)
+    runs.mkdir(parents=True, exist_ok=True)
+    threads = max(1, len(available_cores()) // parallel)
+    began = time.monotonic()
+    command = [
+        sys.executable,
+        __file__,
+        "--job",
+        json.dumps(asdict(job)),
+        "--data",
+        *data,
+        "--runs",
+        str(runs),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if parallel > 1 else None
+    with log_of(job, runs).open("w") as log:
+        outcome = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if outcome.returncode:
+        return None
+    row = row_of(
+        job,
+        what=VARIANTS[job.variant].what,
+        metrics=json.loads((job.folder(runs) / "metrics.json").read_text()),
+        seconds=time.monotonic() - began,
+        threads=threads,
+    )
+    return row | ({"timed": False} if parallel > 1 else {})
+
+
+def row_of(job: Job, *, what: str, metrics: dict[str, Any], seconds: float, threads: int) -> dict[str, Any]:
+    """Return what is kept of a run."""
+    return {
+        **asdict(job),
+        "ap": metrics["ap"],
+        "ap50": metrics["ap50"],
+        "seconds": round(seconds),
+        "recipe": RECIPE,
+        "what": what,
+        "threads": threads,
+        "torch": str(torch.__version__),
+    }
+
+
+def keep(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Add a row to those kept, and write the page anew."""
+    rows.append(row)
+    with KEPT.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    PAGE.write_text(page(rows))
+
+
+def log_of(job: Job, runs: Path) -> Path:
+    return job.folder(runs).with_suffix(".log")
+
+
+def job_of(row: dict[str, Any]) -> Job:
+    """Return the run of a row; the first rows do not name the width, which was the usual one."""
+    return Job(**{name: row[name] for name in Job.__dataclass_fields__ if name in row})
 
 
 def known_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
 
 
-def run(job: Job, folders: dict[str, str], backbone: str, runs: Path) -> None:
+def run(job: Job, folders: dict[str, str], runs: Path) -> None:
     """Train as `retinanet train DATA --backbone NAME` does, with the variant's change."""
     variant = VARIANTS[job.variant]
 
@@ -182,20 +277,23 @@ def run(job: Job, folders: dict[str, str], backbone: str, runs: Path) -> None:
     options = TrainingOptions(
         data=folders[job.data],
         output=str(job.folder(runs)),
-        backbone=backbone,
+        backbone=job.backbone,
+        channels=round(job.channels * variant.width),
         recipe="small",
         device="cpu",
         seed=job.seed,
         log_to="none",
         **variant.options,
     )
-    with patch.object(of_training, "Objective", variant.objective):
+    with ExitStack() as changes:
+        changes.enter_context(patch.object(of_training, "Objective", variant.objective))
+        if variant.start is not None:
+            changes.enter_context(patch.object(heads, "start_before_norm", variant.start))
+        if variant.side != 1:
+            plan = plan_run(options, open_dataset(options.data, "train"), change)
+            side = round(plan.spec.preprocessing.image_size * variant.side / 32) * 32
+            options = replace(options, image_size=side)
         run_training(options, change=change)
-
-
-def result_of(folder: Path) -> dict[str, float]:
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return {"ap": metrics["ap"], "ap50": metrics["ap50"]}
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -204,18 +302,17 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Recipes: what was tried",
         "",
         "Made by `python bench/recipes.py` from `bench/recipes.jsonl`. Every row changes one thing of the recipe",
-        "`small` as it was then, which the heading says; AP is COCO's on the split val, mean and half the range over",
-        "seeds; minutes are of whole processes that had the machine to themselves, where there were any.",
+        "`small` as it was then, which the line below a heading tells apart. Headings name the data set, the backbone",
+        "and the width of pyramid and heads. AP is COCO's on the split val, mean and half the range over seeds;",
+        "minutes are of whole processes that had the machine to themselves, where there were any.",
         "",
     ]
-    groups = dict.fromkeys((row["recipe"], row["data"], row["images"]) for row in reversed(rows))
-    for recipe, data, images in groups:
-        of_group = [
-            row for row in rows if (row["recipe"], row["data"], row["images"]) == (recipe, data, images)
-        ]
+    for group in dict.fromkeys(map(group_of, reversed(rows))):
+        of_group = [row for row in rows if group_of(row) == group]
+        recipe, backbone, channels, data, images = group
         base = [row["ap"] for row in of_group if row["variant"] == BASE]
         length = f"{images:,} images seen" if images else "the recipe's length"
-        lines += [f"## {recipe}: {data}, {length}", ""]
+        lines += [f"## {data}: {backbone}, {channels} wide, {length}", "", f"Recipe: {recipe}.", ""]
         lines += [
             "| variant | seeds | AP | against base | AP50 | minutes |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -237,6 +334,12 @@ def page(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def group_of(row: dict[str, Any]) -> tuple[str, str, int, str, int | None]:
+    """Return what rows have in common that are compared."""
+    job = job_of(row)
+    return row["recipe"], job.backbone, job.channels, job.data, job.images
 
 
 def spread(values: list[float]) -> str:

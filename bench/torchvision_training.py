@@ -1,12 +1,14 @@
-"""Train torchvision's RetinaNet on a data set for a given time and judge it as `retinanet evaluate` does.
+r"""Train torchvision's RetinaNet on a data set for a given time and judge it as `retinanet evaluate` does.
 
     python bench/torchvision_training.py runs/demo-shapes-4000-0 --time 300
-    python bench/torchvision_training.py BCCD --backbone resnet18 --channels 256 --image-size 240 --time 1200
+    python bench/torchvision_training.py BCCD --backbone resnet18 --channels 256 --image-size 240 --time 1200 \
+        --keep bccd
 
 The peer gets what is known to suit it from scratch: GroupNorm in pyramid and heads (and in a ResNet's backbone; timm's
 small `test_resnet` has BatchNorm only, here as in the demo), AdamW at 1e-3 with warm-up and cosine, flips, anchors
 from 16 px, images decoded once and kept in memory, which is not counted. A copy of the model measures how many steps
-fit, as `retinanet train --time` does. The last line is JSON.
+fit, as `retinanet train --time` does. The last line is JSON. `--keep NAME` adds it to `docs/recipes.md`, beside what
+the recipe reaches on the data set that the sweep calls so.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from functools import partial
 
 import numpy as np
+import recipes
 import timm
 import torch
 import torchvision
@@ -103,6 +106,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", metavar="NAME", help="what bench/recipes.py calls the data set")
     options = parser.parse_args()
 
     train, val = open_dataset(options.data, "train"), open_dataset(options.data, "val")
@@ -175,12 +179,26 @@ def main() -> None:
     truths = [val.ground_truth(i) for i in range(len(val))]
     metrics = evaluate_detections(truths, found, val.classes, max_detections=options.max_detections).to_json()
     figures = {key: metrics[key] for key in ("ap", "ap50", "ap_small", "ap_medium", "ap_large")}
+    images = steps * options.batch_size
     settings = {**vars(options), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    print(
-        json.dumps(
-            {**figures, "seconds": round(taken), "images_seen": steps * options.batch_size, **settings}
+    print(json.dumps({**figures, "seconds": round(taken), "images_seen": images, **settings}))
+    if options.keep:
+        minutes = options.time / 60
+        what = (
+            f"torchvision's RetinaNet in {minutes:.3g} minutes: {images:,} images of {options.image_size} px, anchors "
+            f"from {options.smallest_anchor} px, AdamW at {options.lr:g}"
         )
-    )
+        job = recipes.Job(
+            options.keep,
+            f"torchvision-{minutes:.3g}m",
+            options.seed,
+            images=None,
+            backbone=options.backbone,
+            channels=options.channels,
+        )
+        threads = torch.get_num_threads()
+        row = recipes.row_of(job, what=what, metrics=figures, seconds=taken, threads=threads)
+        recipes.keep(recipes.known_rows(), row)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +23,7 @@ from retinanet.training import sizing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe, small
+from retinanet.training.starting import build_network
 
 
 @pytest.fixture
@@ -43,8 +45,10 @@ def test_every_variant_changes_one_thing_and_is_possible(sweep: ModuleType) -> N
     recipe, seen = small(Classes(("a",)), "resnet18", "cpu"), []
     for name, variant in sweep.VARIANTS.items():
         options = TrainingOptions(data="x", **variant.options)
-        changed = (variant(recipe), options, variant.objective)
-        assert (changed == (recipe, TrainingOptions(data="x"), Objective)) is (name == sweep.BASE), name
+        others = (variant.width, variant.side, variant.start)
+        changed = (variant(recipe), options, variant.objective, others)
+        usual = (recipe, TrainingOptions(data="x"), Objective, (1, 1, None))
+        assert (changed == usual) is (name == sweep.BASE), name
         assert changed not in seen, name
         seen.append(changed)
 
@@ -147,7 +151,7 @@ def test_a_variant_trains_with_its_objective(
 
     monkeypatch.setattr(sweep, "run_training", plan)
     for name in ("atss", sweep.BASE):
-        sweep.run(sweep.Job("d", name, 0, None), {"d": str(data)}, "resnet18", tmp_path)
+        sweep.run(sweep.Job("d", name, 0, None), {"d": str(data)}, tmp_path)
     assert seen == [sweep.AdaptiveObjective, Objective]
 
 
@@ -186,7 +190,7 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are_told(
     assert started == [("x", "base", 0)]
     page = (tmp_path / "recipes.md").read_text()
     assert "| base: the recipe as it is | 2 | 0.550 ± 0.050 |  | 0.800 ± 0.000 |" in page
-    assert ": x, 800 images seen" in page
+    assert "## x: resnet18, 256 wide, 800 images seen" in page
 
 
 def row(variant: str, ap: float, images: int | None = None, recipe: str = "now") -> dict[str, object]:
@@ -198,7 +202,8 @@ def row(variant: str, ap: float, images: int | None = None, recipe: str = "now")
 
 def test_the_table_compares_with_the_base_of_equal_length(sweep: ModuleType) -> None:
     page = sweep.page([row("base", 0.2, 800), row("adamw", 0.3, 800), row("base", 0.5), row("adamw", 0.4)])
-    longer, shorter = page.index("now: x, the recipe's length"), page.index("now: x, 800 images seen")
+    heading = "## x: resnet18, 256 wide, "
+    longer, shorter = page.index(f"{heading}the recipe's length"), page.index(f"{heading}800 images seen")
     assert longer < shorter  # the latest first
     assert "| adamw: what it changes | 1 | 0.400 | -0.100 | 0.400 | 1.5 |" in page[longer:shorter]
     assert "| 0.300 | +0.100 | 0.300 | 1.5 |" in page[shorter:]
@@ -208,7 +213,7 @@ def test_rows_of_an_older_recipe_keep_their_own_base(sweep: ModuleType) -> None:
     page = sweep.page(
         [row("base", 0.2, recipe="before"), row("adamw", 0.3, recipe="before"), row("base", 0.5)]
     )
-    assert "| 0.300 | +0.100 |" in page[page.index("before: x") :]
+    assert "| 0.300 | +0.100 |" in page[page.index("Recipe: before.") :]
 
 
 def test_what_was_measured_with_an_older_recipe_is_measured_again(
@@ -243,7 +248,68 @@ def test_a_shortened_run_sees_that_many_images(
 
     monkeypatch.setattr(sweep, "run_training", run_training)
     for images in (800, None):
-        sweep.run(sweep.Job("x", "batch-8", 0, images), {"x": str(data)}, "resnet18", tmp_path / "runs")
+        sweep.run(sweep.Job("x", "batch-8", 0, images), {"x": str(data)}, tmp_path / "runs")
     shortened, whole = planned
     assert (shortened.batch_size, shortened.steps) == (8, 100)
     assert whole.steps > 2 * shortened.steps
+
+
+def test_another_network_has_a_table_of_its_own(sweep: ModuleType) -> None:
+    small_one = {"backbone": "resnet10t", "channels": 64}
+    page = sweep.page([row("base", 0.5), row("base", 0.2) | small_one, row("adamw", 0.3) | small_one])
+    assert "| adamw: what it changes | 1 | 0.300 | +0.100 |" in page
+    assert page.index("## x: resnet10t, 64 wide") < page.index("## x: resnet18, 256 wide")
+
+
+def test_a_variant_of_the_network_is_trained_as_it_says(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = generate_shapes(tmp_path / "shapes", train=2, val=1, spec=ShapesSpec(image_size=96))
+    found = {}
+
+    def train(options: TrainingOptions, change: Callable[[Recipe], Recipe]) -> None:
+        plan = plan_run(options, open_dataset(data, "train"), change)
+        head = build_network(plan).class_head
+        deviation = next(head.tower.parameters()).std().item()
+        found[name] = (plan.spec.preprocessing.image_size, plan.spec.pyramid.channels, deviation)
+
+    monkeypatch.setattr(sweep, "run_training", train)
+    for name in ("base", "side-larger", "width-double", "start-0.01"):
+        job = sweep.Job("x", name, 0, None, "resnet10t", 64)
+        sweep.run(job, {"x": str(data)}, tmp_path / "runs")
+    (side, width, deviation), *_ = found.values()
+    assert width == 64
+    assert found["side-larger"][:2] == (round(side * 4 / 3 / 32) * 32, 64)
+    assert found["side-larger"][0] > side
+    assert found["width-double"][:2] == (side, 128)
+    assert deviation > 0.03
+    assert found["start-0.01"][2] == pytest.approx(0.01, rel=0.05)
+
+
+def test_runs_side_by_side_share_the_cores_and_say_nothing_of_time(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most, told = [0], [0], []
+    both = threading.Barrier(2, timeout=60)
+
+    def run(command, env, **_):
+        told.append(env["OMP_NUM_THREADS"])
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        both.wait()
+        running[0] -= 1
+        job = sweep.Job(**json.loads(command[command.index("--job") + 1]))
+        job.folder(tmp_path).mkdir()
+        (job.folder(tmp_path) / "metrics.json").write_text(json.dumps({"ap": 0.5, "ap50": 0.8}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(sweep, "available_cores", lambda: [0, 1, 2, 3])
+    arguments = ["--data", "x=/x", "--runs", str(tmp_path), "--variants", "base", "--seeds", "0", "1"]
+    monkeypatch.setattr(sys, "argv", ["recipes.py", *arguments, "--parallel", "2"])
+    sweep.main()
+    assert most == [2]
+    assert told == ["2", "2"]
+    rows = sweep.known_rows()
+    assert [row["timed"] for row in rows] == [False, False]
+    assert "| base: the recipe as it is | 2 | 0.500 ± 0.000 |  | 0.800 ± 0.000 |  |" in sweep.page(rows)

@@ -39,7 +39,7 @@ class Head(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 if spec.norm == "group" and module is not self.last:
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    start_before_norm(module)
                 else:
                     nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
@@ -51,3 +51,8 @@ class Head(nn.Module):
         """Map a pyramid level `[B, C, h, w]` to `[B, h*w*A, values]`; a view where memory is channels_last."""
         out: Tensor = self.last(self.tower(level))
         return out.permute(0, 2, 3, 1).reshape(out.shape[0], -1, self.values)
+
+
+def start_before_norm(convolution: nn.Conv2d) -> None:
+    """Draw the weights of a convolution of the tower that GroupNorm follows."""
+    nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
