@@ -37,7 +37,7 @@ import torch
 from retinanet.cli.main import main as command
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import CheckpointError
-from retinanet.training import loop, preparation, run, story
+from retinanet.training import judging, preparation, run, saving, story
 from retinanet.training.folder import RunFolder
 from retinanet.training.gradients import GradientSum
 from retinanet.training.state import State, read_state, save_state
@@ -84,14 +84,14 @@ def phases(entered: Callable[[str, int], None]) -> Iterator[None]:
     plan, step, save, judge, report, restore, begin = (
         preparation.plan_run,
         TrainingStep.__call__,
-        loop.save_state,
-        loop.validate,
+        saving.save_state,
+        judging.validate,
         run.draw_run,
-        loop.Saving.restore,
+        saving.Saving.restore,
         GradientSum.begin,
     )
 
-    def restoring(self: loop.Saving, state: State, *args: Any) -> int:
+    def restoring(self: saving.Saving, state: State, *args: Any) -> int:
         done[0] = made[0] = restore(self, state, *args)
         return done[0]
 
@@ -109,14 +109,14 @@ def phases(entered: Callable[[str, int], None]) -> Iterator[None]:
         made[0] += 1
         return step(self, batch, lr)
 
-    def saving(folder: Path, state: State) -> Any:
+    def in_saving(folder: Path, state: State) -> Any:
         done[0] = state.step
         entered("saving", state.step)
         found = save(folder, state)
         entered("saved", state.step)
         return found
 
-    def judging(*args: Any, **kwargs: Any) -> Any:
+    def in_judging(*args: Any, **kwargs: Any) -> Any:
         entered("validation", done[0])
         return judge(*args, **kwargs)
 
@@ -124,15 +124,15 @@ def phases(entered: Callable[[str, int], None]) -> Iterator[None]:
         entered("report", done[0])
         return report(*args, **kwargs)
 
-    preparation.plan_run, TrainingStep.__call__, loop.save_state = planning, stepping, saving  # type: ignore[method-assign]
-    loop.validate, run.draw_run = judging, reporting
-    loop.Saving.restore, GradientSum.begin = restoring, beginning  # type: ignore[method-assign]
+    preparation.plan_run, TrainingStep.__call__, saving.save_state = planning, stepping, in_saving  # type: ignore[method-assign]
+    judging.validate, run.draw_run = in_judging, reporting
+    saving.Saving.restore, GradientSum.begin = restoring, beginning  # type: ignore[method-assign]
     try:
         yield
     finally:
-        preparation.plan_run, TrainingStep.__call__, loop.save_state = plan, step, save  # type: ignore[method-assign]
-        loop.validate, run.draw_run = judge, report
-        loop.Saving.restore, GradientSum.begin = restore, begin  # type: ignore[method-assign]
+        preparation.plan_run, TrainingStep.__call__, saving.save_state = plan, step, save  # type: ignore[method-assign]
+        judging.validate, run.draw_run = judge, report
+        saving.Saving.restore, GradientSum.begin = restore, begin  # type: ignore[method-assign]
 
 
 def forked(body: Callable[[], None], said: Path, environment: dict[str, str] | None = None) -> int:

@@ -37,7 +37,8 @@ from retinanet.training.batch_size import (
 from retinanet.training.choosing import choose_rate
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.memory import Limit
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.plan import Plan
+from retinanet.training.planning import plan_run
 from retinanet.training.run import resume_training, run_training
 from retinanet.training.starting import build_network
 from test_resume import stop_at, terminate

@@ -17,7 +17,8 @@ from retinanet.data.loading import training_batches
 from retinanet.data.sampling import epoch_length
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.records import Classes, GroundTruth, Ignore
-from retinanet.training.configuration import AugmentationOptions, TrainingOptions
+from retinanet.training.augmentation_options import AugmentationOptions
+from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
 
 

@@ -19,7 +19,8 @@ from retinanet.training import timing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.estimate import Estimate
 from retinanet.training.memory import Limit
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.plan import Plan
+from retinanet.training.planning import plan_run
 from retinanet.training.run import run_training
 from retinanet.training.starting import build_network
 from test_training import TINY

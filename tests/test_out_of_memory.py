@@ -18,8 +18,8 @@ from retinanet.model import RetinaNet
 from retinanet.processes import ALONE
 from retinanet.training.batch_size import WorstCase
 from retinanet.training.folder import RunFolder
-from retinanet.training.loop import Saving
 from retinanet.training.meter import Meter
+from retinanet.training.saving import Saving
 from retinanet.training.skipping import SkippedSteps, UnreadableImages
 from retinanet.training.state import State
 from retinanet.training.step import TrainingStep
@@ -124,7 +124,7 @@ def test_no_room_for_the_step_itself_is_told(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_run_that_goes_on_takes_as_many_parts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it would run out of memory again."""
     kept: list[State] = []
-    monkeypatch.setattr("retinanet.training.loop.save_state", lambda _, state: kept.append(state))
+    monkeypatch.setattr("retinanet.training.saving.save_state", lambda _, state: kept.append(state))
 
     def saving(step: TrainingStep) -> Saving:
         told = SkippedSteps(ALONE), UnreadableImages(ALONE)

@@ -33,11 +33,12 @@ from retinanet.devices import deterministic_algorithms
 from retinanet.errors import ConfigError, DivergedError
 from retinanet.objective import focal
 from retinanet.processes import ALONE, Processes, joined_processes
-from retinanet.training import loop, skipping
+from retinanet.training import judging, skipping
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.parts import batch_norm_in_words
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.plan import Plan
+from retinanet.training.planning import plan_run
 from retinanet.training.preparation import prepare
 from retinanet.training.recipes import Recipe
 from retinanet.training.replay import replay
@@ -394,13 +395,13 @@ def test_no_more_images_are_validated_at_once_than_pass_in_a_step(
     data: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulate: int, at_once: int
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(loop, "validate", lambda *_, batch_size, **__: seen.append(batch_size))
+    monkeypatch.setattr(judging, "validate", lambda *_, batch_size, **__: seen.append(batch_size))
     options = TrainingOptions(
         data=str(data), **{**two_processes.TINY, "batch_size": 7, "accumulate": accumulate}
     )
     train = open_dataset(data, "train")
     plan = plan_run(options, train)
-    judge = loop.Judge(plan, build_network(plan), train, RunFolder(data), Processes(0, processes))
+    judge = judging.Judge(plan, build_network(plan), train, RunFolder(data), Processes(0, processes))
     judge._validated(None)  # type: ignore[arg-type]
     assert seen == [at_once]
 

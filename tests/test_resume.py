@@ -40,11 +40,11 @@ from retinanet.errors import (
 from retinanet.folders import write_json
 from retinanet.inference import Detector
 from retinanet.objective import focal
-from retinanet.training import loop, timing
+from retinanet.training import judging, saving, timing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.gradients import GradientSum
-from retinanet.training.planning import Plan
+from retinanet.training.plan import Plan
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import resume_training, run_training
 from retinanet.training.state import State, newest_state, read_state, save_state
@@ -268,7 +268,7 @@ def test_a_run_stopped_in_a_validation_makes_that_validation(
 ) -> None:
     run = tmp_path / "run"
     judged = [0]
-    validate = loop.validate
+    validate = judging.validate
 
     def stopping(detector: Detector, dataset: Dataset, **told: Any) -> Any:
         judged[0] += 1
@@ -277,7 +277,7 @@ def test_a_run_stopped_in_a_validation_makes_that_validation(
         return validate(detector, dataset, **told)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "validate", stopping)
+        patch.setattr(judging, "validate", stopping)
         with pytest.raises((Killed, Stopped)) as raised:
             run_training(TrainingOptions(data=str(data), output=str(run), **TINY), quiet())
     if how is terminate:
@@ -321,9 +321,11 @@ def test_what_it_needs_to_go_on_with_less_memory_or_elsewhere(
     anchors.unlink()
     began = json.loads((run / "plan.json").read_text())["precision"]
     other = {"fp32": "bf16", "bf16": "fp32"}[began]
-    monkeypatch.setattr(
-        "retinanet.training.planning.resolve_precision", lambda _, asked: other if asked == "auto" else asked
-    )
+    for module in ("plan", "planning"):
+        monkeypatch.setattr(
+            f"retinanet.training.{module}.resolve_precision",
+            lambda _, asked: other if asked == "auto" else asked,
+        )
     plans = []
 
     def trained(plan: Plan, *_: object) -> None:
@@ -663,7 +665,7 @@ def test_a_dry_run_has_no_result_in_python(data: Path, monkeypatch: pytest.Monke
     ("place", "message"),
     [
         ("retinanet.training.preparation.open_splits", "stopped by a signal; go on with: "),
-        ("retinanet.training.loop.Judge.best", "stopped by a signal after the last step; go on with: "),
+        ("retinanet.training.judging.Judge.best", "stopped by a signal after the last step; go on with: "),
         ("retinanet.training.run.draw_run", "after the last step; draw its pictures with: "),
     ],
 )
@@ -790,7 +792,7 @@ def test_a_state_that_cannot_be_saved_ends_the_run_and_keeps_the_one_before(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    save, saved = loop.save_state, []
+    save, saved = saving.save_state, []
 
     def refuse(folder: Path, state: State) -> Path:
         if saved:
@@ -799,7 +801,7 @@ def test_a_state_that_cannot_be_saved_ends_the_run_and_keeps_the_one_before(
         return save(folder, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", refuse)
+        patch.setattr(saving, "save_state", refuse)
         with pytest.raises(TrainingError, match="no room"):
             run_training(
                 TrainingOptions(data=str(data), output=str(run), save_every_steps=2, **TINY), quiet()

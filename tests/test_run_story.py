@@ -20,7 +20,7 @@ from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import Stopped
 from retinanet.model import RetinaNet
 from retinanet.training import clock as clocks
-from retinanet.training import loop
+from retinanet.training import judging
 from retinanet.training.clock import Clock
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.parts import parts_of, table_of_parts, trained_in_words
@@ -76,22 +76,22 @@ def test_an_early_stop_in_words() -> None:
     assert "for 2 validations" in str(early_stop([*told, {"step": 3000, "ap": 0.5}], 2))
 
 
-def judging(monkeypatch: pytest.MonkeyPatch, aps: list[float]) -> None:
+def let_find(monkeypatch: pytest.MonkeyPatch, aps: list[float]) -> None:
     """Let validations find these AP, one after the other."""
-    evaluate, found_next = loop.validate, iter(aps)
+    evaluate, found_next = judging.validate, iter(aps)
 
     def validate(detector: Any, dataset: Any, **told: Any) -> Any:
         found = evaluate(detector, dataset, **told)
         object.__setattr__(found.metrics, "ap", next(found_next))
         return found
 
-    monkeypatch.setattr(loop, "validate", validate)
+    monkeypatch.setattr(judging, "validate", validate)
 
 
 def test_an_early_stopped_run_is_finished_also_when_it_is_resumed(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judging(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.9, 0.9])
+    let_find(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.9, 0.9])
     options = {**TINY, "steps": 12, "validate_every_steps": 2, "patience": 2}
     run, console = tmp_path / "run", Console(record=True, width=200, file=io.StringIO())
     done = run_training(TrainingOptions(data=str(data), output=str(run), **options), console)
@@ -116,7 +116,7 @@ def test_an_early_stopped_run_is_finished_also_when_it_is_resumed(
 def test_a_resumed_run_stops_early_at_the_same_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judging(monkeypatch, [0.3, 0.2, 0.1, 0.9])
+    let_find(monkeypatch, [0.3, 0.2, 0.1, 0.9])
     options = {**TINY, "steps": 8, "validate_every_steps": 2, "patience": 2}
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

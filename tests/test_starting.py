@@ -18,7 +18,8 @@ from retinanet.errors import CheckpointError, ConfigError
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, build_retinanet
 from retinanet.records import Classes
 from retinanet.training.configuration import TrainingOptions
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.plan import Plan
+from retinanet.training.planning import plan_run
 from retinanet.training.starting import build_network, start_from
 
 SMALL = ModelSpec(

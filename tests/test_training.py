@@ -41,19 +41,14 @@ from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, Reti
 from retinanet.records import Classes, GroundTruth, Ignore
 from retinanet.training import loop, recipes, timing
 from retinanet.training.choosing import choose_rate
-from retinanet.training.configuration import (
-    EVERY_SETTING,
-    SETTINGS,
-    LossName,
-    TrainingOptions,
-    read_config,
-    write_config,
-)
+from retinanet.training.config_file import read_config, write_config
+from retinanet.training.configuration import EVERY_SETTING, SETTINGS, LossName, TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.muon import Muon
 from retinanet.training.objectives import settings_of
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.plan import Plan
+from retinanet.training.planning import plan_run
 from retinanet.training.preparation import open_splits
 from retinanet.training.run import run_training
 from retinanet.training.signals import StopRequest

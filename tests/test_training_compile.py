@@ -27,7 +27,8 @@ from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, Reti
 from retinanet.objective import Objective
 from retinanet.records import Classes
 from retinanet.training.configuration import TrainingOptions
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.plan import Plan
+from retinanet.training.planning import plan_run
 from retinanet.training.step import TrainingStep
 from test_training import TINY as SMALL_RUN
 

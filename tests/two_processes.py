@@ -30,13 +30,14 @@ from retinanet.errors import ConfigError, DataError, LostProcessError, RetinaNet
 from retinanet.inference import Detector, validate
 from retinanet.model import RetinaNet
 from retinanet.processes import Processes, joined_processes
-from retinanet.training import batch_size, loop
+from retinanet.training import batch_size, judging
 from retinanet.training import run as run_module
 from retinanet.training.batch_size import Need
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.gradients import GradientSum
 from retinanet.training.memory import Limit
-from retinanet.training.planning import Plan, plan_run
+from retinanet.training.plan import Plan
+from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import resume_training, run_training
 from retinanet.training.starting import build_network
@@ -448,7 +449,7 @@ def stop(
     change: Callable[[Recipe], Recipe] | None = None,
 ) -> tuple[int, str]:
     """Run until a process is stopped somewhere; return the exit code and the message."""
-    step, validate, there = TrainingStep.__call__, loop.validate, TrainingStep._there_and_back
+    step, validate, there = TrainingStep.__call__, judging.validate, TrainingStep._there_and_back
     made = [0]
 
     def signalled() -> None:
@@ -484,7 +485,7 @@ def stop(
     if where == "part":
         TrainingStep._there_and_back = in_a_part  # type: ignore[method-assign]
     if where == "validation":
-        loop.validate = validating  # type: ignore[assignment]
+        judging.validate = validating  # type: ignore[assignment]
     try:
         run_training(options(), Console(file=io.StringIO()), change)
     except Stopped as stopped:
@@ -492,7 +493,7 @@ def stop(
     finally:
         TrainingStep.__call__ = step  # type: ignore[method-assign]
         TrainingStep._there_and_back = there  # type: ignore[method-assign]
-        loop.validate = validate  # type: ignore[assignment]
+        judging.validate = validate  # type: ignore[assignment]
     return 0, "not stopped"
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from retinanet.errors import ConfigError, did_you_mean
-from retinanet.training.configuration import option
+from retinanet.training.hints import option
 
 
 def command_of(commands: Mapping[str, Any], given: Sequence[str], parent: str = "") -> str:

@@ -13,7 +13,7 @@ import tyro
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import require_new_file, require_outside
 from retinanet.training.anchor_file import AskedAnchors, write_anchors
-from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag, shown
+from retinanet.training.hints import OPTIONAL, OPTIONAL_FOLDER, Flag, shown
 
 if TYPE_CHECKING:
     from retinanet.data.coverage import Coverage

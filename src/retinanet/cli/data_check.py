@@ -14,7 +14,8 @@ import tyro
 
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import new_folder, write_json
-from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag, TrainingOptions, shown
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.hints import OPTIONAL, OPTIONAL_FOLDER, Flag, shown
 
 if TYPE_CHECKING:
     from rich.console import Console

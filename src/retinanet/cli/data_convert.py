@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from retinanet.errors import ConfigError, DataError
-from retinanet.training.configuration import OPTIONAL_FOLDER, Flag, shown
+from retinanet.training.hints import OPTIONAL_FOLDER, Flag, shown
 
 if TYPE_CHECKING:
     from retinanet.data import Dataset

@@ -12,13 +12,9 @@ import tyro
 
 from retinanet.errors import ConfigError
 from retinanet.folders import require_outside
-from retinanet.training.configuration import (
-    OPTIONAL,
-    OPTIONAL_FOLDER,
-    AugmentationOptions,
-    TrainingOptions,
-    option,
-)
+from retinanet.training.augmentation_options import AugmentationOptions
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.hints import OPTIONAL, OPTIONAL_FOLDER, option
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +22,7 @@ if TYPE_CHECKING:
     from retinanet.batches import Batch
     from retinanet.data import Dataset
     from retinanet.images import Preprocessing
-    from retinanet.training.planning import Plan
+    from retinanet.training.plan import Plan
 
 COLUMNS = 4
 

@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from retinanet.training.configuration import Flag
+from retinanet.training.hints import Flag
 
 REQUIRED = (
     "torch",

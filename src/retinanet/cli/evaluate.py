@@ -11,7 +11,7 @@ import tyro
 
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import folders_among, new_folder, write_json
-from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag, shown
+from retinanet.training.hints import OPTIONAL, OPTIONAL_FOLDER, Flag, shown
 
 if TYPE_CHECKING:
     from retinanet.data import Dataset

@@ -113,7 +113,7 @@ class Paper:
         self, asked: Collection[str], *, measured: bool, of_results: bool
     ) -> None:
         from retinanet.errors import ConfigError
-        from retinanet.training.configuration import option
+        from retinanet.training.hints import option
 
         if self.model is not None and "fig4" not in asked:
             raise ConfigError("--model belongs to fig4")

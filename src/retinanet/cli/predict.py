@@ -12,7 +12,7 @@ import tyro
 
 from retinanet.errors import ConfigError, ImageError
 from retinanet.folders import new_folder
-from retinanet.training.configuration import OPTIONAL, OPTIONAL_FOLDER, Flag
+from retinanet.training.hints import OPTIONAL, OPTIONAL_FOLDER, Flag
 
 if TYPE_CHECKING:
     from retinanet.records import Detections

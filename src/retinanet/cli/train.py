@@ -9,8 +9,10 @@ from pathlib import Path
 import tyro
 
 from retinanet.errors import ConfigError
-from retinanet.training.configuration import ALSO_RESUMED, TrainingOptions, nothing_else, option, read_config
+from retinanet.training.config_file import read_config
+from retinanet.training.configuration import ALSO_RESUMED, TrainingOptions, nothing_else
 from retinanet.training.folder import RunFolder
+from retinanet.training.hints import option
 
 LENGTHS = ("--epochs", "--steps", "--time")
 

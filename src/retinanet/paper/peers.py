@@ -38,7 +38,7 @@ from retinanet.model.backbone import Backbone, build_backbone, load_backbone
 from retinanet.paper.settings import PeerName
 from retinanet.records import Classes, Detections
 from retinanet.training.optimizer import WeightAverage, build_optimizers, rate, set_rate
-from retinanet.training.planning import Plan
+from retinanet.training.plan import Plan
 
 # Steps of the trial that says how many fit into the time, and the share of it that is planned: the rest is for the
 # validation and what differs from the trial.

@@ -40,7 +40,8 @@ from retinanet.training.memory import (
     restart_peak,
     return_freed,
 )
-from retinanet.training.planning import Plan, shares_in_words
+from retinanet.training.plan import Plan
+from retinanet.training.planning import shares_in_words
 from retinanet.training.sizing import choose_steps
 from retinanet.training.step import TrainingStep
 from retinanet.training.timing import uncompiled

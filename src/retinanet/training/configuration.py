@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
+from typing import Annotated, Literal, TypeAlias, cast, get_args
 
 import tyro
-import yaml
 
 from retinanet.errors import ConfigError, did_you_mean
-from retinanet.folders import write_text
-from retinanet.plain import from_plain
 from retinanet.training.anchor_file import AskedAnchors, parse_anchors
+from retinanet.training.augmentation_options import AugmentationOptions
+from retinanet.training.hints import (
+    BY_LOSS,
+    BY_RECIPE,
+    OPTIONAL,
+    OPTIONAL_FOLDER,
+    Flag,
+    option,
+    shown,
+    shown_or_recipe,
+)
 
 DEFAULT_BACKBONE = "resnet50"
 LossName: TypeAlias = Literal["focal", "ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"]
@@ -39,75 +45,6 @@ SETTINGS: dict[LossName, dict[str, float]] = {
     "ohem-1to3": {"mining_batch": 128, "mining_nms": 0.5},
 }
 EVERY_SETTING = sorted({name for settings in SETTINGS.values() for name in settings})
-
-
-def shown(default: str) -> str:
-    """Return what `--help` says of a default: nothing where it says nothing."""
-    return "" if default in ("", "None", "False") else f"(default: {default})"
-
-
-def shown_or_recipe(default: str) -> str:
-    """Return the same of an option that the recipe decides when it is left out."""
-    return shown(default) or "(default: the recipe's)"
-
-
-def shown_or_loss(default: str) -> str:
-    """Return the same of an option of one class loss."""
-    return shown(default) or "(default: the loss's)"
-
-
-Flag: TypeAlias = Annotated[bool, tyro.conf.arg(help_behavior_hint=shown)]
-OPTIONAL = tyro.conf.arg(help_behavior_hint=shown)
-OPTIONAL_FOLDER = tyro.conf.arg(metavar="FOLDER", help_behavior_hint=shown)
-BY_LOSS = tyro.conf.arg(help_behavior_hint=shown_or_loss)
-BY_RECIPE = tyro.conf.arg(help_behavior_hint=shown_or_recipe)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentationOptions:
-    """What a training image goes through, and how often it is seen: options that several commands have."""
-
-    flip: Annotated[float | None, BY_RECIPE] = None
-    """Probability that an image is mirrored left to right; 0 for pictures of text."""
-    flip_vertical: Annotated[float | None, BY_RECIPE] = None
-    """Probability that it stands upside down, for micrographs and aerial photographs."""
-    quarter_turn: Annotated[float | None, BY_RECIPE] = None
-    """Probability that it is turned by 90 degrees, for the same."""
-    zoom: Annotated[str | None, tyro.conf.arg(metavar="LEAST,MOST", help_behavior_hint=shown_or_recipe)] = (
-        None
-    )
-    """Factors between which it is zoomed: above 1 it is cropped, below 1 put on a larger canvas."""
-    scales: Annotated[str | None, tyro.conf.arg(metavar="FACTORS", help_behavior_hint=shown_or_recipe)] = None
-    """Factors of the image size, of which each batch draws one: numbers with commas."""
-    photometric: Annotated[float | None, BY_RECIPE] = None
-    """Probability that its brightness, contrast, saturation and hue change."""
-    mosaic: Annotated[float | None, BY_RECIPE] = None
-    """Probability that it becomes one of four images on a canvas."""
-    repeat_rare: Annotated[float | None, BY_RECIPE] = None
-    """Share of the images below which a class is rare, and its images are seen more often; 0.001 for LVIS."""
-
-    def __post_init__(self) -> None:
-        for name in ("flip", "flip_vertical", "quarter_turn", "photometric", "mosaic", "repeat_rare"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{option(name)} needs a number in [0, 1]; got {value}")
-        self.augmentation()
-
-    def augmentation(self) -> dict[str, Any]:
-        """Return the fields of `Augmentation` that are asked for."""
-        names = ("flip", "flip_vertical", "quarter_turn", "photometric", "mosaic")
-        asked: dict[str, Any] = {
-            name: getattr(self, name) for name in names if getattr(self, name) is not None
-        }
-        if self.zoom is not None:
-            asked["zoom"] = _factors("zoom", self.zoom)
-            if len(asked["zoom"]) != 2 or asked["zoom"][0] > asked["zoom"][1]:
-                raise ConfigError(
-                    f"--zoom needs two factors, the smaller first, such as 0.8,1.4; got {self.zoom!r}"
-                )
-        if self.scales is not None:
-            asked["scales"] = _factors("scales", self.scales)
-        return asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,16 +301,6 @@ class TrainingOptions(AugmentationOptions, _RunOptions):
         AugmentationOptions.__post_init__(self)
 
 
-def _factors(name: str, text: str) -> tuple[float, ...]:
-    try:
-        factors = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        factors = ()
-    if not factors or not all(0 < factor < float("inf") for factor in factors):
-        raise ConfigError(f"{option(name)} needs numbers above 0 with commas, such as 0.8,1; got {text!r}")
-    return factors
-
-
 def require_of_loss(loss: LossName, options: _RunOptions) -> None:
     """Refuse settings that do not belong to a loss."""
     for name in EVERY_SETTING:
@@ -388,39 +315,3 @@ def nothing_else(given: str) -> ConfigError:
     return ConfigError(
         f"--resume goes on with the run's own settings and takes {', '.join(others)} and {last} alone; got {given}"
     )
-
-
-def option(name: str) -> str:
-    """Return how a field is written on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def read_config(path: str | Path, instead: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """Read options from a YAML file as `write_config` makes it; unknown keys are errors.
-
-    Args:
-        instead: options that take the place of the file's.
-    """
-    path = Path(path)
-    try:
-        if path.stat().st_size > 1_000_000:
-            raise ConfigError(f"--config needs a file below 1 MB; {path} is larger")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--config needs a YAML file; {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise ConfigError(f"--config {path} cannot be read: {reason}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} needs one `option: value` a line; got {type(values).__name__}")
-    plain = {**{str(key).replace("-", "_"): value for key, value in values.items()}, **instead}
-    # Built once with a data set's name filled in, so that a wrong key or value is named with its file.
-    from_plain(TrainingOptions, {"data": "", **plain}, f"--config {path}")
-    return plain
-
-
-def write_config(path: Path, options: TrainingOptions) -> None:
-    """Write every option, also those left to the recipe, to a YAML file."""
-    write_text(path, yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))

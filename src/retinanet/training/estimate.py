@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from retinanet.training.memory import Limit, gigabytes
-from retinanet.training.planning import Plan
+from retinanet.training.plan import Plan
 from retinanet.training.time_left import in_time
 
 

@@ -28,7 +28,8 @@ from retinanet.folders import (
     write_json,
     write_text,
 )
-from retinanet.training.configuration import TrainingOptions, read_config, write_config
+from retinanet.training.config_file import read_config, write_config
+from retinanet.training.configuration import TrainingOptions
 from retinanet.version import __version__
 
 LOCK = ".lock"

@@ -22,7 +22,8 @@ from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.parts import batch_norm_in_words, table_of_parts, trained_in_words
-from retinanet.training.planning import OF_A_MACHINE, Plan, plan_run
+from retinanet.training.plan import OF_A_MACHINE, Plan
+from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe
 from retinanet.training.starting import build_network
 from retinanet.training.timing import estimate_run, fit_to_time

@@ -13,7 +13,7 @@ from retinanet.folders import read_json
 from retinanet.model import ModelSpec
 from retinanet.plain import from_plain
 from retinanet.training.folder import RunFolder
-from retinanet.training.planning import training_preprocessing
+from retinanet.training.plan import training_preprocessing
 
 
 def replay(file: str | Path) -> Batch:

@@ -17,8 +17,9 @@ from retinanet.errors import CheckpointError, ConfigError, LostProcessError, Ret
 from retinanet.folders import read_json
 from retinanet.inference import Detector, Validation, load
 from retinanet.processes import ALONE, Processes, joined_processes
-from retinanet.training.configuration import ALSO_RESUMED, TrainingOptions, nothing_else, option
+from retinanet.training.configuration import ALSO_RESUMED, TrainingOptions, nothing_else
 from retinanet.training.folder import RunFolder, from_anywhere, go_on
+from retinanet.training.hints import option
 from retinanet.training.loop import train_network
 from retinanet.training.memory import most_held
 from retinanet.training.preparation import Prepared, prepare

@@ -19,7 +19,7 @@ from retinanet.training.examples import Examples
 from retinanet.training.folder import RunFolder
 from retinanet.training.memory import most_held
 from retinanet.training.pictures import draw_validation
-from retinanet.training.planning import Plan
+from retinanet.training.plan import Plan
 from retinanet.training.time_left import RECENT, in_time
 
 # Columns of example pictures on the page, that of the ground truth among them.

@@ -14,7 +14,7 @@ from retinanet.errors import DivergedError
 from retinanet.folders import write_json
 from retinanet.processes import Processes
 from retinanet.training.folder import RunFolder
-from retinanet.training.planning import Plan
+from retinanet.training.plan import Plan
 
 # So many skipped steps in a row end a run: no single image does that.
 IN_A_ROW = 10

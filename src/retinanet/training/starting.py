@@ -8,7 +8,7 @@ from torch import Tensor
 from retinanet.checkpoint import Model
 from retinanet.model import RetinaNet, build_retinanet, load_backbone
 from retinanet.records import Classes
-from retinanet.training.planning import Plan
+from retinanet.training.plan import Plan
 
 # The tensors in which every class has places of its own.
 OF_CLASSES = ("class_head.last.weight", "class_head.last.bias")

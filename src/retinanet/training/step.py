@@ -24,7 +24,7 @@ from retinanet.training.checkpointing import GradientCheckpoints
 from retinanet.training.gradients import GradientSum
 from retinanet.training.memory import return_large_blocks
 from retinanet.training.optimizer import WeightAverage, build_optimizers, set_rate
-from retinanet.training.planning import Plan
+from retinanet.training.plan import Plan
 
 # Running statistics, each with what it was.
 Statistics: TypeAlias = list[tuple[Tensor, Tensor]]

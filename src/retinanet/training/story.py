@@ -20,7 +20,7 @@ from retinanet.training.examples import Examples
 from retinanet.training.folder import RunFolder, go_on
 from retinanet.training.memory import MemoryLog
 from retinanet.training.patience import EarlyStop
-from retinanet.training.planning import LOOKED_AT, Plan
+from retinanet.training.plan import LOOKED_AT, Plan
 from retinanet.training.progress import TrainingProgress
 from retinanet.training.run_report import write_report
 from retinanet.training.time_left import TimeLeft, in_time

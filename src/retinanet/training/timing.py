@@ -24,7 +24,7 @@ from retinanet.training.memory import (
     restart_peak_memory,
     return_freed,
 )
-from retinanet.training.planning import VALIDATIONS, Plan
+from retinanet.training.plan import VALIDATIONS, Plan
 from retinanet.training.step import TrainingStep
 
 LEAST_STEPS = 10

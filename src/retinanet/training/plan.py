@@ -1,0 +1,217 @@
+"""A run, decided: every setting with the reason for it, before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from retinanet.checkpoint import Model
+from retinanet.data.transforms import Augmentation
+from retinanet.devices import resolve_precision
+from retinanet.errors import ConfigError
+from retinanet.images import Preprocessing
+from retinanet.model import ModelSpec
+from retinanet.objective import Objective
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.recipes import Recipe
+
+# Validations in a run, unless --validate-every-steps says otherwise or --time leaves no time for as many.
+VALIDATIONS = 5
+# The share of a run that they may take, and how long a validated image takes beside a trained one: it has no way back.
+VALIDATIONS_TAKE, LOOKED_AT = 0.1, 1 / 3
+# With fewer passes over the images each is new often enough, and zooming only makes it harder.
+FEW_PASSES = 3
+# Padded sides of training images are multiples of this with --compile.
+COMPILED_DIVISOR = 128
+# What is another on another machine, in the same run.
+OF_A_MACHINE = ("reasons", "workers")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, decided. `reasons` explains it line by line: (setting, value, why).
+
+    `start` is the model of `--weights`, `weights_file` that of the backbone alone; `train_images` are an epoch's.
+    """
+
+    options: TrainingOptions
+    recipe: Recipe
+    spec: ModelSpec
+    objective: Objective
+    start: Model | None
+    weights_file: Path | None
+    device: torch.device
+    batch_size: int
+    lr: float
+    train_images: int
+    workers: int
+    reasons: tuple[tuple[str, str, str], ...]
+    steps: int = 0
+    warmup_steps: int = 0
+    validate_every: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How training batches are prepared."""
+        return training_preprocessing(self.spec, self.options)
+
+    def lasting(self, steps: int, why: str, validations: int = VALIDATIONS) -> Plan:
+        """Return the plan with that many steps, and with everything that follows from their number.
+
+        Args:
+            validations: how many there are, unless --validate-every-steps says otherwise.
+        """
+        recipe = self.recipe
+        passes = steps * self.batch_size / self.train_images
+        asked = self.options.augmentation()
+        augmentation, reason = recipe.augmentation, f"recipe {recipe.name}"
+        if passes < FEW_PASSES and augmentation.zoom != (1.0, 1.0) and "zoom" not in asked:
+            augmentation = dataclasses.replace(augmentation, zoom=(1.0, 1.0))
+            reason = f"no zoom below {FEW_PASSES} passes: every image is still new"
+        if asked:
+            reason = f"asked for: {', '.join(name.replace('_', ' ') for name in asked)}; else {reason}"
+        many = f"{passes:.2g}" if passes < 10 else f"{passes:,.0f}"
+        of_images = f"{many} {'pass' if many == '1' else 'passes'} over {self.train_images:,} images"
+        changed = {
+            "steps": (f"{steps:,}", f"{why}; {of_images}"),
+            "augmentation": (_augmentation_in_words(augmentation), reason),
+        }
+        known = {setting: (value, reason) for setting, value, reason in self.reasons}
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            warmup_steps=min(recipe.warmup_steps, steps // 20),
+            validate_every=self.options.validate_every_steps or math.ceil(steps / validations),
+            augmentation=augmentation,
+            reasons=tuple((setting, *row) for setting, row in {**known, **changed}.items()),
+        )
+
+    def validating(self, images: int) -> Plan:
+        """Return the plan with fewer validations where those of so many images would take more than their share."""
+        if self.options.validate_every_steps is not None or not images:
+            return self
+        affordable = VALIDATIONS_TAKE / LOOKED_AT * self.steps * self.batch_size / images
+        validations = max(1, min(VALIDATIONS, int(affordable)))
+        return dataclasses.replace(self, validate_every=math.ceil(self.steps / validations))
+
+    def judges(self, step: int) -> bool:
+        """Return whether the weights of a step are validated."""
+        return step > 0 and (step % self.validate_every == 0 or step == self.steps)
+
+    def as_begun(self, stored: dict[str, Any], *, but: Collection[str] = OF_A_MACHINE) -> Plan:
+        """Return the plan with the length and the reasons that `plan.json` holds; refuse to go on with another plan.
+
+        Args:
+            but: what may be another.
+
+        Raises:
+            ConfigError: this version, or this machine, decides something else otherwise.
+        """
+        try:
+            plan = self.lasting(stored["steps"], "as the run began")
+            plan = dataclasses.replace(
+                plan,
+                validate_every=stored["validate_every"],
+                reasons=_reasons_as_begun(plan.reasons, stored["reasons"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"plan.json of the run is damaged: {error!r}") from None
+        now = json.loads(json.dumps(plan.to_json()))
+        for name in now.keys() - set(but):
+            if now[name] != stored.get(name):
+                raise ConfigError(
+                    f"--resume needs the plan that the run began with; {name.replace('_', ' ')} was "
+                    f"{json.dumps(stored.get(name))[:200]} and would be {json.dumps(now[name])[:200]} now, with this "
+                    "version and on this machine. Use those it began with, or start anew with --weights"
+                )
+        return plan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was decided, for `plan.json`."""
+        return {
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "warmup_steps": self.warmup_steps,
+            "validate_every": self.validate_every,
+            "workers": self.workers,
+            "precision": resolve_precision(self.device, self.options.precision),
+            "class_loss": None if self.recipe.class_loss is None else _name_of(self.recipe.class_loss),
+            "device": self.device.type,
+            "weights": self.options.weights,
+            "weights_file": str(self.weights_file) if self.weights_file else None,
+            "augmentation": dataclasses.asdict(self.augmentation),
+            # The recipe's model went into the spec; a function is no value.
+            "recipe": {
+                name: value
+                for name, value in dataclasses.asdict(self.recipe).items()
+                if name not in ("model", "class_loss")
+            },
+            "spec": self.spec.to_json(),
+            "reasons": [list(reason) for reason in self.reasons],
+        }
+
+    def table(self) -> Table:
+        """Return the reasons for a terminal; a ditto mark stands for the reason above."""
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for heading in ("setting", "value", "why"):
+            table.add_column(heading, overflow="fold")
+        above = ""
+        for setting, value, why in self.reasons:
+            table.add_row(setting, value, '"' if why == above else why)
+            above = why
+        return table
+
+    def show(self, console: Console) -> None:
+        console.print(self.table())
+
+
+def training_preprocessing(spec: ModelSpec, options: TrainingOptions) -> Preprocessing:
+    """Return how training batches are prepared: a compiled network gets few sizes, as new ones take compiling."""
+    usual = spec.preprocessing
+    return dataclasses.replace(usual, divisor=COMPILED_DIVISOR) if options.compile else usual
+
+
+def _reasons_as_begun(
+    now: Sequence[tuple[str, str, str]], stored: Sequence[Sequence[str]]
+) -> tuple[tuple[str, str, str], ...]:
+    """Return the reasons that a run had when it began, but for what is another now.
+
+    What became of the classes of the model that it started from is known from then alone.
+    """
+    planned = {setting: (value, why) for setting, value, why in now}
+    kept = {"classes", *planned}
+    rows = {setting: (value, why) for setting, value, why in stored if setting in kept}
+    another = {setting: row for setting, row in planned.items() if row[0] != rows.get(setting, ("",))[0]}
+    return tuple((setting, *row) for setting, row in (rows | another).items())
+
+
+def _augmentation_in_words(augmentation: Augmentation) -> str:
+    """Return what the augmentation changes; what it leaves alone is not named."""
+    names = ("flip", "flip_vertical", "quarter_turn", "photometric", "mosaic")
+    chances = {name.replace("_", " "): getattr(augmentation, name) for name in names}
+    parts = [f"{name} {chance:g}" for name, chance in chances.items() if chance]
+    for name, (least, most) in (
+        ("zoom", augmentation.zoom),
+        ("size times", (min(augmentation.scales), max(augmentation.scales))),
+    ):
+        if (least, most) != (1.0, 1.0):
+            parts.append(f"{name} {least:g} to {most:g}")
+    return ", ".join(parts) or "none"
+
+
+def _name_of(function: object) -> str:
+    """Return what a function is called, for people and to tell one from another."""
+    return (
+        f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    )
