@@ -1062,6 +1062,47 @@ def test_images_full_of_objects_are_larger_and_fewer_a_step() -> None:
     assert choose_batch(recipe, options, squares(40), CPU, []) is recipe  # type: ignore[arg-type]
 
 
+class Photographs(SimpleNamespace):
+    """Photographs of 640 x 480 with seven objects each, of one class."""
+
+    def __init__(self, count: int) -> None:
+        random = np.random.default_rng(0)
+        corners = random.uniform((0, 0), (500, 350), (7 * count, 2)).astype(np.float32)
+        super().__init__(
+            widths=np.full(count, 640),
+            heights=np.full(count, 480),
+            boxes=np.hstack([corners, corners + random.uniform(60, 120, (7 * count, 2)).astype(np.float32)]),
+            labels=np.zeros(7 * count, np.int64),
+            ignore=np.zeros(7 * count, np.int8),
+            offsets=np.arange(0, 7 * count + 1, 7),
+            classes=Classes(("cell",)),
+            size=lambda _: (640, 480),
+        )
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+
+@pytest.mark.parametrize(
+    ("images", "steps", "passes", "zoom"),
+    [
+        (50, 1526, "122 passes", True),
+        (5_000, 1526, "1.2 passes", False),
+        (20_000, 5_000, "1 pass", False),
+    ],
+)
+def test_small_and_large_sets_have_sensible_plans(images: int, steps: int, passes: str, zoom: bool) -> None:
+    """What the bare command does from scratch: 150 megapixels, and each image once at least."""
+    plan = plan_run(TrainingOptions(data="x", backbone="resnet18", device="cpu"), Photographs(images))  # type: ignore[arg-type]
+    said = {setting: (value, reason) for setting, value, reason in plan.reasons}
+    assert plan.spec.preprocessing.image_size == 128
+    assert (plan.steps, plan.batch_size) == (steps, 4)
+    assert said["steps"][1].endswith(f"; {passes} over {images:,} images")
+    assert (plan.augmentation.zoom != (1.0, 1.0)) is zoom
+    assert plan.warmup_steps == min(100, steps // 20)
+    assert plan.steps == max(math.ceil(150e6 / (128 * 192) / 4), images // 4)
+
+
 @pytest.mark.parametrize(("fullest", "most"), [(0, 100), (99, 100), (100, 200), (369, 400)])
 def test_as_many_detections_as_the_fullest_image_needs(fullest: int, most: int) -> None:
     counts = [3, fullest, 0]
