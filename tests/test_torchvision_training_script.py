@@ -20,8 +20,6 @@ def test_the_peers_row_stands_beside_the_recipes(
     script = importlib.import_module("torchvision_training")
     monkeypatch.setattr(recipes, "KEPT", tmp_path / "recipes.jsonl")
     monkeypatch.setattr(recipes, "PAGE", tmp_path / "recipes.md")
-    monkeypatch.setattr(script, "WARM_STEPS", 1)
-    monkeypatch.setattr(script, "TIMED_STEPS", 1)
     data = generate_shapes(tmp_path / "shapes", train=4, val=2, spec=ShapesSpec(image_size=96))
     base = recipes.Job("shapes", "base", 0, None, "test_resnet", 64)
     metrics = {"ap": 0.9, "ap50": 0.95}
@@ -34,9 +32,13 @@ def test_the_peers_row_stands_beside_the_recipes(
     rows = recipes.known_rows()
     assert [row["variant"] for row in rows] == ["base", "torchvision-0.0833m"]
     assert rows[1]["ap"] == told["ap"]
-    assert rows[1]["seconds"] == told["seconds"] <= 10
+    assert rows[1]["seconds"] == told["seconds"] <= 10  # as fast as a loaded machine is
     assert told["images_seen"] >= 2
     heading, table = (tmp_path / "recipes.md").read_text().split("## ")[1].split("\n", 1)
     assert heading == "shapes: test_resnet, 64 wide, the recipe's length"
     assert f"torchvision's RetinaNet in 0.0833 minutes: {told['images_seen']} images of 64 px" in table
     assert f"| {told['ap'] - 0.9:+.3f} |" in table
+    monkeypatch.setattr(sys, "argv", ["torchvision_training.py", str(data), "--time", "0.0001"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--time 0.0001 is too short: the validation alone takes" in capsys.readouterr().err
