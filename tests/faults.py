@@ -412,9 +412,9 @@ def damage(folder: Path, times: int, seed: int) -> tuple[int, list[str]]:
 # What a full disk may find being written: what is called, and what the message names.
 Written: TypeAlias = Literal["state", "log", "model", "page"]
 WRITERS: dict[Written, tuple[Any, str, str]] = {
-    "state": (loop, "save_state", "the training state"),
+    "state": (saving, "save_state", "the training state"),
     "log": (RunFolder, "log", "metrics.jsonl"),
-    "model": (loop, "save_model", "model.safetensors"),
+    "model": (judging, "save_model", "model.safetensors"),
     "page": (story, "write_report", "report.html"),
 }
 # Where that is written for the first time in a run of twelve steps, and a state is there.
