@@ -132,7 +132,10 @@ def modern(classes: Classes, backbone: str, weights: str | None) -> Recipe:
 
 def small(classes: Classes, backbone: str, device: str) -> Recipe:
     """From scratch on few images: GroupNorm throughout where the backbone allows it, nothing frozen, Muon, cosine,
-    averaged weights. What was measured, on two cores: docs/recipes.md, docs/decisions/0006 and 0008.
+    averaged weights.
+
+    Published: nothing of this kind. Measured here (docs/recipes.md, docs/decisions/0006 and 0008): ResNet-18 on two
+    cores, val of BCCD (205 photographs) 54.9 AP in 29 minutes, of 502 micrographs of nuclei 46.7 AP in 22.
 
     Args:
         device: its type. On a CPU a step costs what its images cost, so that few images a step mean more steps for
