@@ -302,9 +302,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Recipes: what was tried",
         "",
         "Made by `python bench/recipes.py` from `bench/recipes.jsonl`. Every row changes one thing of the recipe",
-        "`small` as it was then, which the line below a heading tells apart. Headings name the data set, the backbone",
-        "and the width of pyramid and heads. AP is COCO's on the split val, mean and half the range over seeds;",
-        "minutes are of whole processes that had the machine to themselves, where there were any.",
+        "`small` as it was then, which the line below a heading tells apart, or is torchvision's RetinaNet beside it.",
+        "Headings name the data set, the backbone and the width of pyramid and heads. AP is COCO's on the split val,",
+        "mean and half the range over seeds; minutes are of whole processes that had the machine to themselves, where",
+        "there were any.",
         "",
     ]
     for group in dict.fromkeys(map(group_of, reversed(rows))):
