@@ -43,13 +43,14 @@ from retinanet.training import loop, recipes, timing
 from retinanet.training.choosing import choose_rate
 from retinanet.training.config_file import read_config, write_config
 from retinanet.training.configuration import EVERY_SETTING, SETTINGS, LossName, TrainingOptions
+from retinanet.training.deadline import Deadline
 from retinanet.training.folder import RunFolder
 from retinanet.training.muon import Muon
 from retinanet.training.objectives import settings_of
 from retinanet.training.optimizer import WeightAverage, build_optimizers, hidden_weights, rate, set_rate
 from retinanet.training.plan import Plan
 from retinanet.training.planning import plan_run
-from retinanet.training.preparation import open_splits
+from retinanet.training.preparation import Prepared, open_splits
 from retinanet.training.run import run_training
 from retinanet.training.signals import StopRequest
 from retinanet.training.sizing import (
@@ -357,7 +358,7 @@ def test_batches_are_pinned_for_cuda_alone(data: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(module, "training_batches", batches)
     monkeypatch.setattr(TrainingStep, "of", lambda *_: SimpleNamespace(shipped=None))
     with pytest.raises(InterruptedError):
-        loop.train_network(plan, None, train, val, RunFolder(data), None, StopRequest())  # type: ignore[arg-type]
+        loop.train_network(Prepared(plan, None, train, val), RunFolder(data), None, StopRequest())  # type: ignore[arg-type]
     with pytest.raises(InterruptedError):
         timing._step_seconds(plan, None, train, 1.0)  # type: ignore[arg-type]
     assert asked == [kind == "cuda"] * 2
@@ -549,7 +550,9 @@ def test_as_many_steps_as_fit_into_the_time(data: Path, monkeypatch: pytest.Monk
     plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
     val = train.subset([0])
-    fitted, _ = timing.fit_to_time(plan, build_network(plan), train, val, time.monotonic() + 100)
+    fitted, _ = timing.fit_to_time(
+        plan, build_network(plan), train, val, Deadline(time.monotonic() + 100, 100)
+    )
     # 100 s x 0.92 / 2 s = 46, less what the trial and five validations of one image take
     assert 30 <= fitted.steps <= 46
     assert fitted.validate_every == -(-fitted.steps // 5)
@@ -579,7 +582,9 @@ def test_validations_that_take_long_become_few(data: Path, monkeypatch: pytest.M
     plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 0.1)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 3.0)  # 5 % of 10 s is less
-    fitted, _ = timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 10)
+    fitted, _ = timing.fit_to_time(
+        plan, build_network(plan), train, train, Deadline(time.monotonic() + 10, 10)
+    )
     assert fitted.validate_every == fitted.steps
 
 
@@ -595,7 +600,7 @@ def test_a_time_without_room_for_a_step_and_a_validation_is_refused(
     with pytest.raises(
         ConfigError, match=r"--time 20s is too short: a step takes 2\.0 s here and a validation 18"
     ):
-        timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 20)
+        timing.fit_to_time(plan, build_network(plan), train, train, Deadline(time.monotonic() + 20, 20))
 
 
 def test_a_run_that_never_began_leaves_its_name_free(
@@ -617,7 +622,9 @@ def test_the_last_validation_is_counted_when_the_cadence_is_asked_for(
     plan = plan_run(options, train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 1.0)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 50.0)
-    fitted, _ = timing.fit_to_time(plan, build_network(plan), train, train, time.monotonic() + 100)
+    fitted, _ = timing.fit_to_time(
+        plan, build_network(plan), train, train, Deadline(time.monotonic() + 100, 100)
+    )
     assert 38 <= fitted.steps <= 40  # (100 x 0.92 - 50) / (1 + 50 / 1000)
 
 
@@ -686,7 +693,7 @@ def test_repeats_make_an_epoch_longer(data: Path) -> None:
         (
             loop,
             lambda plan, train: loop.train_network(
-                plan, None, train, train, RunFolder(Path("run")), None, StopRequest()
+                Prepared(plan, None, train, train), RunFolder(Path("run")), None, StopRequest()
             ),
         ),
         (timing, lambda plan, train: timing._step_seconds(plan, None, train, 1.0)),

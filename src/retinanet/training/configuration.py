@@ -78,7 +78,8 @@ class _RunOptions:
     steps: Annotated[int | None, OPTIONAL] = None
     """Optimiser steps; not together with --epochs."""
     time: Annotated[str | None, tyro.conf.arg(metavar="TIME", help_behavior_hint=shown)] = None
-    """As many steps as end in that time, such as 90s, 20m or 2h; measured on this machine before step 1."""
+    """As many steps as end in that time, such as 90s, 20m or 2h; measured on this machine before step 1,
+    and corrected, schedule included, where it turns out slower or faster."""
     batch_size: Annotated[int | Literal["auto"] | None, BY_RECIPE] = None
     """Images a step, of all processes together. auto: as many as fit into memory, found out before step 1; on a CPU no
     more than the recipe's."""

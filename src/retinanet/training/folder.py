@@ -163,6 +163,10 @@ class RunFolder:
         if changed != kept:
             write_config(self.path / "config.yaml", changed)
 
+    def keep_length(self, plan: dict[str, Any]) -> None:
+        """Keep in `plan.json` how many steps a timed run takes after all."""
+        write_json(self.plan, {**read_json(self.plan), **plan})
+
     @property
     def anchors(self) -> Path:
         """A copy of the file of `--anchors`, where it is one: a run that goes on needs it again."""

@@ -46,11 +46,13 @@ class Judge:
         self.best_ap = max((ap for _, ap in judged), default=0.0)
         self._decide()
 
-    def until_enough(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield batches until validations say that the run stops early."""
+    def until_enough(self, batches: Iterable[Batch], done: int) -> Iterator[Batch]:
+        """Yield batches after `done` steps until the last one of the plan as it then is, or until validations say that
+        the run stops early."""
         waiting = iter(batches)
-        while self.early is None and (batch := next(waiting, None)) is not None:
-            yield batch
+        while done < self.plan.steps and self.early is None:
+            yield next(waiting)
+            done += 1
 
     def _decide(self) -> None:
         """Find out whether the run stops early; the main process knows what was told."""

@@ -9,17 +9,16 @@ import torch
 from rich.console import Console
 
 from retinanet.checkpoint import save_model
-from retinanet.data import Dataset
 from retinanet.data.loading import training_batches
 from retinanet.errors import Stopped
 from retinanet.inference import Validation
-from retinanet.model import RetinaNet
 from retinanet.processes import ALONE, Processes
+from retinanet.training.deadline import MOST
 from retinanet.training.folder import RunFolder, go_on
 from retinanet.training.judging import Judge
 from retinanet.training.meter import Meter
 from retinanet.training.optimizer import rate
-from retinanet.training.plan import Plan
+from retinanet.training.preparation import Prepared
 from retinanet.training.progress import plain_console
 from retinanet.training.saving import Saving
 from retinanet.training.signals import StopRequest
@@ -33,17 +32,14 @@ LOG_EVERY = 10
 
 
 def train_network(
-    plan: Plan,
-    network: RetinaNet,
-    train: Dataset,
-    val: Dataset,
+    prepared: Prepared,
     folder: RunFolder,
     console: Console,
     stop: StopRequest,
     state: State | None = None,
     processes: Processes = ALONE,
 ) -> Validation:
-    """Train a network by a plan: validate, log and save on the way. Return the best validation.
+    """Train a network by its plan: validate, log and save on the way. Return the best validation.
 
     `best/` in the folder is the model of that validation, `last/` the newest, `checkpoints/` what it takes to go on.
 
@@ -54,9 +50,10 @@ def train_network(
         processes: that train together; each takes its share of every step and of every validation, and the main one
             writes.
     """
+    plan, train, val, deadline = prepared.plan, prepared.train_set, prepared.val_set, prepared.deadline
     recipe, seed = plan.recipe, plan.options.seed
     train_on = TrainingStep.of(
-        plan, network, processes, _line_of(console if processes.main else plain_console())
+        plan, prepared.network, processes, _line_of(console if processes.main else plain_console())
     )
     judge = Judge(plan, train_on.shipped, val, folder, processes)
     meter, skipped, unreadable = Meter(), SkippedSteps(processes), UnreadableImages(processes)
@@ -71,7 +68,7 @@ def train_network(
         plan.augmentation,
         batch_size=plan.batch_size,
         seed=seed,
-        steps=plan.steps,
+        steps=MOST * plan.schedule_steps if deadline else plan.steps,
         first_step=first,
         workers=plan.workers,
         rank=processes.rank,
@@ -86,11 +83,11 @@ def train_network(
         if plan.judges(first) and not judge.knows(first):  # stopped before that validation was done
             with stop.at_once(f"stopped by a signal in the validation of step {first}; {how}"):
                 judge(first, story)
-        for step, batch in enumerate(story.batches(judge.until_enough(batches)), start=first + 1):
+        for step, batch in enumerate(story.batches(judge.until_enough(batches, first)), start=first + 1):
             _seed_step(seed, step, processes.rank)
             lr = plan.lr * rate(
-                step - 1,
-                plan.steps,
+                plan.place(step - 1),
+                plan.schedule_steps,
                 schedule=recipe.schedule,
                 warmup_steps=plan.warmup_steps,
                 warmup_from=recipe.warmup_from,
@@ -121,6 +118,11 @@ def train_network(
                 with stop.at_once(f"stopped by a signal in the validation of step {step}; {how}"):
                     judge(step, story)
                 meter.restart_clock()
+            if deadline and telling:
+                steps = processes.told(deadline.steps(plan, step, story.left.seconds()))
+                if steps != plan.steps:
+                    plan = judge.plan = saving.plan = plan.turned(step, steps)
+                    story.turned(plan)
             if signal and step < plan.steps:
                 if not judging and processes.main:  # else it was just saved, with its thresholds
                     save_model(folder.last, judge.model(step))

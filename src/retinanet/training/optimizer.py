@@ -70,7 +70,7 @@ def hidden_weights(network: nn.Module, outputs: Sequence[nn.Module]) -> list[Ten
 
 
 def rate(
-    step: int,
+    step: float,
     steps: int,
     *,
     schedule: Literal["step", "cosine"],

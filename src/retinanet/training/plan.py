@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,8 @@ VALIDATIONS_TAKE, LOOKED_AT = 0.1, 1 / 3
 FEW_PASSES = 3
 # Padded sides of training images are multiples of this with --compile.
 COMPILED_DIVISOR = 128
+# The row that says how many steps a timed run takes after all.
+TURNED = "steps in time"
 # What is another on another machine, in the same run.
 OF_A_MACHINE = ("reasons", "workers")
 
@@ -41,6 +44,9 @@ class Plan:
     """A run, decided. `reasons` explains it line by line: (setting, value, why).
 
     `start` is the model of `--weights`, `weights_file` that of the backbone alone; `train_images` are an epoch's.
+
+    The schedule is made for `schedule_steps`. A timed run may take fewer or more `steps`: at each of `turns` (steps
+    done, place in the schedule) it was found how many fit, and what was left of the schedule was spread over them.
     """
 
     options: TrainingOptions
@@ -56,6 +62,8 @@ class Plan:
     workers: int
     reasons: tuple[tuple[str, str, str], ...]
     steps: int = 0
+    schedule_steps: int = 0
+    turns: tuple[tuple[int, float], ...] = ()
     warmup_steps: int = 0
     validate_every: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -90,6 +98,8 @@ class Plan:
         return dataclasses.replace(
             self,
             steps=steps,
+            schedule_steps=steps,
+            turns=(),
             warmup_steps=min(recipe.warmup_steps, steps // 20),
             validate_every=self.options.validate_every_steps or math.ceil(steps / validations),
             augmentation=augmentation,
@@ -103,6 +113,24 @@ class Plan:
         affordable = VALIDATIONS_TAKE / LOOKED_AT * self.steps * self.batch_size / images
         validations = max(1, min(VALIDATIONS, int(affordable)))
         return dataclasses.replace(self, validate_every=math.ceil(self.steps / validations))
+
+    def turned(self, step: int, steps: int) -> Plan:
+        """Return the plan with `steps` in all, what is left of its schedule after `step` spread over those to come."""
+        return self._with_turns((*self.turns, (step, self.place(step))), steps)
+
+    def _with_turns(self, turns: tuple[tuple[int, float], ...], steps: int) -> Plan:
+        if not turns:
+            return self
+        why = f"what fits into the time, as the machine was at step {turns[-1][0]:,}"
+        known = [row for row in self.reasons if row[0] != TURNED]
+        return dataclasses.replace(
+            self, turns=turns, steps=steps, reasons=(*known, (TURNED, f"{steps:,}", why))
+        )
+
+    def place(self, step: int) -> float:
+        """Return where in the schedule, of `schedule_steps`, a step stands: straight lines from turn to turn."""
+        done, places = zip((0, 0.0), *self.turns, (self.steps, float(self.schedule_steps)), strict=True)
+        return float(np.interp(step, done, places))
 
     def judges(self, step: int) -> bool:
         """Return whether the weights of a step are validated."""
@@ -118,12 +146,14 @@ class Plan:
             ConfigError: this version, or this machine, decides something else otherwise.
         """
         try:
-            plan = self.lasting(stored["steps"], "as the run began")
+            plan = self.lasting(stored.get("schedule_steps", stored["steps"]), "as the run began")
             plan = dataclasses.replace(
                 plan,
                 validate_every=stored["validate_every"],
                 reasons=_reasons_as_begun(plan.reasons, stored["reasons"]),
             )
+            turns = tuple((int(step), float(place)) for step, place in stored.get("turns", ()))
+            plan = plan._with_turns(turns, stored["steps"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"plan.json of the run is damaged: {error!r}") from None
         now = json.loads(json.dumps(plan.to_json()))
@@ -140,6 +170,7 @@ class Plan:
         """Return what was decided, for `plan.json`."""
         return {
             "steps": self.steps,
+            **({"schedule_steps": self.schedule_steps, "turns": self.turns} if self.turns else {}),
             "batch_size": self.batch_size,
             "lr": self.lr,
             "warmup_steps": self.warmup_steps,

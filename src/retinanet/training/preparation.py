@@ -20,6 +20,7 @@ from retinanet.model.backbone import require_backbone
 from retinanet.processes import ALONE, Processes
 from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.deadline import Deadline
 from retinanet.training.folder import RunFolder
 from retinanet.training.parts import batch_norm_in_words, table_of_parts, trained_in_words
 from retinanet.training.plan import OF_A_MACHINE, Plan
@@ -37,12 +38,13 @@ OWN = (*OF_A_MACHINE, "weights_file")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before its first step."""
+    """A run before its first step, and when it has to be over; one that was resumed has no deadline any more."""
 
     plan: Plan
     network: RetinaNet
     train_set: Dataset
     val_set: Dataset
+    deadline: Deadline | None = None
 
 
 def prepare(
@@ -85,7 +87,9 @@ def prepare(
         network = build_network(plan, load=not trained)
     decided = {name: value for name, value in plan.to_json().items() if name not in OWN}
     processes.require_alike({"data": data, "plan": decided})
-    seconds, estimate = options.seconds(), None
+    seconds = options.seconds()
+    deadline = None if seconds is None or stored is not None else Deadline(began + seconds, seconds)
+    estimate = None
     if options.batch_size == "auto" and stored is not None:
         plan = with_stored_batch(plan, train_set, stored, processes)
     elif options.batch_size == "auto":
@@ -102,10 +106,10 @@ def prepare(
                 "start a new run with --weights"
             )
         plan = plan.as_begun(stored, but=OF_A_MACHINE if processes.main else OWN)
-    elif seconds is None:
+    elif deadline is None:
         plan = plan.validating(len(val_set))
     else:
-        plan, estimate = fit_to_time(plan, network, train_set, val_set, began + seconds, processes)
+        plan, estimate = fit_to_time(plan, network, train_set, val_set, deadline, processes)
     if row := batch_norm_in_words(network, plan.batch_size, processes.count, options.accumulate):
         plan = replace(plan, reasons=(*plan.reasons, row))
     plan.show(console)
@@ -123,7 +127,7 @@ def prepare(
             write_json(folder.plan, {**plan.to_json(), "data": data})
         also = f", and to {', '.join(writers)}" if writers else ""
         console.print(f"writing to {folder.path}{also}", highlight=False, soft_wrap=True)
-    return Prepared(plan, network, train_set, val_set)
+    return Prepared(plan, network, train_set, val_set, deadline)
 
 
 def _tell(dataset: Dataset, console: Console) -> None:

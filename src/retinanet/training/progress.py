@@ -47,6 +47,11 @@ class TrainingProgress:
         self.task = self.live.add_task("train", total=steps, completed=first, figures="", ends_at=None)
         self.shown_at = time.monotonic()
 
+    def lasts(self, steps: int) -> None:
+        """Take up that the run has another number of steps."""
+        self.steps = steps
+        self.live.update(self.task, total=steps)
+
     def __enter__(self) -> TrainingProgress:
         self.live.start()
         return self

@@ -259,9 +259,7 @@ def _train(
     plan, val_set = prepared.plan, prepared.val_set
     # Steps seed torch's generator; the caller's is given back as it was.
     with deterministic_algorithms(plan.options.deterministic), torch.random.fork_rng(devices=[]):
-        best = train_network(
-            plan, prepared.network, prepared.train_set, val_set, folder, console, stop, state, processes
-        )
+        best = train_network(prepared, folder, console, stop, state, processes)
     with stop.at_once(f"stopped by a signal after the last step; draw its pictures with: {go_on(folder)}"):
         if processes.main:
             draw_run(best, val_set, folder)

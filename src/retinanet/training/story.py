@@ -126,6 +126,18 @@ class RunStory:
             if self.step == self.first + 1:
                 self.left.started(time.monotonic() - began)
 
+    def turned(self, plan: Plan) -> None:
+        """Tell that a timed run takes another number of steps than it had."""
+        what = "fewer" if plan.steps < self.plan.steps else "more"
+        self.plan, self.left.steps = plan, plan.steps
+        self.progress.lasts(plan.steps)
+        if self.main:
+            self.folder.keep_length(plan.to_json())
+            self.say(
+                f"{plan.steps:,} steps in all fit into the time at the speed of late, {what} than planned; the "
+                "schedule goes with them"
+            )
+
     def say(self, text: str) -> None:
         """Print a line."""
         self.progress.say(text)

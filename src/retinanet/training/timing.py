@@ -15,6 +15,7 @@ from retinanet.errors import ConfigError
 from retinanet.inference import Detector
 from retinanet.model import RetinaNet
 from retinanet.processes import ALONE, Processes
+from retinanet.training.deadline import PLANNED_TIME, Deadline
 from retinanet.training.estimate import Estimate
 from retinanet.training.memory import (
     Limit,
@@ -32,8 +33,6 @@ LEAST_STEPS = 10
 # ten steps, and nobody wants to wait for minutes to see a plan.
 TRIAL, LONGEST_TRIAL = 0.03, 60.0
 VALIDATION_IMAGES = 16
-# Share of the time that is planned; the rest is for what differs between a trial and a run.
-PLANNED_TIME = 0.92
 # Share of the time for validations, of which the last one always takes place.
 VALIDATED = 0.05
 # Seconds of steps of one image, of steps of more, and of validating in the trial of a dry run, which need not be exact:
@@ -49,11 +48,10 @@ def fit_to_time(
     network: RetinaNet,
     train: Dataset,
     val: Dataset,
-    deadline: float,
+    deadline: Deadline,
     processes: Processes = ALONE,
 ) -> tuple[Plan, Estimate]:
-    """Return the plan with as many steps as end before `deadline` (of `time.monotonic`), validations included; and what
-    the trial measured.
+    """Return the plan with as many steps as end before the deadline, validations included; and what the trial measured.
 
     A copy of the network takes a few steps and looks at a few images; the network itself is not touched. What the main
     process finds counts for all.
@@ -63,10 +61,10 @@ def fit_to_time(
     """
     began = time.monotonic()
     trial = copy.deepcopy(network)
-    step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline - began)), processes)
+    step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline.at - began)), processes)
     validation = _validation_seconds(plan, trial, val, math.inf) / processes.count
     memory, tried = peak_memory(plan.device), time.monotonic() - began
-    step, validation, seconds = processes.told((step, validation, deadline - time.monotonic()))
+    step, validation, seconds = processes.told((step, validation, deadline.at - time.monotonic()))
     every = plan.options.validate_every_steps
     if every:
         validations, per_step = 1, step + validation / every

@@ -1,0 +1,167 @@
+"""A run of --time ends in its time, however fast the machine turns out to be, and its schedule ends with it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import retinanet
+from retinanet.checkpoint import load_model
+from retinanet.data import open_dataset
+from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.errors import ConfigError
+from retinanet.training import deadline as of_deadline
+from retinanet.training import timing
+from retinanet.training.configuration import TrainingOptions
+from retinanet.training.deadline import Deadline
+from retinanet.training.plan import Plan
+from retinanet.training.planning import plan_run
+from retinanet.training.run import resume_training
+from test_training import TINY
+
+NOW = 1_000.0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    return generate_shapes(folder, train=6, val=4, spec=ShapesSpec(image_size=96))
+
+
+@pytest.fixture
+def plan(data: Path) -> Plan:
+    return plan_run(TrainingOptions(data=str(data), **TINY), open_dataset(data, "train")).lasting(100, "x")  # type: ignore[arg-type]
+
+
+def test_a_schedule_that_never_turned_is_walked_step_by_step(plan: Plan) -> None:
+    assert [plan.place(step) for step in range(101)] == list(range(101))
+    assert "turns" not in plan.to_json()
+
+
+def test_what_is_left_of_a_schedule_is_spread_over_the_steps_to_come(plan: Plan) -> None:
+    shorter = plan.turned(50, 75)  # 50 places in 25 steps
+    assert shorter.steps == 75
+    assert [shorter.place(step) for step in (0, 50, 51, 60, 75)] == [0, 50, 52, 70, 100]
+    again = shorter.turned(60, 120)  # 30 places in 60 steps
+    assert [again.place(step) for step in (50, 60, 62, 120)] == [50, 70, 71, 100]
+    assert again.judges(120)
+    assert not again.judges(75)
+    assert [value for setting, value, _ in again.reasons if setting == "steps in time"] == ["120"]
+
+
+def test_a_run_that_goes_on_walks_its_schedule_as_before(plan: Plan) -> None:
+    turned = plan.turned(50, 75).turned(60, 120)
+    stored = json.loads(json.dumps(turned.to_json()))
+    resumed = plan.lasting(7, "whatever is planned now").as_begun(stored)
+    assert (resumed.steps, resumed.turns) == (120, ((50, 50.0), (60, 70.0)))
+    assert [resumed.place(step) for step in range(121)] == [turned.place(step) for step in range(121)]
+    assert (resumed.warmup_steps, resumed.validate_every) == (plan.warmup_steps, plan.validate_every)
+    assert (
+        "steps in time",
+        "120",
+        "what fits into the time, as the machine was at step 60",
+    ) in resumed.reasons
+
+
+@pytest.mark.parametrize("turns", [[[1, "x"]], [[1]], 3])
+def test_a_plan_with_other_turns_is_damaged(plan: Plan, turns: object) -> None:
+    stored = json.loads(json.dumps(plan.turned(50, 75).to_json()))
+    with pytest.raises(ConfigError, match=r"plan.json of the run is damaged"):
+        plan.as_begun({**stored, "turns": turns})
+
+
+@pytest.mark.parametrize(
+    ("ends_in", "left", "steps"),
+    [
+        (68, 60, 100),  # as planned: 60 s of steps and 8 s that are never planned
+        (65, 59, 100),  # 57 s for 59: near enough
+        (38, 60, 70),  # 30 s for 60: half of the 60 steps to come
+        (128, 60, 160),  # twice as many
+        (900, 60, 200),  # at most twice as many as were planned
+        (8, 60, 42),  # no time is left: the rate still falls over a few steps
+        (-100, 60, 42),
+        (68, None, 100),  # nothing is known
+    ],
+)
+def test_as_many_steps_as_end_in_time(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, ends_in: float, left: float | None, steps: int
+) -> None:
+    monkeypatch.setattr(of_deadline.time, "monotonic", lambda: NOW)
+    assert Deadline(NOW + ends_in, seconds=100, looked=NOW - 10).steps(plan, 40, left) == steps
+
+
+def test_the_clock_is_looked_at_now_and_then(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [NOW]
+    monkeypatch.setattr(of_deadline.time, "monotonic", lambda: clock[0])
+    deadline = Deadline(NOW + 100, seconds=100, looked=NOW)
+    found = []
+    for seconds in (0, 9, 10, 19, 20):
+        clock[0] = NOW + seconds
+        found.append(deadline.steps(plan, 40, 200) != plan.steps)
+    assert found == [False, False, True, False, True]
+    clock[0] = NOW + 40
+    assert deadline.steps(plan, 100, 200) == 100  # nothing comes after the last step
+
+
+@pytest.mark.parametrize(("found", "what"), [(12, "fewer"), pytest.param(24, "more", marks=pytest.mark.slow)])
+def test_a_run_with_another_length_than_planned(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: int,
+    what: str,
+) -> None:
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: 3.0)
+    monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 0.1)
+    monkeypatch.setattr(
+        Deadline, "steps", lambda _, plan, step, left: found if left and step == 10 else plan.steps
+    )
+    run = retinanet.train(data=data, output=tmp_path / "run", time="60s", **TINY)  # type: ignore[arg-type]
+    began_with = json.loads((run.path / "plan.json").read_text())
+    assert began_with["steps"] == found
+    assert began_with["schedule_steps"] == 18 != found
+    assert began_with["turns"] == [[10, 10.0]]
+    assert "data" in began_with
+    assert load_model(run.path / "last").training["step"] == found
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
+    last = began_with["lr"] * timing_rate(began_with, 10 + (found - 1 - 10) * 8 / (found - 10))
+    assert rates[found] == pytest.approx(last)
+    said = capsys.readouterr().err
+    assert f"{found} steps in all fit into the time at the speed of late, {what} than planned" in said
+    assert f"step {found}/{found}" in said
+    again = resume_training(run.path)
+    assert again.metrics == run.metrics
+    assert json.loads((run.path / "plan.json").read_text()) == began_with
+
+
+def timing_rate(plan: dict[str, Any], place: float) -> float:
+    from retinanet.training.optimizer import rate
+
+    return rate(place, plan["schedule_steps"], schedule="cosine", warmup_steps=0, warmup_from=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", [0.001, 1.0])
+def test_a_run_ends_in_its_time_whatever_its_trial_said(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trial: float,
+) -> None:
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: trial)
+    began = time.monotonic()
+    run = retinanet.train(data=data, output=tmp_path / "run", time="40s", **TINY)  # type: ignore[arg-type]
+    taken = time.monotonic() - began
+    plan = json.loads((run.path / "plan.json").read_text())
+    assert plan["steps"] == load_model(run.path / "last").training["step"]
+    assert taken < 44
+    if trial == 1.0:
+        assert plan["schedule_steps"] < plan["steps"] <= 2 * plan["schedule_steps"]
+    else:
+        assert 20 < plan["steps"] < plan["schedule_steps"]
