@@ -1,4 +1,4 @@
-"""Ablations of the recipe for training from scratch: one change at a time, on several data sets, with several seeds.
+r"""Ablations of the recipe for training from scratch: one change at a time, on several data sets, with several seeds.
 
     python bench/recipes.py --data bccd=PATH nuclei=PATH --seeds 0 1 2 --variants base adamw
     python bench/recipes.py --data bccd=PATH nuclei=PATH --backbone resnet10t --channels 64 --parallel 2
@@ -7,7 +7,12 @@ Runs follow one another, each in a process of its own, as a user's run would; wi
 each with its share of the cores, and their rows say nothing of time. A finished run is a line of
 `bench/recipes.jsonl` and is never repeated; one that was interrupted starts anew. After every run `docs/recipes.md` is
 written from all lines. `--images` shortens every run, and a smaller network does, so that more variants fit into a
-night: only runs of equal length and network are compared. `--list` says what there is and what is done.
+night: only runs of equal length, network and batch are compared. `--list` says what there is and what is done.
+
+    python bench/recipes.py --data shapes=runs/demo-shapes-4000-0 --backbone test_resnet --channels 64 --batch-size 8 \
+        --images 8320 --parallel 2
+
+is the demo, whose length goes with the clock, as long as it was on a usual day.
 """
 
 from __future__ import annotations
@@ -25,7 +30,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -114,9 +118,11 @@ VARIANTS = {
     "atss": Variant("anchors assigned by ATSS", objective=AdaptiveObjective),
     "varifocal": Variant("class targets that say how good the box is", objective=VarifocalObjective),
     "atss-varifocal": Variant("ATSS and varifocal", objective=AdaptiveVarifocalObjective),
+    "iou-0.3": Variant(
+        "positive from IoU 0.3, negative below 0.2", {"positive_iou": 0.3, "negative_iou": 0.2}
+    ),
     "iou-0.4": Variant(
-        "positive from IoU 0.4, negative below 0.3",
-        objective=partial(Objective, positive_iou=0.4, negative_iou=0.3),
+        "positive from IoU 0.4, negative below 0.3", {"positive_iou": 0.4, "negative_iou": 0.3}
     ),
     "no-zoom": Variant("flips alone", {"augmentation": {"zoom": (1.0, 1.0)}}),
     "zoom-wide": Variant("zoom 0.5 to 2", {"augmentation": {"zoom": (0.5, 2.0)}}),
@@ -125,7 +131,8 @@ VARIANTS = {
     "turned": Variant(
         "quarter turns and upside down", {"augmentation": {"flip_vertical": 0.5, "quarter_turn": 0.5}}
     ),
-    "gamma-1.5": Variant("gamma 1.5", {"loss_settings": {"gamma": 1.5}}),
+    "gamma-1": Variant("gamma 1", {"loss_settings": {"alpha": 0.25, "gamma": 1.0}}),
+    "alpha-0.5": Variant("alpha 0.5", {"loss_settings": {"alpha": 0.5, "gamma": 2.0}}),
     "weight-decay-0.1": Variant("weight decay 0.1", {"weight_decay": 0.1}),
 }
 
@@ -140,10 +147,11 @@ class Job:
     images: int | None
     backbone: str = "resnet18"
     channels: int = 256
+    batch_size: int | None = None
 
     def folder(self, runs: Path) -> Path:
-        length = f"-{self.images}" if self.images else ""
-        return runs / f"{self.backbone}-{self.channels}-{self.data}-{self.variant}{length}-{self.seed}"
+        settings = [self.backbone, self.channels, self.data, self.variant, self.images, self.batch_size]
+        return runs / "-".join(str(one) for one in [*settings, self.seed] if one is not None)
 
 
 def main() -> None:
@@ -158,6 +166,7 @@ def main() -> None:
     )
     parser.add_argument("--backbone", default=Job.backbone)
     parser.add_argument("--channels", type=int, default=Job.channels, help="of pyramid and heads")
+    parser.add_argument("--batch-size", type=int, help="images a step; by default the recipe's")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; more than one are not timed")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "recipes")
     parser.add_argument("--list", action="store_true")
@@ -170,7 +179,7 @@ def main() -> None:
     rows = known_rows()
     done = {job_of(row) for row in rows if row["recipe"] == RECIPE}
     jobs = [
-        Job(data, variant, seed, given.images, given.backbone, given.channels)
+        Job(data, variant, seed, given.images, given.backbone, given.channels, given.batch_size)
         for seed in given.seeds  # a first look at everything before a second one at anything
         for variant in given.variants
         for data in folders
@@ -250,7 +259,8 @@ def keep(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
 
 
 def log_of(job: Job, runs: Path) -> Path:
-    return job.folder(runs).with_suffix(".log")
+    folder = job.folder(runs)
+    return folder.with_name(f"{folder.name}.log")
 
 
 def job_of(row: dict[str, Any]) -> Job:
@@ -283,7 +293,7 @@ def run(job: Job, folders: dict[str, str], runs: Path) -> None:
         device="cpu",
         seed=job.seed,
         log_to="none",
-        **variant.options,
+        **({"batch_size": job.batch_size} | variant.options),
     )
     with ExitStack() as changes:
         changes.enter_context(patch.object(of_training, "Objective", variant.objective))
@@ -310,10 +320,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     ]
     for group in dict.fromkeys(map(group_of, reversed(rows))):
         of_group = [row for row in rows if group_of(row) == group]
-        recipe, backbone, channels, data, images = group
+        recipe, backbone, channels, batch_size, data, images = group
         base = [row["ap"] for row in of_group if row["variant"] == BASE]
         length = f"{images:,} images seen" if images else "the recipe's length"
-        lines += [f"## {data}: {backbone}, {channels} wide, {length}", "", f"Recipe: {recipe}.", ""]
+        step = f", {batch_size} a step" if batch_size else ""
+        lines += [f"## {data}: {backbone}, {channels} wide, {length}{step}", "", f"Recipe: {recipe}.", ""]
         lines += [
             "| variant | seeds | AP | against base | AP50 | minutes |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -337,10 +348,10 @@ def page(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def group_of(row: dict[str, Any]) -> tuple[str, str, int, str, int | None]:
+def group_of(row: dict[str, Any]) -> tuple[str, str, int, int | None, str, int | None]:
     """Return what rows have in common that are compared."""
     job = job_of(row)
-    return row["recipe"], job.backbone, job.channels, job.data, job.images
+    return row["recipe"], job.backbone, job.channels, job.batch_size, job.data, job.images
 
 
 def spread(values: list[float]) -> str:

@@ -126,6 +126,8 @@ def test_a_setting_becomes_a_plan(data: Path) -> None:
     assert plan.lr == pytest.approx(2 * usual.lr)
     assert usual.spec.preprocessing.image_size == 160
     assert usual.steps == TINY.steps
+    # The paper's thresholds, whatever the recipe that trains has.
+    assert (usual.objective.positive_iou, usual.objective.negative_iou) == (0.5, 0.4)
 
 
 def test_the_imbalance_of_images() -> None:

@@ -44,7 +44,7 @@ from retinanet.training import judging, saving, timing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.folder import RunFolder
 from retinanet.training.gradients import GradientSum
-from retinanet.training.plan import Plan
+from retinanet.training.preparation import Prepared
 from retinanet.training.recipes import Recipe
 from retinanet.training.run import resume_training, run_training
 from retinanet.training.state import State, newest_state, read_state, save_state
@@ -328,8 +328,8 @@ def test_what_it_needs_to_go_on_with_less_memory_or_elsewhere(
         )
     plans = []
 
-    def trained(plan: Plan, *_: object) -> None:
-        plans.append(plan)
+    def trained(prepared: Prepared, *_: object) -> None:
+        plans.append(prepared.plan)
         raise Stopped(15, "far enough")
 
     monkeypatch.setattr("retinanet.training.run.train_network", trained)

@@ -509,7 +509,7 @@ def test_recipe_paper_is_the_paper() -> None:
         1.0,
         "image",
     )
-    assert not recipe.low_quality
+    assert (recipe.positive_iou, recipe.negative_iou, recipe.low_quality) == (0.5, 0.4, False)
     assert (recipe.augmentation.flip, recipe.augmentation.zoom) == (0.5, (1.0, 1.0))
     assert recipe.model.backbone.norm == "frozen"
     assert recipe.model.pyramid.channels == 256
@@ -657,6 +657,12 @@ def test_the_plan_says_no_more_than_there_is_to_say(data: Path) -> None:
         assert said["steps"] == (f"{steps}", f"asked for; {passes} over 6 images")
         assert said["augmentation"][0] == ("flip 0.5" if steps < 9 else "flip 0.5, zoom 0.8 to 1.4")
     assert said["box weight"][0] == "2"
+    matching = "positive from IoU 0.5, background below 0.4, each object's best anchors positive"
+    assert said["matching"] == (matching, "recipe small")
+    loose = plan_run(
+        plan.options, train, lambda recipe: dataclasses.replace(recipe, positive_iou=0.3, negative_iou=0.2)
+    )
+    assert (loose.objective.positive_iou, loose.objective.negative_iou) == (0.3, 0.2)
     assert said["held in check by"][0] == "weight decay 0.02, gradient norm 10, average of weights 0.998"
 
 

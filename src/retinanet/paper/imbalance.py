@@ -38,7 +38,7 @@ class Imbalance:
 
 
 def imbalance_of(spec: ShapesSpec, images: int = 200) -> Imbalance:
-    """Draw images and match anchors to their objects as recipe `small` does; means an image."""
+    """Draw images and match anchors to their objects as the runs of the scale do; means an image."""
     anchors = all_anchors_of_image(AnchorSpec(sizes=_sizes()), spec.image_size, spec.image_size)
     objects = positives = negatives = 0
     for index in range(images):
@@ -84,8 +84,8 @@ def setting(images: int = 200) -> Page:
             "every positive. So the synthetic images of the scale `tiny` were chosen by that alone, before anything "
             "was trained on them: of the candidates below, the one whose ratio of negatives to positives is nearest to "
             f"{WANTED:,}, and of those about as near the one with the fewest empty images. Images are {side} x {side} "
-            f"pixels with {found[0].anchors:,} anchors, from {_sizes()[0]:g} px on; anchors are matched as in recipe "
-            f"`small`. Means over {images} images.",
+            f"pixels with {found[0].anchors:,} anchors, from {_sizes()[0]:g} px on; anchors are matched as in the "
+            f"paper, those that fit an object best at any IoU. Means over {images} images.",
             Table(
                 ("objects, at most", "empty images", "objects", "positives", "negatives / positives", ""),
                 [

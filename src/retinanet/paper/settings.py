@@ -209,8 +209,14 @@ def options_of(
     )
 
 
+def matched_as_the_paper(recipe: Recipe) -> Recipe:
+    """Return a recipe with the paper's thresholds: an anchor is an object's from IoU 0.5, background below 0.4."""
+    return replace(recipe, positive_iou=0.5, negative_iou=0.4)
+
+
 def change_of(setting: Setting, rate: float) -> Any:
-    """Return what is changed of the recipe besides: the rate, the anchors' scales and ratios, scale jitter."""
+    """Return what is changed of the recipe besides: the rate, the anchors' scales and ratios, scale jitter; anchors are
+    matched as in the paper."""
 
     def change(recipe: Recipe) -> Recipe:
         pyramid, anchors = recipe.model.pyramid, recipe.model.anchors
@@ -229,7 +235,7 @@ def change_of(setting: Setting, rate: float) -> Any:
         if setting.jitter:
             augmentation = replace(augmentation, scales=tuple(s / 800 for s in range(640, 801, 32)))
         return replace(
-            recipe,
+            matched_as_the_paper(recipe),
             lr=recipe.lr * rate,
             model=replace(recipe.model, anchors=anchors, pyramid=pyramid),
             augmentation=augmentation,

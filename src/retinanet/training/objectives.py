@@ -55,6 +55,8 @@ def build_objective(recipe: Recipe, spec: ModelSpec) -> Objective:
         mining=_mining(recipe),
         box_weight=recipe.box_weight,
         normalizer=recipe.normalizer,
+        positive_iou=recipe.positive_iou,
+        negative_iou=recipe.negative_iou,
         low_quality=recipe.low_quality,
     )
 

@@ -180,13 +180,19 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         (
             "class loss",
             objectives.in_words(changed),
-            f"asked for: {', '.join(of_loss)}" if of_loss else f"recipe {recipe.name}",
+            f"asked for: {', '.join(of_loss)}" if of_loss else why,
+        ),
+        (
+            "matching",
+            f"positive from IoU {changed.positive_iou:g}, background below {changed.negative_iou:g}"
+            + (", each object's best anchors positive" if changed.low_quality else ""),
+            why,
         ),
         (
             "held in check by",
             f"weight decay {changed.weight_decay:g}, gradient norm {_in_words(changed.clip_norm or 'free')}, "
             f"average of weights {changed.average_decay or 'none'}",
-            "weight decay asked for" if "weight_decay" in asked else f"recipe {recipe.name}",
+            "weight decay asked for" if "weight_decay" in asked else why,
         ),
     ]
     return changed

@@ -33,6 +33,7 @@ class Recipe:
         clip_norm: largest norm of the gradient; None does not clip.
         loss_settings: what the class loss is told beyond its own `training.objectives.SETTINGS`.
         class_loss: a function in the place of `loss`: a loss of one's own.
+        positive_iou, negative_iou, low_quality: see `match_anchors`.
         average_decay: of the exponential moving average of the weights that is validated and saved; None
             uses the weights themselves.
         repeat_rare: see `retinanet.data.sampling.repeat_factors`; 0 shows every image once an epoch.
@@ -64,6 +65,8 @@ class Recipe:
     box_beta: float = 1.0
     box_weight: float = 1.0
     normalizer: Normalizer = "image"
+    positive_iou: float = 0.5
+    negative_iou: float = 0.4
     low_quality: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     repeat_rare: float = 0.0
