@@ -78,7 +78,7 @@ def test_a_plan_with_other_turns_is_damaged(plan: Plan, turns: object) -> None:
     ("ends_in", "left", "steps"),
     [
         (68, 60, 100),  # as planned: 60 s of steps and 8 s that are never planned
-        (65, 59, 100),  # 57 s for 59: near enough
+        (63, 60, 100),  # 55 s for 60: near enough
         (38, 60, 70),  # 30 s for 60: half of the 60 steps to come
         (128, 60, 160),  # twice as many
         (900, 60, 200),  # at most twice as many as were planned
@@ -133,7 +133,7 @@ def test_a_run_with_another_length_than_planned(
     last = began_with["lr"] * timing_rate(began_with, 10 + (found - 1 - 10) * 8 / (found - 10))
     assert rates[found] == pytest.approx(last)
     said = capsys.readouterr().err
-    assert f"{found} steps in all fit into the time at the speed of late, {what} than planned" in said
+    assert f"{found} steps in all fit into the time at the speed of late, {what} than before" in said
     assert f"step {found}/{found}" in said
     again = resume_training(run.path)
     assert again.metrics == run.metrics

@@ -12,7 +12,7 @@ PLANNED_TIME = 0.92
 # How often a run looks whether it will end in time.
 LOOKS = 10
 # Smaller differences than this share of the steps to come are left alone.
-TOLERATED = 0.05
+TOLERATED = 0.1
 # What is left of a schedule takes at least this share of the steps done, so that the rate does not fall at once; and a
 # run takes at most this many times the steps that were planned.
 LEAST, MOST = 0.05, 2

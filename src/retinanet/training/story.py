@@ -134,7 +134,7 @@ class RunStory:
         if self.main:
             self.folder.keep_length(plan.to_json())
             self.say(
-                f"{plan.steps:,} steps in all fit into the time at the speed of late, {what} than planned; the "
+                f"{plan.steps:,} steps in all fit into the time at the speed of late, {what} than before; the "
                 "schedule goes with them"
             )
 
