@@ -12,7 +12,6 @@ import pytest
 import retinanet
 from retinanet.checkpoint import load_model
 from retinanet.data import open_dataset
-from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import ConfigError
 from retinanet.training import deadline as of_deadline
 from retinanet.training import timing
@@ -24,12 +23,6 @@ from retinanet.training.run import resume_training
 from test_training import TINY
 
 NOW = 1_000.0
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    return generate_shapes(folder, train=6, val=4, spec=ShapesSpec(image_size=96))
 
 
 @pytest.fixture
