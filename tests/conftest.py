@@ -23,6 +23,7 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 install_import_hook(
     [
         "retinanet.anchors",
+        "retinanet.atss",
         "retinanet.batches",
         "retinanet.boxes",
         "retinanet.inference.post_processing",

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from retinanet.anchors import AnchorSpec, anchors_of_image
+from retinanet.anchors import AnchorSpec, all_anchors_of_image, anchors_of_image
 from retinanet.batches import RawPredictions, Targets
 from retinanet.boxes import BoxCoding
 from retinanet.errors import ConfigError
 from retinanet.losses import hardest_one_to_three, sigmoid_cross_entropy
 from retinanet.objective import (
+    ByIou,
     Objective,
     focal,
     focal_star,
@@ -241,7 +242,9 @@ def test_a_positive_lands_on_its_level(level):
     stride, size = spec.strides[level], spec.sizes[level]
     center = 128 - stride / 2
     box = [[[center - size / 2 + 1, center - size / 2, center + size / 2 + 1, center + size / 2]]]
-    objective = Objective(anchors=spec, coding=BoxCoding(), positive_iou=0.9, negative_iou=0.9)
+    objective = Objective(
+        anchors=spec, coding=BoxCoding(), matching=ByIou(positive_iou=0.9, negative_iou=0.9)
+    )
     found = objective(made, targets(box, [[2]]), height=128, width=128)
     found.total.backward()
     assert found.positives == 1
@@ -274,9 +277,8 @@ def test_boxes_of_all_rows_give_what_the_positive_ones_give(box_loss, boxes):
     """The form for CUDA, where no shape may depend on a value."""
     objective = dataclasses.replace(OBJECTIVE, box_loss=box_loss)
     wanted = targets(boxes, CLASSES if boxes is BOXES else [[], []])
-    anchors = torch.cat([torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16], [8, 8, 16, 16]]),
-                         torch.tensor([[0.0, 0, 16, 16]])])  # fmt: skip
-    state, _, box = objective.assign(anchors, wanted)
+    anchors = all_anchors_of_image(ANCHORS, 16, 16)
+    state, _, box = objective.assign(wanted, height=16, width=16)
     share = torch.tensor([0.5, 0.25])
     results = []
     for form in (objective._boxes_of_positives, objective._boxes_of_all):

@@ -24,6 +24,7 @@ from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import ConfigError, DataError
 from retinanet.folders import write_json
 from retinanet.model import BackboneSpec, ModelSpec, PyramidSpec, build_retinanet
+from retinanet.objective import ByIou
 from retinanet.paper import imbalance, measuring, running, speed
 from retinanet.paper.comparison import Interval, compare_order, interval
 from retinanet.paper.measuring import check_rows, measure, prepare
@@ -126,8 +127,8 @@ def test_a_setting_becomes_a_plan(data: Path) -> None:
     assert plan.lr == pytest.approx(2 * usual.lr)
     assert usual.spec.preprocessing.image_size == 160
     assert usual.steps == TINY.steps
-    # The paper's thresholds, whatever the recipe that trains has.
-    assert (usual.objective.positive_iou, usual.objective.negative_iou) == (0.5, 0.4)
+    # The paper's matching, whatever the recipe that trains has.
+    assert usual.objective.matching == ByIou(positive_iou=0.5, negative_iou=0.4, low_quality=True)
 
 
 def test_the_imbalance_of_images() -> None:

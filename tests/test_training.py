@@ -26,6 +26,7 @@ from torch import nn
 
 import retinanet
 from retinanet.anchors import CPU
+from retinanet.atss import match_atss
 from retinanet.batches import RawPredictions
 from retinanet.checkpoint import load_model
 from retinanet.data import Dataset, open_dataset, write_coco
@@ -38,6 +39,7 @@ from retinanet.images import Preprocessing
 from retinanet.inference import Detector, validate
 from retinanet.losses import sigmoid_focal_loss, sigmoid_focal_star_loss, sigmoid_hinge_loss
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
+from retinanet.objective import ByIou
 from retinanet.records import Classes, GroundTruth, Ignore
 from retinanet.training import loop, recipes, timing
 from retinanet.training.choosing import choose_rate
@@ -509,6 +511,7 @@ def test_recipe_paper_is_the_paper() -> None:
         1.0,
         "image",
     )
+    assert recipe.matching == "iou"
     assert (recipe.positive_iou, recipe.negative_iou, recipe.low_quality) == (0.5, 0.4, False)
     assert (recipe.augmentation.flip, recipe.augmentation.zoom) == (0.5, (1.0, 1.0))
     assert recipe.model.backbone.norm == "frozen"
@@ -657,12 +660,15 @@ def test_the_plan_says_no_more_than_there_is_to_say(data: Path) -> None:
         assert said["steps"] == (f"{steps}", f"asked for; {passes} over 6 images")
         assert said["augmentation"][0] == ("flip 0.5" if steps < 9 else "flip 0.5, zoom 0.8 to 1.4")
     assert said["box weight"][0] == "2"
-    matching = "positive from IoU 0.5, background below 0.4, each object's best anchors positive"
+    matching = "ATSS: what each object's nearest anchors reach is its threshold"
     assert said["matching"] == (matching, "recipe small")
-    loose = plan_run(
-        plan.options, train, lambda recipe: dataclasses.replace(recipe, positive_iou=0.3, negative_iou=0.2)
-    )
-    assert (loose.objective.positive_iou, loose.objective.negative_iou) == (0.3, 0.2)
+    assert plan.objective.matching is match_atss
+    by_iou = {"matching": "iou", "positive_iou": 0.3, "negative_iou": 0.2}
+    loose = plan_run(plan.options, train, lambda recipe: dataclasses.replace(recipe, **by_iou))
+    said = {setting: (value, why) for setting, value, why in loose.reasons}
+    matching = "positive from IoU 0.3, background below 0.2, each object's best anchors positive"
+    assert said["matching"] == (matching, "recipe small")
+    assert loose.objective.matching == ByIou(positive_iou=0.3, negative_iou=0.2, low_quality=True)
     assert said["held in check by"][0] == "weight decay 0.02, gradient norm 10, average of weights 0.998"
 
 

@@ -64,6 +64,13 @@ class AnchorSpec:
         """Return (rows, columns) of every level for a padded image size: ceil(size / stride)."""
         return tuple((-(-height // stride), -(-width // stride)) for stride in self.strides)
 
+    def steps(self, level: int, height: int, width: int) -> tuple[int, int]:
+        """Return the pixels between a level's rows and between its columns, for a padded image size."""
+        if self.stride_rule == "fixed":
+            return self.strides[level], self.strides[level]
+        rows, columns = self.grids(height, width)[level]
+        return height // rows, width // columns
+
     def count(self, height: int, width: int) -> int:
         """R, the number of anchors of an image of that padded size."""
         return self.per_location * sum(rows * columns for rows, columns in self.grids(height, width))
@@ -120,9 +127,7 @@ def all_anchors_of_image(
 
 def _anchors_of_level(spec: AnchorSpec, level: int, height: int, width: int) -> Tensor:
     rows, columns = spec.grids(height, width)[level]
-    step_y, step_x = spec.strides[level], spec.strides[level]
-    if spec.stride_rule == "image":
-        step_y, step_x = height // rows, width // columns
+    step_y, step_x = spec.steps(level, height, width)
     y = (torch.arange(rows) + spec.center) * step_y
     x = (torch.arange(columns) + spec.center) * step_x
     centers = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flip(-1)[:, :, None]

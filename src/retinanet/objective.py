@@ -27,9 +27,37 @@ from retinanet.losses import (
     sigmoid_hinge_loss,
     smooth_l1,
 )
-from retinanet.matching import match_anchors
+from retinanet.matching import Matches, match_anchors
 
 Normalizer = Literal["image", "all-processes"]
+
+
+class Matching(Protocol):
+    """Anchors of images of the padded size height x width, boxes `[B, G, 4]` and which of them are regions to ignore
+    `[B, G]` -> which anchor answers for which box. It sees no prediction."""
+
+    def __call__(
+        self, spec: AnchorSpec, height: int, width: int, boxes: Tensor, ignored: Tensor
+    ) -> Matches: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByIou:
+    """The paper's matching; see `match_anchors` for its settings."""
+
+    positive_iou: float = 0.5
+    negative_iou: float = 0.4
+    low_quality: bool = False
+
+    def __call__(self, spec: AnchorSpec, height: int, width: int, boxes: Tensor, ignored: Tensor) -> Matches:
+        return match_anchors(
+            all_anchors_of_image(spec, height, width, boxes.device),
+            boxes,
+            ignored,
+            positive_iou=self.positive_iou,
+            negative_iou=self.negative_iou,
+            low_quality=self.low_quality,
+        )
 
 
 class ClassLoss(Protocol):
@@ -150,6 +178,7 @@ class Objective:
 
     Args:
         anchors, coding: the model's.
+        matching: who answers for which object: `ByIou`, the paper's by default, or `match_atss`.
         class_loss, box_loss: see the protocols; defaults are the paper's.
         mining: chooses the anchors that the class loss is taken of, image by image; None takes it of all, as the
             paper does. Boxes are learned from all positives and the normaliser counts them, either way.
@@ -158,19 +187,16 @@ class Objective:
             positives and takes the mean over images (the paper's text); "all-processes" divides by the positives of
             the whole step, those of other processes included, so that N processes with b images train as one with
             N b.
-        positive_iou, negative_iou, low_quality: see `match_anchors`.
     """
 
     anchors: AnchorSpec
     coding: BoxCoding
+    matching: Matching = ByIou()
     class_loss: ClassLoss = field(default_factory=focal)
     box_loss: BoxLoss = field(default_factory=smooth_l1_of_deltas)
     mining: Mining | None = None
     box_weight: float = 1.0
     normalizer: Normalizer = "image"
-    positive_iou: float = 0.5
-    negative_iou: float = 0.4
-    low_quality: bool = False
 
     def __post_init__(self) -> None:
         if not self.box_weight >= 0:
@@ -193,7 +219,7 @@ class Objective:
         """
         levels = anchors_of_image(self.anchors, height, width, targets.boxes.device)
         anchors = all_anchors_of_image(self.anchors, height, width, targets.boxes.device)
-        state, classes, box = self.assign(anchors, targets)
+        state, classes, box = self.assign(targets, height=height, width=width)
         positive = state == MatchState.POSITIVE
         share = self.shares(positive.sum(dim=1)) if shares is None else shares
         counts = state != MatchState.IGNORED
@@ -214,8 +240,8 @@ class Objective:
 
     def positives(self, targets: Targets, *, height: int, width: int) -> Tensor:
         """Return how many positive anchors each image has, `[B]`; that needs no prediction."""
-        anchors = all_anchors_of_image(self.anchors, height, width, targets.boxes.device)
-        return (self.assign(anchors, targets).state == MatchState.POSITIVE).sum(dim=1)
+        state = self.assign(targets, height=height, width=width).state
+        return (state == MatchState.POSITIVE).sum(dim=1)
 
     def shares(self, positives: Tensor, *, total: Tensor | None = None, images: int | None = None) -> Tensor:
         """Return what the sums of each image are multiplied by, `[B]`: 1 / normaliser.
@@ -230,18 +256,11 @@ class Objective:
         return (1 / total.clamp(min=1)).expand(len(positives))
 
     @torch.no_grad()
-    def assign(self, anchors: Tensor, targets: Targets) -> Assignment:
-        """Match every image of the batch."""
+    def assign(self, targets: Targets, *, height: int, width: int) -> Assignment:
+        """Match the anchors of every image of the batch."""
         # Named for profiles: the fast path is no operation that torch knows.
         with record_function("match_anchors"):
-            matches = match_anchors(
-                anchors,
-                targets.boxes,
-                targets.ignored,
-                positive_iou=self.positive_iou,
-                negative_iou=self.negative_iou,
-                low_quality=self.low_quality,
-            )
+            matches = self.matching(self.anchors, height, width, targets.boxes, targets.ignored)
         positive = matches.state == MatchState.POSITIVE
         classes = torch.full_like(matches.index, -1)
         if not positive.is_cuda:

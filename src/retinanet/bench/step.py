@@ -17,7 +17,7 @@ from retinanet.bench.measuring import Contest, can_compile
 from retinanet.bench.torchvision_model import our_name, twins
 from retinanet.bench.utilisation import utilisation
 from retinanet.devices import Precision, autocast, resolve_precision
-from retinanet.objective import Objective, smooth_l1_of_deltas
+from retinanet.objective import ByIou, Objective, smooth_l1_of_deltas
 from retinanet.training.step import TrainingStep
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-4
@@ -105,7 +105,10 @@ def our_step(
     """Return our training step."""
     network, _, spec = twins(case.backbone, CLASSES, case.side)
     objective = Objective(
-        anchors=spec.anchors, coding=spec.coding, box_loss=smooth_l1_of_deltas(0), low_quality=True
+        anchors=spec.anchors,
+        coding=spec.coding,
+        matching=ByIou(low_quality=True),
+        box_loss=smooth_l1_of_deltas(0),
     )
     train_on = TrainingStep(
         network,

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from retinanet.anchors import all_anchors_of_image
 from retinanet.batches import MatchState
 from retinanet.checkpoint import Model, load_model
 from retinanet.data import Dataset, open_dataset
@@ -123,8 +122,7 @@ def losses_of(model: Model, dataset: Dataset) -> Windows:
             predictions = network(images)
         logits = torch.cat(predictions.logits, dim=1).float().cpu()
         targets = batch.targets
-        anchors = all_anchors_of_image(model.spec.anchors, images.shape[2], images.shape[3])
-        state, assigned, _ = objective.assign(anchors, targets)
+        state, assigned, _ = objective.assign(targets, height=images.shape[2], width=images.shape[3])
         labels = torch.where(assigned >= 0, classes[assigned.clamp(min=0)], -1)
         for row, index in enumerate(batch.indices):
             if index in seen:  # the stream has begun anew
@@ -132,9 +130,9 @@ def losses_of(model: Model, dataset: Dataset) -> Windows:
             seen.add(index)
             each = torch.stack([_losses(logits[row], labels[row], gamma) for gamma in GAMMAS])
             negative = state[row] == MatchState.NEGATIVE
-            share = MOST_NEGATIVES / (len(dataset) * len(anchors))
+            share = MOST_NEGATIVES / (len(dataset) * state.shape[1])
             if share < 1:
-                negative &= torch.rand(len(anchors), generator=random) < share
+                negative &= torch.rand(state.shape[1], generator=random) < share
             kept["positives"].append(each[:, state[row] == MatchState.POSITIVE])
             kept["negatives"].append(each[:, negative])
     positives, negatives = (torch.cat(kept[kind], dim=1).sort(dim=1).values.numpy() for kind in kept)

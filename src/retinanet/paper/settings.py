@@ -211,7 +211,7 @@ def options_of(
 
 def matched_as_the_paper(recipe: Recipe) -> Recipe:
     """Return a recipe with the paper's thresholds: an anchor is an object's from IoU 0.5, background below 0.4."""
-    return replace(recipe, positive_iou=0.5, negative_iou=0.4)
+    return replace(recipe, matching="iou", positive_iou=0.5, negative_iou=0.4)
 
 
 def change_of(setting: Setting, rate: float) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from retinanet.anchors import AnchorSpec, all_anchors_of_image
+from retinanet.anchors import AnchorSpec
 from retinanet.batches import MatchState
 from retinanet.data import Dataset, Fault
 from retinanet.data.anchor_fit import fit_anchors
@@ -29,7 +29,6 @@ from retinanet.data.coverage import (
 from retinanet.data.faults import FAULTS_KEPT
 from retinanet.data.near_duplicates import equal_files
 from retinanet.images import Geometry, Preprocessing
-from retinanet.matching import match_anchors
 from retinanet.records import Ignore
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.findings import (
@@ -45,6 +44,7 @@ from retinanet.training.findings import (
     SplitCounts,
     Spread,
 )
+from retinanet.training.objectives import matching_of
 from retinanet.training.recipes import Recipe, small
 from retinanet.training.sizing import (
     anchor_choices,
@@ -84,9 +84,11 @@ class AuditedSplit:
 
 @dataclass(frozen=True)
 class Frame:
-    """The input size and the anchors that a data set is judged by; `choices` are those that training chooses from."""
+    """The input size, the anchors and their matching that a data set is judged by; `choices` are the anchors that
+    training chooses from."""
 
     preprocessing: Preprocessing
+    matching: Matching
     anchors: AnchorSpec
     usual: AnchorSpec
     choices: tuple[AnchorSpec, ...]
@@ -180,7 +182,7 @@ def frame_of(options: TrainingOptions, train: Dataset, device: str) -> Frame:
     preprocessing = choose_preprocessing(recipe, options, train, choices, target, reasons)
     why = reasons[-1][2]
     anchors = choose_anchors(options, train, choices, preprocessing, reasons)
-    return Frame(preprocessing, anchors, recipe.model.anchors, tuple(choices), why)
+    return Frame(preprocessing, matching_of(recipe), anchors, recipe.model.anchors, tuple(choices), why)
 
 
 def _with_sides(recipe: Recipe, options: TrainingOptions) -> Recipe:
@@ -301,9 +303,9 @@ def _positives(train: Dataset, frame: Frame) -> Positives:
         width, height = (
             -(-side // frame.preprocessing.divisor) * frame.preprocessing.divisor for side in resized
         )
-        anchors = all_anchors_of_image(frame.anchors, height, width)
         boxes = torch.from_numpy(Geometry(original, resized).to_network(truth.boxes))
-        matches = match_anchors(anchors, boxes, torch.from_numpy(truth.ignore != Ignore.NO), low_quality=True)
-        found.append(int((matches.state == MatchState.POSITIVE).sum()))
-        total.append(len(anchors))
+        regions = torch.from_numpy(truth.ignore != Ignore.NO)
+        state = frame.matching(frame.anchors, height, width, boxes[None], regions[None]).state
+        found.append(int((state == MatchState.POSITIVE).sum()))
+        total.append(state.shape[1])
     return Positives(float(np.mean(found)), min(found), float(np.mean(total)))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from retinanet.atss import match_atss
 from retinanet.model import ModelSpec
 from retinanet.objective import (
     BoxLoss,
+    ByIou,
     ClassLoss,
+    Matching,
     Mining,
     Objective,
     focal,
@@ -50,15 +53,30 @@ def build_objective(recipe: Recipe, spec: ModelSpec) -> Objective:
     return Objective(
         anchors=spec.anchors,
         coding=spec.coding,
+        matching=matching_of(recipe),
         class_loss=_class_loss(recipe),
         box_loss=_box_loss(recipe),
         mining=_mining(recipe),
         box_weight=recipe.box_weight,
         normalizer=recipe.normalizer,
-        positive_iou=recipe.positive_iou,
-        negative_iou=recipe.negative_iou,
-        low_quality=recipe.low_quality,
     )
+
+
+def matching_of(recipe: Recipe) -> Matching:
+    """Return who answers for which object."""
+    if recipe.matching == "atss":
+        return match_atss
+    return ByIou(
+        positive_iou=recipe.positive_iou, negative_iou=recipe.negative_iou, low_quality=recipe.low_quality
+    )
+
+
+def matching_in_words(recipe: Recipe) -> str:
+    """Return the same for the table of a plan."""
+    if recipe.matching == "atss":
+        return "ATSS: what each object's nearest anchors reach is its threshold"
+    best = ", each object's best anchors positive" if recipe.low_quality else ""
+    return f"positive from IoU {recipe.positive_iou:g}, background below {recipe.negative_iou:g}{best}"
 
 
 def _class_loss(recipe: Recipe) -> ClassLoss:

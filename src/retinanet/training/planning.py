@@ -182,12 +182,7 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
             objectives.in_words(changed),
             f"asked for: {', '.join(of_loss)}" if of_loss else why,
         ),
-        (
-            "matching",
-            f"positive from IoU {changed.positive_iou:g}, background below {changed.negative_iou:g}"
-            + (", each object's best anchors positive" if changed.low_quality else ""),
-            why,
-        ),
+        ("matching", objectives.matching_in_words(changed), why),
         (
             "held in check by",
             f"weight decay {changed.weight_decay:g}, gradient norm {_in_words(changed.clip_norm or 'free')}, "
