@@ -74,7 +74,7 @@ def test_a_plan_with_other_turns_is_damaged(plan: Plan, turns: object) -> None:
         (63, 60, 100),  # 55 s for 60: near enough
         (38, 60, 70),  # 30 s for 60: half of the 60 steps to come
         (128, 60, 160),  # twice as many
-        (900, 60, 200),  # at most twice as many as were planned
+        (900, 60, 400),  # at most four times as many as were planned
         (8, 60, 42),  # no time is left: the rate still falls over a few steps
         (-100, 60, 42),
         (68, None, 100),  # nothing is known
@@ -155,6 +155,6 @@ def test_a_run_ends_in_its_time_whatever_its_trial_said(
     assert plan["steps"] == load_model(run.path / "last").training["step"]
     assert taken < 44
     if trial == 1.0:
-        assert plan["schedule_steps"] < plan["steps"] <= 2 * plan["schedule_steps"]
+        assert plan["schedule_steps"] < plan["steps"] <= 4 * plan["schedule_steps"]
     else:
         assert 20 < plan["steps"] < plan["schedule_steps"]

@@ -15,7 +15,7 @@ LOOKS = 10
 TOLERATED = 0.1
 # What is left of a schedule takes at least this share of the steps done, so that the rate does not fall at once; and a
 # run takes at most this many times the steps that were planned.
-LEAST, MOST = 0.05, 2
+LEAST, MOST = 0.05, 4
 
 
 @dataclass
