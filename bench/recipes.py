@@ -94,14 +94,16 @@ VARIANTS = {
     "adamw": Variant("AdamW at 2e-3 in place of Muon", {"optimizer": "adamw", "lr": 2e-3}),
     "rate-half": Variant("half the rate", {"lr": 0.002}),
     "rate-double": Variant("twice the rate", {"lr": 0.008}),
-    "batch-2": Variant("2 images a step", {"batch_size": 2}),
-    "batch-8": Variant("8 images a step", {"batch_size": 8}),
-    "batch-8-linear": Variant("8 images a step, twice the rate", {"batch_size": 8, "lr": 0.004 * 2**0.5}),
+    "batch-2": Variant("2 images a step", options={"batch_size": 2}),
+    "batch-8": Variant("8 images a step", options={"batch_size": 8}),
+    "batch-8-linear": Variant(
+        "8 images a step, twice the rate", {"lr": 0.004 * 2**0.5}, options={"batch_size": 8}
+    ),
     "no-average": Variant("without averaged weights", {"average_decay": None}),
     "schedule-step": Variant("rate dropped twice in place of a cosine", {"schedule": "step"}),
     "no-clip": Variant("gradients as long as they are", {"clip_norm": None}),
     "depth-2": Variant("heads of 2 convolutions", head={"depth": 2}),
-    "width-half": Variant("pyramid and heads half as wide", width=0.5),
+    "width-half": Variant("pyramid and heads half as wide", width=0.5),  # of 128 channels or more
     "width-double": Variant("pyramid and heads twice as wide", width=2),
     "batch-norm": Variant("BatchNorm in the backbone", backbone={"norm": "batch"}),
     "no-head-norm": Variant("no norm in the heads, started as in the paper", head={"norm": "none"}),
@@ -316,7 +318,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "`small` as it was then, which the line below a heading tells apart, or is torchvision's RetinaNet beside it.",
         "Headings name the data set, the backbone and the width of pyramid and heads. AP is COCO's on the split val,",
         "mean and half the range over seeds; minutes are of whole processes that had the machine to themselves, where",
-        "there were any.",
+        "there were any (of torchvision's, those after its images were read).",
         "",
     ]
     for group in dict.fromkeys(map(group_of, reversed(rows))):

@@ -127,7 +127,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", metavar="NAME", help="what bench/recipes.py calls the data set")
+    parser.add_argument(
+        "--keep",
+        metavar="NAME",
+        help="what bench/recipes.py calls the data set; the row stands beside runs of the recipe's own length",
+    )
     options = parser.parse_args()
 
     train, val = open_dataset(options.data, "train"), open_dataset(options.data, "val")

@@ -68,7 +68,7 @@ def test_outputs_agree(item, device):
     found = list(SMALL[item](device))
     assert found
     for contest in found:
-        assert [*contest.equal.values()] == [True]
+        assert [*contest.equal.values()] == [None if "ATSS" in contest.case else True]
         assert [*contest.equal] == [*contest.peers]
         assert contest.ours() is not None
 

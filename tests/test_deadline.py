@@ -20,6 +20,7 @@ from retinanet.training.deadline import Deadline
 from retinanet.training.plan import Plan
 from retinanet.training.planning import plan_run
 from retinanet.training.run import resume_training
+from retinanet.training.time_left import Pace, TimeLeft
 from test_training import TINY
 
 NOW = 1_000.0
@@ -56,7 +57,7 @@ def test_a_run_that_goes_on_walks_its_schedule_as_before(plan: Plan) -> None:
     assert (
         "steps in time",
         "120",
-        "what fits into the time, as the machine was at step 60",
+        "what fits into the time, as the machine was at step 60; all else as planned for 100",
     ) in resumed.reasons
 
 
@@ -68,23 +69,28 @@ def test_a_plan_with_other_turns_is_damaged(plan: Plan, turns: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ends_in", "left", "steps"),
+    ("ends_in", "pace", "steps"),
     [
-        (68, 60, 100),  # as planned: 60 s of steps and 8 s that are never planned
-        (63, 60, 100),  # 55 s for 60: near enough
-        (38, 60, 70),  # 30 s for 60: half of the 60 steps to come
-        (128, 60, 160),  # twice as many
-        (900, 60, 400),  # at most four times as many as were planned
-        (8, 60, 42),  # no time is left: the rate still falls over a few steps
-        (-100, 60, 42),
+        (68, Pace(1, 0), 100),  # as planned: 60 s of steps and 8 s that are never planned
+        (63, Pace(1, 0), 100),  # 55 s for 60: near enough
+        (38, Pace(1, 0), 70),  # 30 s for 60: half of the 60 steps to come
+        (128, Pace(1, 0), 160),  # twice as many
+        (900, Pace(1, 0), 400),  # at most four times as many as were planned
+        (8, Pace(1, 0), 42),  # no time is left: the rate still falls over a few steps
+        (-100, Pace(1, 0), 42),
         (68, None, 100),  # nothing is known
+        # Validations come after steps 60, 80, ... and the last one.
+        (98, Pace(1, 10), 100),
+        (58, Pace(1, 10), 70),  # 30 s of steps and two validations
+        (128, Pace(1, 10), 120),  # 80 s of steps and four
+        (208, Pace(0.5, 50), 100),  # 20 s are left over, too few for a fourth validation
     ],
 )
 def test_as_many_steps_as_end_in_time(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch, ends_in: float, left: float | None, steps: int
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, ends_in: float, pace: Pace | None, steps: int
 ) -> None:
     monkeypatch.setattr(of_deadline.time, "monotonic", lambda: NOW)
-    assert Deadline(NOW + ends_in, seconds=100, looked=NOW - 10).steps(plan, 40, left) == steps
+    assert Deadline(NOW + ends_in, seconds=100, looked=NOW - 10).steps(plan, 40, pace) == steps
 
 
 def test_the_clock_is_looked_at_now_and_then(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +100,10 @@ def test_the_clock_is_looked_at_now_and_then(plan: Plan, monkeypatch: pytest.Mon
     found = []
     for seconds in (0, 9, 10, 19, 20):
         clock[0] = NOW + seconds
-        found.append(deadline.steps(plan, 40, 200) != plan.steps)
+        found.append(deadline.steps(plan, 40, Pace(4, 0)) != plan.steps)
     assert found == [False, False, True, False, True]
     clock[0] = NOW + 40
-    assert deadline.steps(plan, 100, 200) == 100  # nothing comes after the last step
+    assert deadline.steps(plan, 100, Pace(4, 0)) == 100  # nothing comes after the last step
 
 
 @pytest.mark.parametrize(("found", "what"), [(12, "fewer"), pytest.param(24, "more", marks=pytest.mark.slow)])
@@ -112,10 +118,18 @@ def test_a_run_with_another_length_than_planned(
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 3.0)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 0.1)
     monkeypatch.setattr(
-        Deadline, "steps", lambda _, plan, step, left: found if left and step == 10 else plan.steps
+        Deadline, "steps", lambda _, plan, step, pace: found if pace and step == 10 else plan.steps
     )
+    tried, pace_of = [], TimeLeft.pace
+
+    def pace(self: TimeLeft) -> Pace | None:
+        tried.append(self.tried)
+        return pace_of(self)
+
+    monkeypatch.setattr(TimeLeft, "pace", pace)
     run = retinanet.train(data=data, output=tmp_path / "run", time="60s", **TINY)  # type: ignore[arg-type]
     began_with = json.loads((run.path / "plan.json").read_text())
+    assert set(tried) == {0.1}  # until the first validation
     assert began_with["steps"] == found
     assert began_with["schedule_steps"] == 18 != found
     assert began_with["turns"] == [[10, 10.0]]

@@ -96,6 +96,7 @@ def found(data: Path, out: Path) -> Found:
         "skipped",
         "validated",
         "run",
+        "turned",
         "handed",
     )
     return two(data, out, *cases, "left")
@@ -276,6 +277,14 @@ def test_a_run_of_two_stopped_by_a_signal_to_one_goes_on_as_if_it_never_had(foun
     assert "resuming at epoch 1/3, step 2" in first["said"]
     assert second["said"] == ""
     assert_same_run(out / "stopped", out / "whole")
+
+
+def test_a_timed_run_of_two_has_as_many_steps_as_the_main_process_finds(found: Found, out: Path) -> None:
+    first, second = found("turned")
+    assert first["steps"] == second["steps"] == 12
+    plan = json.loads((out / "turned" / "plan.json").read_text())
+    assert (plan["steps"], plan["turns"]) == (12, [[10, 10.0]])
+    assert plan["schedule_steps"] > 12
 
 
 def test_two_processes_validate_each_image_once(found: Found, data: Path) -> None:

@@ -179,7 +179,8 @@ def test_what_was_measured_with_an_older_recipe_is_measured_again(
 def test_the_label_is_that_of_the_recipe(sweep: ModuleType) -> None:
     recipe = small(Classes(("a",)), "resnet18", "cpu")
     step = f"{sizing.OBJECTS_A_STEP} objects and {recipe.batch_size} images a step at most"
-    said = f"{step}, {recipe.pixels_seen / 1e6:.0f} megapixels of {sizing.OBJECTS_SEEN:,} objects, {recipe.matching.upper()}"
+    length = f"{recipe.pixels_seen / 1e6:.0f} megapixels of {sizing.OBJECTS_SEEN:,} objects"
+    said = f"{step}, {length}, {recipe.matching.upper()}"
     assert said == sweep.RECIPE  # else rows of two recipes would be compared
 
 

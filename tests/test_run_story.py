@@ -299,6 +299,14 @@ def test_the_estimate_follows_the_speed() -> None:
     assert left.seconds() == pytest.approx(200 * 30.0)
 
 
+def test_the_first_validation_takes_as_long_as_in_a_trial() -> None:
+    left = TimeLeft(steps=100, validate_every=20, validation_in_steps=5.0, validation=70.0)
+    left.told({"step": 10, "loss": 1.0, "seconds_step": 20.0})
+    assert left.pace() == (2.0, 70.0)
+    left.told({"step": 20, "ap": 0.5, "seconds_validating": 30.0})
+    assert left.pace() == (2.0, 30.0)
+
+
 def test_a_resumed_run_knows_how_long_validations_take_and_measures_its_speed_anew() -> None:
     left = TimeLeft(steps=100, validate_every=20, validation_in_steps=5.0, first=40)
     for step in (20, 40):

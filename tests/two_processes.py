@@ -30,10 +30,11 @@ from retinanet.errors import ConfigError, DataError, LostProcessError, RetinaNet
 from retinanet.inference import Detector, validate
 from retinanet.model import RetinaNet
 from retinanet.processes import Processes, joined_processes
-from retinanet.training import batch_size, judging
+from retinanet.training import batch_size, judging, timing
 from retinanet.training import run as run_module
 from retinanet.training.batch_size import Need
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.deadline import Deadline
 from retinanet.training.gradients import GradientSum
 from retinanet.training.memory import Limit
 from retinanet.training.plan import Plan
@@ -43,6 +44,7 @@ from retinanet.training.run import resume_training, run_training
 from retinanet.training.starting import build_network
 from retinanet.training.state import optimizer_tensors
 from retinanet.training.step import Stepped, TrainingStep
+from retinanet.training.time_left import Pace
 
 TINY: dict[str, Any] = {
     "backbone": "test_resnet",
@@ -414,6 +416,23 @@ def run(processes: Processes, data: str, out: str) -> dict[str, Any]:
     return {"stopped": stopped, "said": said.getvalue(), "images": seen, "images of the whole": whole}
 
 
+def turned(processes: Processes, data: str, out: str) -> dict[str, Any]:
+    """A timed run that takes fewer steps than planned, as the clock of the main process says."""
+
+    def steps(_: Deadline, plan: Plan, step: int, pace: Pace | None) -> int:
+        return 12 if pace is not None and step == 10 else plan.steps
+
+    options = {**TINY, "data": data, "steps": None, "time": "60s"}
+    with (
+        mock.patch.object(timing, "_step_seconds", return_value=3.5),
+        mock.patch.object(timing, "_validation_seconds", return_value=0.1),
+        mock.patch.object(Deadline, "steps", steps),
+        images_of_steps() as seen,
+    ):
+        run_training(TrainingOptions(output=f"{out}/turned", **options), Console(file=io.StringIO()))
+    return {"steps": len(seen)}
+
+
 def handed(processes: Processes, data: str, out: str) -> dict[str, Any]:
     """A run that one process began is gone on with by two, and one is begun by two and left."""
     resume_training(Path(out) / "one-two", Console(file=io.StringIO()), exact)
@@ -520,6 +539,7 @@ CASES = {
         skipped,
         validated,
         run,
+        turned,
         handed,
         matrix,
         left,

@@ -42,8 +42,7 @@ def match_atss(
     is that one's whose IoU is higher (the first of equals). What is left is negative, or ignored where regions say so,
     as in `match_anchors`; an empty box (a padding row) matches nothing.
 
-    Memory is O(boxes x levels x anchors of a location), whatever the size of the image, and no shape depends on a
-    value.
+    Memory is O(anchors + boxes x levels x anchors of a location), not anchors x boxes, and no shape depends on a value.
 
     Reference: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training
     Sample Selection", CVPR 2020. There candidates are the nine nearest locations by distance, which differ where a

@@ -19,7 +19,8 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Matches:
-    """Values of `MatchState`, and the number of the box with the highest IoU (0 where there is none)."""
+    """Values of `MatchState`, and the number of the box that a positive answers for; of other anchors it is some box's,
+    0 where there is none."""
 
     state: Int8[Tensor, "*B R"]
     index: Int64[Tensor, "*B R"]

@@ -1,4 +1,4 @@
-"""`bench matching`: IoU and matching of all anchors of an image, low-quality matches included."""
+"""`bench matching`: IoU and matching of all anchors of an image, low-quality matches included; and ATSS beside it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from retinanet.anchors import CPU
+from retinanet.atss import match_atss
 from retinanet.batches import MatchState
-from retinanet.bench.inputs import SIDE, anchors_of, boxes
+from retinanet.bench.inputs import SIDE, TORCHVISION_ANCHORS, anchors_of, boxes
 from retinanet.bench.measuring import Contest
 from retinanet.matching import Matches, match_anchors
 
@@ -21,7 +22,8 @@ COUNTS = (8, 50, 200, 1000)
 def contests(
     side: int = SIDE, counts: tuple[int, ...] = COUNTS, *, device: torch.device = CPU
 ) -> Iterator[Contest]:
-    """Ours and torchvision's `box_iou` with its `Matcher`, for one image."""
+    """Ours and torchvision's `box_iou` with its `Matcher`, for one image; and ATSS, which no peer has, beside ours by
+    IoU."""
     anchors = anchors_of(side, device=device)
     matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
     for count in counts:
@@ -40,6 +42,18 @@ def contests(
             ours,
             {"torchvision": theirs},
             {"torchvision": _agree(ours(), theirs())},
+        )
+
+        def adaptively(given: Tensor = given) -> Matches:
+            none = torch.zeros(1, len(given), dtype=torch.bool, device=device)
+            return match_atss(TORCHVISION_ANCHORS, side, side, given[None], none)
+
+        yield Contest(
+            "matching",
+            f"{len(anchors):,} anchors, {count:,} boxes, ATSS",
+            adaptively,
+            {"ours by IoU": ours},
+            {"ours by IoU": None},
         )
 
 

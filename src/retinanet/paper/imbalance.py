@@ -84,8 +84,9 @@ def setting(images: int = 200) -> Page:
             "every positive. So the synthetic images of the scale `tiny` were chosen by that alone, before anything "
             "was trained on them: of the candidates below, the one whose ratio of negatives to positives is nearest to "
             f"{WANTED:,}, and of those about as near the one with the fewest empty images. Images are {side} x {side} "
-            f"pixels with {found[0].anchors:,} anchors, from {_sizes()[0]:g} px on; anchors are matched as in the "
-            f"paper, those that fit an object best at any IoU. Means over {images} images.",
+            f"pixels with {found[0].anchors:,} anchors, from {_sizes()[0]:g} px on; anchors are matched by the "
+            f"paper's thresholds, and those that fit an object best at any IoU, which the paper has not. "
+            f"Means over {images} images.",
             Table(
                 ("objects, at most", "empty images", "objects", "positives", "negatives / positives", ""),
                 [

@@ -17,7 +17,7 @@ from retinanet.errors import ConfigError, DataError, did_you_mean
 from retinanet.paper.page import write_page
 from retinanet.paper.results import Request, search_jobs, seed_jobs, what_is_known
 from retinanet.paper.running import Job, Store, run_all
-from retinanet.paper.settings import Setting, change_of, focal, matched_as_the_paper, options_of
+from retinanet.paper.settings import Setting, by_the_papers_thresholds, change_of, focal, options_of
 from retinanet.paper.study_page import page_of
 from retinanet.paper.tables import Row, Study
 from retinanet.training.optimizer import drops_of
@@ -70,7 +70,7 @@ def _digest(request: Request, splits: Sequence[Dataset]) -> str:
     recipe = (
         small(classes, base, "cpu") if numbers["options"]["recipe"] == "small" else paper(classes, base, None)
     )
-    decided = [numbers, without_defaults(matched_as_the_paper(recipe)), request.pretrained]
+    decided = [numbers, without_defaults(by_the_papers_thresholds(recipe)), request.pretrained]
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode())
     for split in splits:
         for values in (split.widths, split.heights, split.offsets, split.boxes, split.labels, split.ignore):

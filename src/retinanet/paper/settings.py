@@ -209,14 +209,15 @@ def options_of(
     )
 
 
-def matched_as_the_paper(recipe: Recipe) -> Recipe:
-    """Return a recipe with the paper's thresholds: an anchor is an object's from IoU 0.5, background below 0.4."""
+def by_the_papers_thresholds(recipe: Recipe) -> Recipe:
+    """Return a recipe that matches by the paper's thresholds: an anchor is an object's from IoU 0.5, background below
+    0.4. Those of recipe small keep its low-quality matches, which the paper has not."""
     return replace(recipe, matching="iou", positive_iou=0.5, negative_iou=0.4)
 
 
 def change_of(setting: Setting, rate: float) -> Any:
     """Return what is changed of the recipe besides: the rate, the anchors' scales and ratios, scale jitter; anchors are
-    matched as in the paper."""
+    matched by the paper's thresholds."""
 
     def change(recipe: Recipe) -> Recipe:
         pyramid, anchors = recipe.model.pyramid, recipe.model.anchors
@@ -235,7 +236,7 @@ def change_of(setting: Setting, rate: float) -> Any:
         if setting.jitter:
             augmentation = replace(augmentation, scales=tuple(s / 800 for s in range(640, 801, 32)))
         return replace(
-            matched_as_the_paper(recipe),
+            by_the_papers_thresholds(recipe),
             lr=recipe.lr * rate,
             model=replace(recipe.model, anchors=anchors, pyramid=pyramid),
             augmentation=augmentation,

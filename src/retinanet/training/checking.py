@@ -29,6 +29,7 @@ from retinanet.data.coverage import (
 from retinanet.data.faults import FAULTS_KEPT
 from retinanet.data.near_duplicates import equal_files
 from retinanet.images import Geometry, Preprocessing
+from retinanet.objective import Matching
 from retinanet.records import Ignore
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.findings import (

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 from retinanet.training.plan import Plan
+from retinanet.training.time_left import Pace
 
 # Share of the time that is planned; the rest is for what differs between a trial and a run, and for its last pictures.
 PLANNED_TIME = 0.92
 # How often a run looks whether it will end in time.
 LOOKS = 10
-# Smaller differences than this share of the steps to come are left alone.
+# Smaller differences than this share of the time to come are left alone.
 TOLERATED = 0.1
 # What is left of a schedule takes at least this share of the steps done, so that the rate does not fall at once; and a
 # run takes at most this many times the steps that were planned.
@@ -32,20 +35,29 @@ class Deadline:
     seconds: float
     looked: float = field(default_factory=time.monotonic)
 
-    def steps(self, plan: Plan, step: int, left: float | None) -> int:
-        """Return how many steps the run should have, so that those after `step` end in time; the plan's where that is
-        about what it has, nothing is known yet, or the last look was a moment ago.
+    def steps(self, plan: Plan, step: int, pace: Pace | None) -> int:
+        """Return how many steps the run should have, so that those after `step` end in time, validations included; the
+        plan's where that is about what it has, nothing is known yet, or the last look was a moment ago.
 
         Args:
-            left: seconds that the steps and validations to come will take at the speed of late.
+            step: is done, and validated where the plan says so.
+            pace: of late.
         """
         now = time.monotonic()
-        if step >= plan.steps or not left or now < self.looked + self.seconds / LOOKS:
+        if step >= plan.steps or pace is None or now < self.looked + self.seconds / LOOKS:
             return plan.steps
         self.looked = now
         room = self.at - now - (1 - PLANNED_TIME) * self.seconds
-        to_come = plan.steps - step
+
+        def taken(steps: int) -> float:
+            """Return the seconds to come, if the run has so many steps."""
+            validations = math.ceil(steps / plan.validate_every) - step // plan.validate_every
+            return (steps - step) * pace.step + validations * pace.validation
+
+        left = taken(plan.steps)
         if abs(room - left) <= TOLERATED * left:
             return plan.steps
-        fitting = max(round(LEAST * step), int(to_come * room / left), 1)
-        return min(step + fitting, MOST * plan.schedule_steps)
+        most = MOST * plan.schedule_steps
+        least = min(step + max(1, round(LEAST * step)), most)
+        fitting = bisect_right(range(least, most + 1), room, key=taken)
+        return least + max(0, fitting - 1)

@@ -78,7 +78,17 @@ def train_network(
     )
     how = f"go on with: {go_on(folder)}"
 
-    with RunStory(plan, train, val, folder, console, first, early=judge.early, main=processes.main) as story:
+    with RunStory(
+        plan,
+        train,
+        val,
+        folder,
+        console,
+        first,
+        tried=prepared.estimate,
+        early=judge.early,
+        main=processes.main,
+    ) as story:
         processes.wait()  # for writers that open and a page that is drawn
         if plan.judges(first) and not judge.knows(first):  # stopped before that validation was done
             with stop.at_once(f"stopped by a signal in the validation of step {first}; {how}"):
@@ -119,7 +129,7 @@ def train_network(
                     judge(step, story)
                 meter.restart_clock()
             if deadline and telling:
-                steps = processes.told(deadline.steps(plan, step, story.left.seconds()))
+                steps = processes.told(deadline.steps(plan, step, story.left.pace()))
                 if steps != plan.steps:
                     plan = judge.plan = saving.plan = plan.turned(step, steps)
                     story.turned(plan)

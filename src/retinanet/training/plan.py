@@ -121,7 +121,10 @@ class Plan:
     def _with_turns(self, turns: tuple[tuple[int, float], ...], steps: int) -> Plan:
         if not turns:
             return self
-        why = f"what fits into the time, as the machine was at step {turns[-1][0]:,}"
+        why = (
+            f"what fits into the time, as the machine was at step {turns[-1][0]:,}; all else as planned for "
+            f"{self.schedule_steps:,}"
+        )
         known = [row for row in self.reasons if row[0] != TURNED]
         return dataclasses.replace(
             self, turns=turns, steps=steps, reasons=(*known, (TURNED, f"{steps:,}", why))

@@ -21,6 +21,7 @@ from retinanet.processes import ALONE, Processes
 from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.deadline import Deadline
+from retinanet.training.estimate import Estimate
 from retinanet.training.folder import RunFolder
 from retinanet.training.parts import batch_norm_in_words, table_of_parts, trained_in_words
 from retinanet.training.plan import OF_A_MACHINE, Plan
@@ -38,12 +39,14 @@ OWN = (*OF_A_MACHINE, "weights_file")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before its first step, and when it has to be over; one that was resumed has no deadline any more."""
+    """A run before its first step, what its trial measured, if there was one, and when it has to be over; one that was
+    resumed has no deadline any more."""
 
     plan: Plan
     network: RetinaNet
     train_set: Dataset
     val_set: Dataset
+    estimate: Estimate | None = None
     deadline: Deadline | None = None
 
 
@@ -127,7 +130,7 @@ def prepare(
             write_json(folder.plan, {**plan.to_json(), "data": data})
         also = f", and to {', '.join(writers)}" if writers else ""
         console.print(f"writing to {folder.path}{also}", highlight=False, soft_wrap=True)
-    return Prepared(plan, network, train_set, val_set, deadline)
+    return Prepared(plan, network, train_set, val_set, estimate, deadline)
 
 
 def _tell(dataset: Dataset, console: Console) -> None:

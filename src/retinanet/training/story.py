@@ -16,6 +16,7 @@ from retinanet.errors import Stopped
 from retinanet.inference import Validation
 from retinanet.report.run_page import Status
 from retinanet.training.clock import Clock
+from retinanet.training.estimate import Estimate
 from retinanet.training.examples import Examples
 from retinanet.training.folder import RunFolder, go_on
 from retinanet.training.memory import MemoryLog
@@ -39,6 +40,7 @@ class RunStory:
 
     Args:
         first: steps that are done.
+        tried: what a trial before it measured.
         early: where the run stopped early, as an earlier process found, and from then on each validation.
         main: whether this process is the one that writes; the others of a run only take the time.
     """
@@ -52,6 +54,7 @@ class RunStory:
         console: Console,
         first: int,
         *,
+        tried: Estimate | None = None,
         early: EarlyStop | None = None,
         main: bool = True,
     ) -> None:
@@ -66,6 +69,7 @@ class RunStory:
             steps=plan.steps,
             validate_every=plan.validate_every,
             validation_in_steps=LOOKED_AT * len(val) / plan.batch_size,
+            validation=None if tried is None else tried.validation,
             first=first,
         )
         self.held: dict[str, float] = {}

@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 # Lines of `metrics.jsonl` that tell the speed: the later half of what there is, at most so many.
 RECENT = 20
+
+
+class Pace(NamedTuple):
+    """Seconds of a step and of a validation."""
+
+    step: float
+    validation: float
 
 
 class TimeLeft:
@@ -19,21 +26,29 @@ class TimeLeft:
     A step takes as long as the recent ones did, with waiting for images and with states that are saved between
     validations. The first of a process, which compiles and fills caches, does not count, and those after it are
     forgotten soon: the later half of the lines counts.
-    A validation takes as long as those before did, with the state that is saved before each; the first is guessed.
+    A validation takes as long as those before did, with the state that is saved before each; the first as long as a
+    trial says, or a guess.
 
     Args:
         steps: of the run.
         validate_every: steps between validations, of which the last step has one, too.
         validation_in_steps: how many steps' time a validation is guessed to take.
+        validation: seconds of one in a trial; None where there was none.
         first: steps that are done.
     """
 
     def __init__(
-        self, *, steps: int, validate_every: int, validation_in_steps: float, first: int = 0
+        self,
+        *,
+        steps: int,
+        validate_every: int,
+        validation_in_steps: float,
+        validation: float | None = None,
+        first: int = 0,
     ) -> None:
         self.steps = steps
         self.every = validate_every
-        self.guess = validation_in_steps
+        self.guess, self.tried = validation_in_steps, validation
         self.done = first
         self.starting = 0.0
         self.told_lines = 0
@@ -72,12 +87,20 @@ class TimeLeft:
 
     def seconds(self) -> float | None:
         """Return how long the run still takes after the last line; None before the first."""
+        pace = self.pace()
+        if pace is None:
+            return None
+        to_come = math.ceil(self.steps / self.every) - math.ceil(self.judged / self.every)
+        return (self.steps - self.done) * pace.step + to_come * pace.validation
+
+    def pace(self) -> Pace | None:
+        """Return how fast the run is of late; None before the first line."""
         if not self.lines:
             return None
         step = sum(seconds for _, seconds in self.lines) / sum(steps for steps, _ in self.lines)
-        validation = self.validating / self.validations if self.validations else self.guess * step
-        to_come = math.ceil(self.steps / self.every) - math.ceil(self.judged / self.every)
-        return (self.steps - self.done) * step + to_come * validation
+        if self.validations:
+            return Pace(step, self.validating / self.validations)
+        return Pace(step, self.guess * step if self.tried is None else self.tried)
 
 
 def in_time(seconds: float) -> str:
