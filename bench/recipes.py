@@ -30,6 +30,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,9 +39,10 @@ import torch
 from objectives import VarifocalObjective
 from torch import nn
 
+from retinanet.atss import match_atss
 from retinanet.data import open_dataset
 from retinanet.model import heads
-from retinanet.objective import Objective
+from retinanet.objective import Matching, Objective
 from retinanet.processes import available_cores
 from retinanet.training import objectives as of_training
 from retinanet.training.configuration import TrainingOptions
@@ -89,6 +91,10 @@ def start_as_the_paper(convolution: nn.Conv2d) -> None:
     nn.init.normal_(convolution.weight, std=0.01)
 
 
+def with_matching(own: Matching, **settings: Any) -> Objective:
+    return Objective(**{**settings, "matching": own})
+
+
 VARIANTS = {
     BASE: Variant("the recipe as it is"),
     "adamw": Variant("AdamW at 2e-3 in place of Muon", {"optimizer": "adamw", "lr": 2e-3}),
@@ -125,6 +131,15 @@ VARIANTS = {
     "iou-0.3": Variant(
         "positive from IoU 0.3, negative below 0.2",
         {"matching": "iou", "positive_iou": 0.3, "negative_iou": 0.2},
+    ),
+    "atss-1.5": Variant(
+        "ATSS with 1.5 deviations", objective=partial(with_matching, partial(match_atss, deviations=1.5))
+    ),
+    "atss-2": Variant(
+        "ATSS with 2 deviations", objective=partial(with_matching, partial(match_atss, deviations=2.0))
+    ),
+    "atss-3": Variant(
+        "ATSS with 3 deviations", objective=partial(with_matching, partial(match_atss, deviations=3.0))
     ),
     "varifocal": Variant("class targets that say how good the box is", objective=VarifocalObjective),
     "no-zoom": Variant("flips alone", {"augmentation": {"zoom": (1.0, 1.0)}}),

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retinanet.anchors import AnchorSpec, all_anchors_of_image, anchors_of_image
-from retinanet.atss import match_atss
+from retinanet.atss import _grid, match_atss
 from retinanet.batches import MatchState
 from retinanet.boxes import iou
 from retinanet.matching import match_anchors
@@ -155,10 +155,12 @@ def test_on_cuda_the_host_waits_for_nothing(monkeypatch):
 
     monkeypatch.setattr("retinanet.kernels.match", match)
     monkeypatch.setattr("retinanet.kernels.prepare", lambda _: None)
-    all_anchors_of_image.cache_clear()
+    for cached in (all_anchors_of_image, _grid):
+        cached.cache_clear()
     with FakeTensorMode():
         boxes = torch.empty(2, 5, 4, device="cuda")
         found = match_atss(SMALL, 64, 64, boxes, torch.empty(2, 5, dtype=torch.bool, device="cuda"))
-    all_anchors_of_image.cache_clear()
+    for cached in (all_anchors_of_image, _grid):
+        cached.cache_clear()
     assert found.state.device.type == "cuda"
     assert sizes == [(2, 5, 4)]

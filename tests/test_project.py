@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import dis
 import doctest
@@ -103,6 +104,22 @@ def test_every_global_name_is_defined(folder: str) -> None:
             inner += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
             asked = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
             assert asked <= known, f"{source}, {code.co_name}: {asked - known}"
+        tree = ast.parse(source.read_text())
+        imports = [one for one in ast.walk(tree) if isinstance(one, ast.Import | ast.ImportFrom)]
+        known |= {name.asname or name.name for one in imports for name in one.names}
+        asked = names_of_annotations(tree)
+        assert asked <= known, f"{source}, annotations: {asked - known}"
+
+
+def names_of_annotations(module: ast.Module) -> set[str]:
+    """Return the names that annotations consist of, but for those within strings and type parameters."""
+    given: list[ast.expr | None] = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.AnnAssign | ast.arg):
+            given.append(node.annotation)
+        elif isinstance(node, ast.FunctionDef):
+            given.append(node.returns)
+    return {name.id for one in given if one for name in ast.walk(one) if isinstance(name, ast.Name)}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,8 @@ def match_atss(
     width: int,
     boxes: Float[Tensor, "B G 4"],
     ignored: Bool[Tensor, "B G"],
+    *,
+    deviations: float = 1.0,
 ) -> Matches:
     """Match the anchors of images of the padded size height x width to the ground-truth boxes of a batch.
 
@@ -52,7 +56,7 @@ def match_atss(
     objects = torch.where(ignored[..., None], 0, boxes)
     near = _candidates(spec, height, width, objects)
     overlaps = iou(anchors[near.rows], objects[:, :, None])
-    positive = (overlaps >= _enough(overlaps, near.exists)[..., None]) & near.exists & near.inside
+    positive = (overlaps >= _enough(overlaps, near.exists, deviations)[..., None]) & near.exists & near.inside
     positive &= (area(objects) > 0)[..., None]
     best = overlaps.where(near.exists, -1).max(dim=-1, keepdim=True)
     alone = ~positive.any(dim=-1, keepdim=True) & (best.values > 0)
@@ -71,45 +75,57 @@ def match_atss(
     return Matches(torch.where(found, int(MatchState.POSITIVE), rest).to(torch.int8), winner.where(found, 0))
 
 
-def _enough(overlaps: Tensor, exists: Tensor) -> Tensor:
-    """Return mean + standard deviation of those that exist, `[B, G]`."""
+def _enough(overlaps: Tensor, exists: Tensor, deviations: float) -> Tensor:
+    """Return mean + deviations x standard deviation of those that exist, `[B, G]`."""
     count = exists.sum(dim=-1)
     mean = (overlaps * exists).sum(dim=-1) / count
     squares = ((overlaps - mean[..., None]).square() * exists).sum(dim=-1)
-    return mean + (squares / (count - 1)).sqrt()
+    return mean + deviations * (squares / (count - 1)).sqrt()
 
 
 def _candidates(spec: AnchorSpec, height: int, width: int, boxes: Tensor) -> _Candidates:
-    centre = (boxes[..., :2] + boxes[..., 2:]) / 2
-    parts, first = [], 0
-    for level, (rows, columns) in enumerate(spec.grids(height, width)):
-        step_y, step_x = spec.steps(level, height, width)
-        y = _nearest(centre[..., 1] / step_y - spec.center, rows)
-        x = _nearest(centre[..., 0] / step_x - spec.center, columns)
-        location = (y.clamp(max=rows - 1) * columns)[..., :, None] + x.clamp(max=columns - 1)[..., None, :]
-        row = (
-            first
-            + location[..., None] * spec.per_location
-            + torch.arange(spec.per_location, device=boxes.device)
-        )
-        exists = (y < rows)[..., :, None] & (x < columns)[..., None, :]
-        low, high = boxes[..., None, :2], boxes[..., None, 2:]
-        y, x = (y + spec.center) * step_y, (x + spec.center) * step_x
-        in_y = (y > low[..., 1]) & (y < high[..., 1])
-        in_x = (x > low[..., 0]) & (x < high[..., 0])
-        inside = in_y[..., :, None] & in_x[..., None, :]
-        parts.append(
-            _Candidates(
-                row.flatten(-3),
-                exists[..., None].expand(row.shape).flatten(-3),
-                inside[..., None].expand(row.shape).flatten(-3),
-            )
-        )
-        first += rows * columns * spec.per_location
-    return _Candidates(*(torch.cat(of_levels, dim=-1) for of_levels in zip(*parts, strict=True)))
+    grid = _grid(spec, height, width, boxes.device)
+    y, y_exists, y_inside = _nearest(boxes[..., 1], boxes[..., 3], grid.step_y, grid.rows, spec.center)
+    x, x_exists, x_inside = _nearest(boxes[..., 0], boxes[..., 2], grid.step_x, grid.columns, spec.center)
+    first, columns = grid.first[:, None, None], grid.columns[:, None, None]
+    location = first + y[..., :, None] * columns + x[..., None, :]
+    exists = y_exists[..., :, None] & x_exists[..., None, :]
+    inside = y_inside[..., :, None] & x_inside[..., None, :]
+    anchors = torch.arange(spec.per_location, device=boxes.device)
+    rows = location[..., None] * spec.per_location + anchors
+    exists, inside = (of[..., None].expand_as(rows).flatten(2) for of in (exists, inside))
+    return _Candidates(rows.flatten(2), exists, inside)
 
 
-def _nearest(place: Tensor, count: int) -> Tensor:
-    """Return the `NEAREST` numbers nearest to a place, of 0 .. count - 1 where there are as many, `[..., NEAREST]`."""
-    start = (place - (NEAREST - 1) / 2).round().clamp(0, max(count - NEAREST, 0)).long()
-    return start[..., None] + torch.arange(NEAREST, device=place.device)
+def _nearest(
+    low: Tensor, high: Tensor, step: Tensor, count: Tensor, center: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the `NEAREST` of each level's `count` rows (or columns) that are nearest to the middle of an object, which
+    of them exist, and which lie between its sides, each `[B, G, L, NEAREST]`."""
+    place = ((low + high) / 2)[..., None] / step - center
+    start = (place - (NEAREST - 1) / 2).round().clamp(min=0).long()
+    start = torch.minimum(start, (count - NEAREST).clamp(min=0))
+    number = start[..., None] + torch.arange(NEAREST, device=low.device)
+    at = (number + center) * step[:, None]
+    inside = (at > low[..., None, None]) & (at < high[..., None, None])
+    last = (count - 1)[:, None]
+    return torch.minimum(number, last), number <= last, inside
+
+
+class _Grid(NamedTuple):
+    """Of every level: locations before it, rows and columns of locations, and pixels between them, each `[L]`."""
+
+    first: Tensor
+    rows: Tensor
+    columns: Tensor
+    step_y: Tensor
+    step_x: Tensor
+
+
+@lru_cache(maxsize=32)
+def _grid(spec: AnchorSpec, height: int, width: int, device: torch.device) -> _Grid:
+    grids = spec.grids(height, width)
+    first = [0, *itertools.accumulate(rows * columns for rows, columns in grids)][:-1]
+    steps = [spec.steps(level, height, width) for level in range(len(grids))]
+    columns_of_table = (first, *zip(*grids, strict=True), *zip(*steps, strict=True))
+    return _Grid(*(torch.tensor(values, device=device) for values in columns_of_table))
