@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retinanet.anchors import AnchorSpec, all_anchors_of_image, anchors_of_image
-from retinanet.atss import _grid, match_atss
+from retinanet.atss import DEVIATIONS, _grid, match_atss
 from retinanet.batches import MatchState
 from retinanet.boxes import iou
 from retinanet.matching import match_anchors
@@ -17,7 +17,7 @@ NEGATIVE, POSITIVE, IGNORED = MatchState.NEGATIVE, MatchState.POSITIVE, MatchSta
 SMALL = AnchorSpec(sizes=(16, 32, 64, 128, 256))
 
 
-def literally(spec, height, width, boxes, ignored):
+def literally(spec, height, width, boxes, ignored, deviations):
     """The definition, for one image: {anchor: box} of the positives."""
     levels = anchors_of_image(spec, height, width)
     won = {}
@@ -42,7 +42,7 @@ def literally(spec, height, width, boxes, ignored):
                     candidates.append((first + place, iou(anchors[place], box).item(), inside))
             first += len(anchors)
         reached = [overlap for _, overlap, _ in candidates]
-        enough = statistics.mean(reached) + statistics.stdev(reached)
+        enough = statistics.mean(reached) + deviations * statistics.stdev(reached)
         own = [(anchor, overlap) for anchor, overlap, inside in candidates if inside and overlap >= enough]
         best = max(candidates, key=lambda candidate: candidate[1])
         for anchor, overlap in own or [best[:2]]:
@@ -68,17 +68,20 @@ def random_boxes(count, seed, extent):
 @pytest.mark.parametrize(
     "size", [(96, 128), (256, 320), (40, 8)]
 )  # of the last, most grids are smaller than 3 x 3
-@pytest.mark.parametrize("seed", range(4))
-def test_against_the_definition(spec, size, seed):
+@pytest.mark.parametrize(("seed", "deviations"), [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0)])
+def test_against_the_definition(spec, size, seed, deviations):
     height, width = size
     boxes = torch.stack([random_boxes(12, 2 * seed + image, (width, height)) for image in range(2)])
     boxes[0, 5] = boxes[0, 2]  # two objects in one place
     boxes[1, 7:] = 0  # padding
     ignored = torch.zeros(2, 12, dtype=torch.bool)
     ignored[0, 3] = ignored[1, 0] = True
-    found = match_atss(spec, height, width, boxes, ignored)
+    found = match_atss(spec, height, width, boxes, ignored, deviations=deviations)
+    assert DEVIATIONS == 2
+    if deviations == DEVIATIONS:
+        assert torch.equal(found.state, match_atss(spec, height, width, boxes, ignored).state)
     for image in range(2):
-        wanted = literally(spec, height, width, boxes[image], ignored[image])
+        wanted = literally(spec, height, width, boxes[image], ignored[image], deviations)
         assert positives(found, image) == wanted
         # What regions cover is no background, as with the paper's matching; the rest is.
         regions = torch.where(ignored[image, :, None], boxes[image], 0)

@@ -660,7 +660,7 @@ def test_the_plan_says_no_more_than_there_is_to_say(data: Path) -> None:
         assert said["steps"] == (f"{steps}", f"asked for; {passes} over 6 images")
         assert said["augmentation"][0] == ("flip 0.5" if steps < 9 else "flip 0.5, zoom 0.8 to 1.4")
     assert said["box weight"][0] == "2"
-    matching = "ATSS: what each object's nearest anchors reach is its threshold"
+    matching = "ATSS: of each object's nearest anchors those 2 deviations above their mean IoU"
     assert said["matching"] == (matching, "recipe small")
     assert plan.objective.matching is match_atss
     by_iou = {"matching": "iou", "positive_iou": 0.3, "negative_iou": 0.2}

@@ -17,6 +17,9 @@ from retinanet.matching import Matches, match_anchors
 
 # Rows and columns of each level whose crossings are an object's candidates: nine locations, the paper's k.
 NEAREST = 3
+# An object's threshold is so many standard deviations above the mean. ATSS has 1, for a single anchor a location; with
+# nine that makes some fifty anchors positive for an object, 2 about seventeen (decision 0009).
+DEVIATIONS = 2.0
 
 
 class _Candidates(NamedTuple):
@@ -35,22 +38,23 @@ def match_atss(
     boxes: Float[Tensor, "B G 4"],
     ignored: Bool[Tensor, "B G"],
     *,
-    deviations: float = 1.0,
+    deviations: float = DEVIATIONS,
 ) -> Matches:
     """Match the anchors of images of the padded size height x width to the ground-truth boxes of a batch.
 
     An object's candidates are the anchors of the nine locations, on every level, where the three rows and the three
     columns nearest to its centre cross; of a smaller grid, all. With mean m and standard deviation s of the
-    candidates' IoUs with the object, those are positive whose IoU >= m + s and whose centre lies inside the object. If
-    there is none, the first candidate of the highest IoU is, when that is above 0. An anchor that several objects want
-    is that one's whose IoU is higher (the first of equals). What is left is negative, or ignored where regions say so,
-    as in `match_anchors`; an empty box (a padding row) matches nothing.
+    candidates' IoUs with the object, those are positive whose IoU >= m + deviations s and whose centre lies inside the
+    object. If there is none, the first candidate of the highest IoU is, when that is above 0. An anchor that several
+    objects want is that one's whose IoU is higher (the first of equals). What is left is negative, or ignored where
+    regions say so, as in `match_anchors`; an empty box (a padding row) matches nothing.
 
     Memory is O(anchors + boxes x levels x anchors of a location), not anchors x boxes, and no shape depends on a value.
 
     Reference: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training
     Sample Selection", CVPR 2020. There candidates are the nine nearest locations by distance, which differ where a
-    centre lies between locations or near the border, and an object without a positive anchor is left without.
+    centre lies between locations or near the border, deviations are 1, and an object without a positive anchor is left
+    without.
     """
     anchors = all_anchors_of_image(spec, height, width, boxes.device)
     objects = torch.where(ignored[..., None], 0, boxes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from retinanet.atss import match_atss
+from retinanet.atss import DEVIATIONS, match_atss
 from retinanet.model import ModelSpec
 from retinanet.objective import (
     BoxLoss,
@@ -74,7 +74,7 @@ def matching_of(recipe: Recipe) -> Matching:
 def matching_in_words(recipe: Recipe) -> str:
     """Return the same for the table of a plan."""
     if recipe.matching == "atss":
-        return "ATSS: what each object's nearest anchors reach is its threshold"
+        return f"ATSS: of each object's nearest anchors those {DEVIATIONS:g} deviations above their mean IoU"
     best = ", each object's best anchors positive" if recipe.low_quality else ""
     return f"positive from IoU {recipe.positive_iou:g}, background below {recipe.negative_iou:g}{best}"
 
