@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -711,10 +712,11 @@ def test_runs_are_spread_over_the_devices(
 ) -> None:
     monkeypatch.setattr(running, "visible_devices", lambda: ["2", "5"])
     given: list[str | None] = []
+    together = threading.Barrier(4)
 
     def run_apart(job: Job, store: Store, parallel: int, device: str | None, _: object) -> tuple[int, str]:
         given.append(device)
-        time.sleep(0.2)
+        together.wait(60)
         return 1, "x"
 
     monkeypatch.setattr(running, "_run_apart", run_apart)
