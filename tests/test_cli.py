@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +154,32 @@ def test_the_demo_uses_its_images_again(
     assert "Drawing" not in err
     assert "validating on 300 unseen images" in err
     assert "far enough" in err
+
+
+@pytest.mark.parametrize(
+    ("called", "again"),
+    [
+        ("env/bin/retinanet", "env/bin/retinanet"),
+        ("src/retinanet/__main__.py", f"{sys.executable} -m retinanet"),
+    ],
+)
+def test_the_demo_ends_with_a_command_to_go_on_with(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    called: str,
+    again: str,
+) -> None:
+    from retinanet.cli.data import Shapes
+
+    ended = SimpleNamespace(validation=SimpleNamespace(ap=0.5))
+    monkeypatch.setattr("retinanet.training.run.run_training", lambda *_: ended)
+    monkeypatch.setattr(sys, "argv", [called])
+    images = tmp_path / "demo-shapes-4-0"
+    Shapes(output=str(images), train=4).run()
+    code, _, err = run(capsys, "demo", "--output", tmp_path / "demo", "--images", 4)
+    assert code == 0
+    assert err.endswith(f"Now try: {again} predict {tmp_path / 'demo'} {images / 'images' / 'val'} --draw\n")
 
 
 def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -69,7 +70,12 @@ class Demo:
             ("the figures", "metrics.json"),
         ):
             console.print(f"  {folder / name!s:<28} {what}")
-        console.print(
-            f"Now try: {sys.argv[0]} predict {folder} {data / 'images' / 'val'} --draw", soft_wrap=True
-        )
+        then = [*_this_command(), "predict", str(folder), str(data / "images" / "val"), "--draw"]
+        console.print(f"Now try: {shlex.join(then)}", soft_wrap=True)
         return 0
+
+
+def _this_command() -> list[str]:
+    """Return what calls `retinanet` as it was called now, be it `python -m retinanet`."""
+    called = Path(sys.argv[0])
+    return [sys.executable, "-m", "retinanet"] if called.name == "__main__.py" else [str(called)]
