@@ -23,6 +23,7 @@ from retinanet.losses import (
     sigmoid_focal_loss,
     sigmoid_focal_star_loss,
     sigmoid_hinge_loss,
+    sigmoid_varifocal_loss,
     softmax_focal_loss,
 )
 
@@ -206,6 +207,107 @@ def test_derivatives_at_a_point_by_hand():
     assert focal_loss_derivative(x, y).item() == pytest.approx(expected)
     star = 1 / (1 + math.exp(-(2 * math.log(3.0) + 1)))
     assert focal_star_loss_derivative(x, y).item() == pytest.approx(star - 1)
+
+
+# ---------------------------------------------------------------------------------- the quality of boxes
+
+
+def np_varifocal(x, indices, quality, alpha=0.25, gamma=2.0):
+    """Element by element, as Eq. 2 of VarifocalNet is read."""
+    loss = np.empty_like(x)
+    for row, k in np.ndindex(*x.shape):
+        p, q = 1 / (1 + math.exp(-x[row, k])), quality[row]
+        if k == indices[row]:
+            loss[row, k] = -q * (q * math.log(p) + (1 - q) * math.log(1 - p))
+        else:
+            loss[row, k] = -(1 - alpha) * p**gamma * math.log(1 - p)
+    return loss
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_varifocal_equals_numpy(alpha, gamma, dtype):
+    x, indices = case()
+    quality, weight = torch.rand(40), torch.rand(40).to(dtype)
+    quality[indices < 0] = math.nan  # not looked at
+    expected = np_varifocal(x.numpy(), indices.numpy(), quality.numpy(), alpha, gamma)
+    call = partial(sigmoid_varifocal_loss, x.to(dtype), indices, quality.to(dtype), alpha, gamma)
+    close = partial(np.testing.assert_allclose, rtol=1e-5 if dtype == torch.float32 else 1e-6)
+    close(call().numpy(), expected)
+    close(call(reduction="sum").numpy(), expected.sum())
+    close(call(reduction="mean").numpy(), expected.mean())
+    positives = (indices >= 0).sum().item()
+    close(call(reduction="mean", normalizer="positives").numpy(), expected.sum() / positives)
+    weighed = expected * weight.numpy()[:, None]
+    close(call(weight=weight).numpy(), weighed)
+    close(call(reduction="sum", weight=weight).numpy(), weighed.sum())
+
+
+def test_gradients_of_varifocal():
+    x, indices = case(rows=6)
+    quality, weight = torch.rand(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    for options in ({}, {"reduction": "sum"}, {"reduction": "mean", "normalizer": "positives"}):
+        assert torch.autograd.gradcheck(
+            lambda logits, given=options: sigmoid_varifocal_loss(
+                logits, indices, quality, weight=weight, **given
+            ),
+            x.clone().requires_grad_(),
+        )
+    # The one pass over float32 logits has the gradient of the plain form.
+    found, expected = x.float().requires_grad_(), x.clone().requires_grad_()
+    sigmoid_varifocal_loss(found, indices, quality.float(), reduction="sum").backward()
+    sigmoid_varifocal_loss(expected, indices, quality).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad.float())
+
+
+def test_an_object_is_to_score_the_quality_of_its_box():
+    """The gradient is 0 at p = q, and none flows into q."""
+    quality = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64).requires_grad_()
+    x = torch.logit(quality.detach())[:, None].requires_grad_()
+    sigmoid_varifocal_loss(x, torch.zeros(3, dtype=torch.int64), quality, reduction="sum").backward()
+    torch.testing.assert_close(x.grad, torch.zeros_like(x), atol=1e-12, rtol=0)
+    assert quality.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("index", [0, -1])
+@pytest.mark.parametrize("q", [0.0, 0.3, 1.0])
+def test_varifocal_of_extreme_logits(dtype, reduction, index, q):
+    x = torch.tensor(EXTREMES, dtype=dtype)[:, None].requires_grad_()
+    rows = torch.full((len(EXTREMES),), index), torch.full((len(EXTREMES),), q)
+    value = sigmoid_varifocal_loss(x, *rows, reduction=reduction).sum()
+    value.backward()
+    assert value.isfinite()
+    assert value >= 0
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("of", ["rows", "elements"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_varifocal_ignores(of, dtype):
+    x, indices = case(3)
+    x, quality = x.to(dtype), torch.rand(40, dtype=dtype)
+    ignore = torch.rand(x.shape[:1] if of == "rows" else x.shape) < 0.4
+    everywhere = ignore if of == "elements" else ignore[:, None].expand(x.shape)
+    each = torch.where(everywhere, 0, sigmoid_varifocal_loss(x, indices, quality))
+    poisoned = torch.where(everywhere, math.nan, x).requires_grad_()
+    call = partial(sigmoid_varifocal_loss, poisoned, indices, quality, ignore=ignore)
+    torch.testing.assert_close(call().detach(), each)
+    total = call(reduction="sum")
+    torch.testing.assert_close(total.detach(), each.sum())
+    torch.testing.assert_close(call(reduction="mean").detach(), each.sum() / (~everywhere).sum())
+    total.backward()
+    assert poisoned.grad[everywhere].abs().max() == 0
+    assert poisoned.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, CLASSES), (2, 0, CLASSES)])
+def test_varifocal_of_nothing(shape):
+    x = torch.zeros(shape, requires_grad=True)
+    value = sigmoid_varifocal_loss(x, torch.full(shape[:-1], -1), torch.zeros(shape[:-1]), reduction="sum")
+    value.backward()
+    assert value.item() == 0
 
 
 # ---------------------------------------------------------------------------------- alpha, ignored, normaliser
@@ -499,6 +601,22 @@ ROWS, NONE = torch.zeros(2, 3), torch.full((2,), -1)
             "sigmoid_focal_star_loss needs gamma > 0; got 0",
         ),
         (lambda: sigmoid_focal_star_loss(ROWS, NONE, beta=math.inf), "needs a finite beta; got inf"),
+        (
+            lambda: sigmoid_varifocal_loss(ROWS, NONE, torch.zeros(2), gamma=-1),
+            "sigmoid_varifocal_loss needs gamma >= 0; got -1",
+        ),
+        (
+            lambda: sigmoid_varifocal_loss(ROWS, ROWS, torch.zeros(2)),
+            r"needs int64 class indices of shape \[2\]; got torch.float32 of shape \[2, 3\]",
+        ),
+        (
+            lambda: sigmoid_varifocal_loss(ROWS, NONE, ROWS),
+            r"needs a floating quality of shape \[2\], one a row of inputs; got torch.float32 of shape \[2, 3\]",
+        ),
+        (
+            lambda: sigmoid_varifocal_loss(ROWS, NONE + 1, torch.tensor([0.5, 1.5])),
+            r"needs a quality in \[0, 1\] for every object; got 1.5",
+        ),
         (
             lambda: sigmoid_hinge_loss(ROWS, NONE, margin=0),
             r"sigmoid_hinge_loss needs a margin in \(0, 1\]; got 0",

@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retinanet.anchors import AnchorSpec, all_anchors_of_image, anchors_of_image
-from retinanet.batches import RawPredictions, Targets
-from retinanet.boxes import BoxCoding
+from retinanet.batches import MatchState, RawPredictions, Targets
+from retinanet.boxes import BoxCoding, iou
 from retinanet.errors import ConfigError
 from retinanet.losses import hardest_one_to_three, sigmoid_cross_entropy
 from retinanet.objective import (
@@ -23,6 +23,7 @@ from retinanet.objective import (
     ohem,
     ohem_one_to_three,
     smooth_l1_of_deltas,
+    varifocal,
 )
 
 # On 16 x 16 px: four squares of 8 on the first level, the whole image on the second.
@@ -184,6 +185,63 @@ def test_class_loss_options():
     assert found.classes.item() == pytest.approx(expected / 2, rel=1e-5)
 
 
+def test_varifocal_asks_a_class_for_the_quality_of_its_box():
+    """Against the formula, anchor by anchor and class by class."""
+    spec, coding = AnchorSpec(), BoxCoding()
+    levels = anchors_of_image(spec, 64, 96)
+    anchors, alpha, gamma = torch.cat(levels), 0.3, 1.5
+    boxes = torch.tensor([[[10.0, 12, 44, 45], [30, 5, 90, 60]], [[5, 5, 38, 36], [0, 0, 0, 0]]])
+    targets = Targets(boxes, torch.tensor([[2, 0], [1, 0]]), torch.tensor([[False, False], [False, False]]))
+    logits = [torch.randn(2, len(level), 3) for level in levels]
+    deltas = [0.1 * torch.randn(2, len(level), 4) for level in levels]
+    objective = Objective(anchors=spec, coding=coding, class_loss=varifocal(alpha, gamma))
+    found = objective(RawPredictions(tuple(logits), tuple(deltas), ()), targets, height=64, width=96)
+
+    assigned = objective.assign(targets, height=64, width=96)
+    expected = torch.zeros(())
+    for image in (0, 1):
+        x, offsets = torch.cat([of[image] for of in logits]), torch.cat([of[image] for of in deltas])
+        p, of_image = x.sigmoid(), torch.zeros(())
+        positive = assigned.state[image] == MatchState.POSITIVE
+        for anchor in torch.nonzero(assigned.state[image] != MatchState.IGNORED).squeeze(1).tolist():
+            for k in range(3):
+                if positive[anchor] and k == assigned.classes[image, anchor]:
+                    box = coding.decode(anchors[anchor], offsets[anchor])
+                    q = iou(box, boxes[image, assigned.box[image, anchor]])
+                    of_image -= q * (q * p[anchor, k].log() + (1 - q) * (1 - p[anchor, k]).log())
+                else:
+                    of_image -= (1 - alpha) * p[anchor, k] ** gamma * (1 - p[anchor, k]).log()
+        expected += of_image / positive.sum() / 2
+    assert found.positives > 4
+    torch.testing.assert_close(found.classes, expected, rtol=1e-4, atol=1e-5)
+    plain = Objective(anchors=spec, coding=coding)
+    same = plain(RawPredictions(tuple(logits), tuple(deltas), ()), targets, height=64, width=96)
+    torch.testing.assert_close(found.boxes, same.boxes)
+
+
+@pytest.mark.parametrize("boxes", [BOXES, [[], []]])
+def test_the_quality_of_all_rows_is_that_of_the_positive_ones(boxes):
+    wanted = targets(boxes, CLASSES if boxes[0] else [[], []])
+    state, _, box = OBJECTIVE.assign(wanted, height=16, width=16)
+    anchors, deltas = all_anchors_of_image(ANCHORS, 16, 16), torch.tensor(DELTAS).clamp(max=0.5)
+    given = (deltas, anchors, wanted.boxes, state == MatchState.POSITIVE, box)
+    found = OBJECTIVE._quality_of_positives(*given)
+    torch.testing.assert_close(found, OBJECTIVE._quality_of_all(*given))
+    assert (found > 0).sum() == len(boxes[0]) // 2
+
+
+def test_no_gradient_flows_through_the_quality_of_a_box():
+    objective = dataclasses.replace(OBJECTIVE, class_loss=varifocal(), box_weight=0.0)
+    made, _, deltas = predictions()
+    losses(objective, made).total.backward()
+    assert deltas.grad.abs().max() == 0
+
+
+def test_mining_is_told_nothing_of_boxes():
+    with pytest.raises(ConfigError, match="with mining needs a class loss that is told nothing of boxes"):
+        dataclasses.replace(OBJECTIVE, class_loss=varifocal(), mining=ohem())
+
+
 # ---------------------------------------------------------------------------------- who gets a gradient
 
 
@@ -303,11 +361,16 @@ def test_on_cuda_the_host_waits_for_nothing(monkeypatch):
             torch.empty(2, 5, dtype=torch.int64, device="cuda"),
             torch.empty(2, 5, dtype=torch.bool, device="cuda"),
         )
-        objective = dataclasses.replace(OBJECTIVE, class_loss=lambda logits, classes, weight: logits.sum())
-        anchors_of_image.cache_clear()
-        found = losses(objective, made, wanted)
+        # A fused kernel takes the rows that are no objects.
+        monkeypatch.setattr(
+            "retinanet.losses.varifocal.sigmoid_focal_loss", lambda logits, *_, **__: logits.sum()
+        )
+        for class_loss in (lambda logits, classes, weight: logits.sum(), varifocal()):
+            objective = dataclasses.replace(OBJECTIVE, class_loss=class_loss)
+            anchors_of_image.cache_clear()
+            found = losses(objective, made, wanted)
+            assert found.total.device.type == "cuda"
     anchors_of_image.cache_clear()
-    assert found.total.device.type == "cuda"
 
 
 # ---------------------------------------------------------------------------------- hard examples

@@ -1143,6 +1143,7 @@ def test_as_many_detections_as_the_fullest_image_needs(fullest: int, most: int) 
     [
         ({}, "focal, alpha 0.25, gamma 2, prior 0.01"),
         ({"gamma": 1.5}, "focal, alpha 0.25, gamma 1.5, prior 0.01"),
+        ({"loss": "varifocal", "gamma": 1.5}, "varifocal, alpha 0.25, gamma 1.5, prior 0.01"),
         ({"loss": "ce"}, "ce, prior 0.01"),
         ({"loss": "balanced-ce"}, "balanced-ce, alpha 0.75, prior 0.01"),
         ({"loss": "balanced-ce", "alpha": 0.9}, "balanced-ce, alpha 0.9, prior 0.01"),
@@ -1180,10 +1181,10 @@ def test_the_loss_that_was_asked_for(data: Path, options: dict, words: str) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "ce", "gamma": 1.0}, "--gamma belongs to --loss focal, fl-star; got --loss ce"),
+        ({"loss": "ce", "gamma": 1.0}, "--gamma belongs to --loss focal, varifocal, fl-star; got --loss ce"),
         (
             {"loss": "ce", "alpha": 0.5},
-            "--alpha belongs to --loss focal, balanced-ce, fl-star; got --loss ce",
+            "--alpha belongs to --loss focal, varifocal, balanced-ce, fl-star; got --loss ce",
         ),
         ({"beta": 1.0}, "--beta belongs to --loss fl-star; got --loss focal"),
         ({"mining_nms": 0.7}, "--mining-nms belongs to --loss ohem, ohem-1to3; got --loss focal"),
@@ -1208,6 +1209,7 @@ def test_every_setting_of_a_loss_is_an_option() -> None:
 @pytest.mark.parametrize(
     "loss",
     [
+        "focal",
         "fl-star",
         "ohem",
         *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("ce", "balanced-ce", "hinge", "ohem-1to3")),

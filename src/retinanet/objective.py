@@ -6,7 +6,7 @@ ignored, L_loc sums the box loss over the positive anchors, and both are divided
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from retinanet.anchors import AnchorSpec, all_anchors_of_image, anchors_of_image
 from retinanet.batches import MatchState, RawPredictions, Targets
-from retinanet.boxes import BoxCoding
+from retinanet.boxes import BoxCoding, iou
 from retinanet.errors import ConfigError
 from retinanet.losses import (
     giou_loss,
@@ -25,6 +25,7 @@ from retinanet.losses import (
     sigmoid_focal_loss,
     sigmoid_focal_star_loss,
     sigmoid_hinge_loss,
+    sigmoid_varifocal_loss,
     smooth_l1,
 )
 from retinanet.matching import Matches, match_anchors
@@ -70,6 +71,17 @@ class ClassLoss(Protocol):
     def __call__(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class QualityLoss:
+    """A class loss that is also told how good the boxes of objects are: their IoU with the object, 0 without one.
+
+    Args:
+        of: logits `[B, R, K]`, class indices, quality and weight, `[B, R]` each -> the weighted sum.
+    """
+
+    of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
 class BoxLoss(Protocol):
     """Deltas, anchors and ground truth of the positives, each `[P, 4]` -> one loss an anchor `[P]`."""
 
@@ -99,6 +111,15 @@ def focal_star(alpha: float | Tensor | None = 0.25, gamma: float = 2.0, beta: fl
         return sigmoid_focal_star_loss(logits, targets, alpha, gamma, beta, "sum", weight=weight)
 
     return loss
+
+
+def varifocal(alpha: float | None = 0.25, gamma: float = 2.0) -> QualityLoss:
+    """The varifocal loss: an object's class is to score the IoU of its box."""
+
+    def loss(logits: Tensor, targets: Tensor, quality: Tensor, weight: Tensor) -> Tensor:
+        return sigmoid_varifocal_loss(logits, targets, quality, alpha, gamma, "sum", weight=weight)
+
+    return QualityLoss(loss)
 
 
 def hinge(margin: float = 0.9) -> ClassLoss:
@@ -179,7 +200,7 @@ class Objective:
     Args:
         anchors, coding: the model's.
         matching: who answers for which object: `ByIou`, the paper's by default, or `match_atss`.
-        class_loss, box_loss: see the protocols; defaults are the paper's.
+        class_loss, box_loss: see the protocols, and `QualityLoss`; defaults are the paper's.
         mining: chooses the anchors that the class loss is taken of, image by image; None takes it of all, as the
             paper does. Boxes are learned from all positives and the normaliser counts them, either way.
         box_weight: lambda of L_loc; the paper's 1.
@@ -192,7 +213,7 @@ class Objective:
     anchors: AnchorSpec
     coding: BoxCoding
     matching: Matching = ByIou()
-    class_loss: ClassLoss = field(default_factory=focal)
+    class_loss: ClassLoss | QualityLoss = field(default_factory=focal)
     box_loss: BoxLoss = field(default_factory=smooth_l1_of_deltas)
     mining: Mining | None = None
     box_weight: float = 1.0
@@ -201,6 +222,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.box_weight >= 0:
             raise ConfigError(f"--box-weight needs 0 or more; got {self.box_weight}")
+        if self.mining is not None and isinstance(self.class_loss, QualityLoss):
+            raise ConfigError("an Objective with mining needs a class loss that is told nothing of boxes")
 
     def __call__(
         self,
@@ -227,14 +250,22 @@ class Objective:
         if self.mining is not None:
             counts = self._mine(predictions, anchors, classes.split(sizes, 1), counts, positive)
         weight = counts * share[:, None]
-
-        # Level by level, so that the logits are used where they lie and never concatenated.
-        parts = zip(predictions.logits, classes.split(sizes, 1), weight.split(sizes, 1), strict=True)
-        class_loss = torch.stack([self.class_loss(*part) for part in parts]).sum()
-
         deltas = torch.cat(predictions.deltas, dim=1).float()
         # How many are positive only the device knows, and a host that asked would wait for it.
-        sum_boxes = self._boxes_of_all if deltas.is_cuda else self._boxes_of_positives
+        on_device = deltas.is_cuda
+        quality_of = self._quality_of_all if on_device else self._quality_of_positives
+        sum_boxes = self._boxes_of_all if on_device else self._boxes_of_positives
+
+        # Level by level, so that the logits are used where they lie and never concatenated.
+        told: list[Tensor] = [classes]
+        if isinstance(self.class_loss, QualityLoss):
+            loss: Callable[..., Tensor] = self.class_loss.of
+            told.append(quality_of(deltas, anchors, targets.boxes, positive, box))
+        else:
+            loss = self.class_loss
+        parts = zip(predictions.logits, *(one.split(sizes, 1) for one in (*told, weight)), strict=True)
+        class_loss = torch.stack([loss(*part) for part in parts]).sum()
+
         box_loss = sum_boxes(deltas, anchors, targets.boxes, positive, box, share)
         return Losses(class_loss + self.box_weight * box_loss, class_loss, box_loss, positive.sum())
 
@@ -280,6 +311,7 @@ class Objective:
     ) -> Tensor:
         """Return `counts` of the anchors that `mining` chooses."""
         assert self.mining is not None
+        assert not isinstance(self.class_loss, QualityLoss)
         of_level = zip(predictions.logits, classes, strict=True)
         losses = torch.cat([loss_of_anchors(self.class_loss, *level) for level in of_level], dim=1) * counts
         chosen = torch.zeros_like(counts)
@@ -302,9 +334,34 @@ class Objective:
     ) -> Tensor:
         """Return the same from all rows, those that are not positive weighed 0: no shape depends on a value."""
         own = anchors.expand(len(deltas), -1, -1)
-        matched = own  # any box with a size will do
-        if boxes.shape[1]:
-            matched = torch.where(positive[..., None], boxes.gather(1, box[..., None].expand(-1, -1, 4)), own)
+        matched = _boxes_of_anchors(own, boxes, positive, box)
         rows = [part.reshape(-1, 4) for part in (deltas, own, matched)]
         per_box = self.box_loss(rows[0], rows[1], rows[2], self.coding).view_as(positive)
         return torch.where(positive, per_box * share[:, None], 0).sum()
+
+    @torch.no_grad()
+    def _quality_of_positives(
+        self, deltas: Tensor, anchors: Tensor, boxes: Tensor, positive: Tensor, box: Tensor
+    ) -> Tensor:
+        """Return the IoU of each positive's predicted box with the object that it answers for, `[B, R]`; else 0."""
+        image, anchor = torch.nonzero(positive, as_tuple=True)
+        predicted = self.coding.decode(anchors[anchor], deltas[image, anchor])
+        quality = predicted.new_zeros(positive.shape)
+        quality[image, anchor] = iou(predicted, boxes[image, box[image, anchor]])
+        return quality
+
+    @torch.no_grad()
+    def _quality_of_all(
+        self, deltas: Tensor, anchors: Tensor, boxes: Tensor, positive: Tensor, box: Tensor
+    ) -> Tensor:
+        """Return the same from all rows: no shape depends on a value."""
+        own = anchors.expand(len(deltas), -1, -1)
+        quality = iou(self.coding.decode(own, deltas), _boxes_of_anchors(own, boxes, positive, box))
+        return torch.where(positive, quality, 0)
+
+
+def _boxes_of_anchors(anchors: Tensor, boxes: Tensor, positive: Tensor, box: Tensor) -> Tensor:
+    """Return the object that each positive answers for, `[B, R, 4]`; elsewhere the anchor, a box with a size."""
+    if not boxes.shape[1]:
+        return anchors
+    return torch.where(positive[..., None], boxes.gather(1, box[..., None].expand(-1, -1, 4)), anchors)

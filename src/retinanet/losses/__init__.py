@@ -1,8 +1,8 @@
 """Losses as pure functions of tensors; usable without the rest of the library.
 
-Classification, from logits: the focal loss and what the paper compares it with (`sigmoid_...`), its form for classes
-that exclude each other (`softmax_focal_loss`), and their derivatives. Boxes: `smooth_l1`, `l1`, `giou_loss`. Choosing
-examples instead of weighing them: `mining`.
+Classification, from logits: the focal loss, what the paper compares it with and what asks for good boxes, too
+(`sigmoid_...`), its form for classes that exclude each other (`softmax_focal_loss`), and their derivatives. Boxes:
+`smooth_l1`, `l1`, `giou_loss`. Choosing examples instead of weighing them: `mining`.
 """
 
 from retinanet.losses.arguments import Alpha, Normalizer, Reduction
@@ -22,6 +22,7 @@ from retinanet.losses.family import (
 from retinanet.losses.focal import sigmoid_focal_loss
 from retinanet.losses.mining import balanced_sample, hardest, hardest_one_to_three
 from retinanet.losses.softmax import softmax_focal_loss
+from retinanet.losses.varifocal import sigmoid_varifocal_loss
 
 __all__ = [
     "Alpha",
@@ -41,6 +42,7 @@ __all__ = [
     "sigmoid_focal_loss",
     "sigmoid_focal_star_loss",
     "sigmoid_hinge_loss",
+    "sigmoid_varifocal_loss",
     "smooth_l1",
     "softmax_focal_loss",
 ]

@@ -28,7 +28,9 @@ from retinanet.training.hints import (
 )
 
 DEFAULT_BACKBONE = "resnet50"
-LossName: TypeAlias = Literal["focal", "ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"]
+LossName: TypeAlias = Literal[
+    "focal", "varifocal", "ce", "balanced-ce", "fl-star", "hinge", "ohem", "ohem-1to3"
+]
 WriterName: TypeAlias = Literal["tensorboard", "wandb", "mlflow"]
 
 # What may be given beside --resume: nothing else of how a run is computed may change on its way.
@@ -37,6 +39,7 @@ ALSO_RESUMED = ("workers", "accumulate", "checkpoint_gradients")
 # What each loss can be told, and what it is told where nobody says anything: the paper's best.
 SETTINGS: dict[LossName, dict[str, float]] = {
     "focal": {"alpha": 0.25, "gamma": 2.0},
+    "varifocal": {"alpha": 0.25, "gamma": 2.0},
     "ce": {},
     "balanced-ce": {"alpha": 0.75},
     "fl-star": {"alpha": 0.25, "gamma": 2.0, "beta": 1.0},
@@ -98,11 +101,12 @@ class _RunOptions:
     freeze: Annotated[str | None, tyro.conf.arg(metavar="STAGE", help_behavior_hint=shown_or_recipe)] = None
     """Backbone stages that stay as loaded: none, stem, stage1 .. stage4, backbone."""
     loss: Annotated[LossName | None, BY_RECIPE] = None
-    """Class loss: the focal loss, what the paper holds against it, or cross entropy of the hardest anchors."""
+    """Class loss: the focal loss, varifocal, which asks for good boxes, too, what the paper holds against it, or cross
+    entropy of the hardest anchors."""
     alpha: Annotated[float | None, BY_LOSS] = None
-    """focal, balanced-ce, fl-star: weight of objects, in [0, 1]."""
+    """focal, balanced-ce, fl-star: weight of objects, in [0, 1]; varifocal: 1 less the weight of background."""
     gamma: Annotated[float | None, BY_LOSS] = None
-    """focal: how fast easy examples lose weight, 0 or more; fl-star: how steep it is, above 0."""
+    """focal, varifocal: how fast easy examples lose weight, 0 or more; fl-star: how steep it is, above 0."""
     beta: Annotated[float | None, BY_LOSS] = None
     """fl-star: by how much it is shifted."""
     margin: Annotated[float | None, BY_LOSS] = None

@@ -13,6 +13,7 @@ from retinanet.objective import (
     Matching,
     Mining,
     Objective,
+    QualityLoss,
     focal,
     focal_star,
     giou_of_boxes,
@@ -20,6 +21,7 @@ from retinanet.objective import (
     ohem,
     ohem_one_to_three,
     smooth_l1_of_deltas,
+    varifocal,
 )
 from retinanet.training.configuration import EVERY_SETTING, SETTINGS, TrainingOptions, require_of_loss
 from retinanet.training.recipes import Recipe
@@ -79,12 +81,14 @@ def matching_in_words(recipe: Recipe) -> str:
     return f"positive from IoU {recipe.positive_iou:g}, background below {recipe.negative_iou:g}{best}"
 
 
-def _class_loss(recipe: Recipe) -> ClassLoss:
+def _class_loss(recipe: Recipe) -> ClassLoss | QualityLoss:
     if recipe.class_loss is not None:
         return recipe.class_loss
     settings = settings_of(recipe)
     if recipe.loss == "fl-star":
         return focal_star(settings["alpha"], settings["gamma"], settings["beta"])
+    if recipe.loss == "varifocal":
+        return varifocal(settings["alpha"], settings["gamma"])
     if recipe.loss == "hinge":
         return hinge(settings["margin"])
     return focal(settings.get("alpha"), settings.get("gamma", 0.0))
