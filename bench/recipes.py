@@ -36,7 +36,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from objectives import VarifocalObjective
 from torch import nn
 
 from retinanet.atss import match_atss
@@ -141,7 +140,7 @@ VARIANTS = {
     "atss-3": Variant(
         "ATSS with 3 deviations", objective=partial(with_matching, partial(match_atss, deviations=3.0))
     ),
-    "varifocal": Variant("class targets that say how good the box is", objective=VarifocalObjective),
+    "varifocal": Variant("the varifocal loss", {"loss": "varifocal"}),
     "no-zoom": Variant("flips alone", {"augmentation": {"zoom": (1.0, 1.0)}}),
     "zoom-wide": Variant("zoom 0.5 to 2", {"augmentation": {"zoom": (0.5, 2.0)}}),
     "photometric": Variant("half of the images in other colours", {"augmentation": {"photometric": 0.5}}),

@@ -5,15 +5,16 @@ import json
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from retinanet.atss import DEVIATIONS
+from retinanet.atss import DEVIATIONS, match_atss
 from retinanet.data import open_dataset
 from retinanet.data.shapes import ShapesSpec, generate_shapes
-from retinanet.objective import Objective
+from retinanet.objective import Matching, Objective
 from retinanet.records import Classes
 from retinanet.training import sizing
 from retinanet.training.configuration import TrainingOptions
@@ -53,15 +54,17 @@ def test_a_variant_trains_with_its_objective(
     sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = generate_shapes(tmp_path / "shapes", train=2, val=1, spec=ShapesSpec(image_size=96))
-    seen: list[type] = []
+    seen: list[Matching] = []
 
     def plan(options: TrainingOptions, change: Callable[[Recipe], Recipe]) -> None:
-        seen.append(type(plan_run(options, open_dataset(data, "train"), change).objective))
+        seen.append(plan_run(options, open_dataset(data, "train"), change).objective.matching)
 
     monkeypatch.setattr(sweep, "run_training", plan)
-    for name in ("varifocal", sweep.BASE):
+    for name in ("atss-3", sweep.BASE):
         sweep.run(sweep.Job("d", name, 0, None), {"d": str(data)}, tmp_path)
-    assert seen == [sweep.VarifocalObjective, Objective]
+    assert isinstance(seen[0], partial)
+    assert seen[0].keywords == {"deviations": 3.0}
+    assert seen[1] is match_atss
 
 
 def test_finished_runs_are_not_repeated_and_failed_ones_are_told(

@@ -37,9 +37,14 @@ from retinanet.data.transforms import Augmentation
 from retinanet.errors import ConfigError, DataError, TrainingError
 from retinanet.images import Preprocessing
 from retinanet.inference import Detector, validate
-from retinanet.losses import sigmoid_focal_loss, sigmoid_focal_star_loss, sigmoid_hinge_loss
+from retinanet.losses import (
+    sigmoid_focal_loss,
+    sigmoid_focal_star_loss,
+    sigmoid_hinge_loss,
+    sigmoid_varifocal_loss,
+)
 from retinanet.model import BackboneSpec, HeadSpec, ModelSpec, PyramidSpec, RetinaNet, build_retinanet
-from retinanet.objective import ByIou
+from retinanet.objective import ByIou, QualityLoss
 from retinanet.records import Classes, GroundTruth, Ignore
 from retinanet.training import loop, recipes, timing
 from retinanet.training.choosing import choose_rate
@@ -1161,9 +1166,12 @@ def test_the_loss_that_was_asked_for(data: Path, options: dict, words: str) -> N
     plan = plan_run(asked, open_dataset(data, "train"))
     assert {setting: value for setting, value, _ in plan.reasons}["class loss"] == words
     logits, classes = torch.randn(1, 50, 3), torch.randint(-1, 3, (1, 50))
-    weight = torch.rand(1, 50)
+    weight, quality = torch.rand(1, 50), torch.rand(1, 50)
     told = settings_of(plan.recipe)
     expected = {
+        "varifocal": lambda: sigmoid_varifocal_loss(
+            logits, classes, quality, told["alpha"], told["gamma"], "sum", weight=weight
+        ),
         "fl-star": lambda: sigmoid_focal_star_loss(
             logits, classes, told["alpha"], told["gamma"], told["beta"], "sum", weight=weight
         ),
@@ -1174,7 +1182,11 @@ def test_the_loss_that_was_asked_for(data: Path, options: dict, words: str) -> N
             logits, classes, told.get("alpha"), told.get("gamma", 0), "sum", weight=weight
         ),
     )()
-    torch.testing.assert_close(plan.objective.class_loss(logits, classes, weight), expected)
+    if isinstance(plan.objective.class_loss, QualityLoss):
+        found = plan.objective.class_loss.of(logits, classes, quality, weight)
+    else:
+        found = plan.objective.class_loss(logits, classes, weight)
+    torch.testing.assert_close(found, expected)
     assert (plan.objective.mining is not None) == (plan.recipe.loss in ("ohem", "ohem-1to3"))
 
 
