@@ -14,7 +14,7 @@ from kernel_cases import seeded, torch_threads
 from retinanet import kernels
 from retinanet.errors import ConfigError
 from retinanet.kernels.cpu import focal
-from retinanet.losses import sigmoid_focal_loss
+from retinanet.losses import sigmoid_focal_loss, sigmoid_varifocal_loss
 from retinanet.model.heads import Head
 from retinanet.model.spec import HeadSpec
 
@@ -406,4 +406,73 @@ def test_the_operator_keeps_its_promises_to_torch(dtype, weighted):
     logits, indices = focal_case(20, 3, seed=13)
     weight = weightings(20)["random"] if weighted else None
     arguments = (logits.to(dtype).requires_grad_(), indices, weight, 0.25, 0.75, 2.0, True)
+    torch.library.opcheck(torch.ops.retinanet.focal_sum.default, arguments)
+
+
+# ---------------------------------------------------------------------------------- the varifocal loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("kind", weightings(1))
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+def test_varifocal_is_the_plain_form_in_float64(gamma, kind, reduction, dtype):
+    logits, indices = focal_case(1003, 3, seed=14)
+    logits, weight = logits.to(dtype), weightings(1003)[kind]
+    quality = torch.rand(1003, generator=seeded(15))
+    quality[:100] = torch.tensor([0.0, 1.0]).repeat(50)
+    x, exactly = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found = sigmoid_varifocal_loss(x, indices, quality, 0.3, gamma, reduction, weight=weight)
+    found.backward()
+    weight = None if weight is None else weight.double()
+    each = sigmoid_varifocal_loss(exactly, indices, quality.double(), 0.3, gamma, weight=weight)
+    (each.sum() if reduction == "sum" else each.mean()).backward()
+    total = each.detach().sum() if reduction == "sum" else each.detach().mean()
+    torch.testing.assert_close(found.detach().double(), total, rtol=2e-6, atol=1e-37)
+    # Near p = q the slope q (p - q) is a difference of nearly equal numbers.
+    near = 1e-7 * exactly.grad.abs().max().item()
+    torch.testing.assert_close(x.grad.double(), exactly.grad, rtol=rounding(dtype, gamma), atol=near)
+
+
+def test_varifocal_does_not_look_at_rows_of_weight_0_nor_at_the_quality_of_what_is_no_object():
+    logits, indices = focal_case(50, 3, seed=16)
+    quality, weight = torch.rand(50), weightings(50)["with zeros"]
+    expected = sigmoid_varifocal_loss(logits, indices, quality, reduction="sum", weight=weight)
+    quality[indices < 0] = NAN
+    x = torch.where(weight[:, None] == 0, NAN, logits).requires_grad_()
+    found = sigmoid_varifocal_loss(x, indices, quality, reduction="sum", weight=weight)
+    found.backward()
+    torch.testing.assert_close(found.detach(), expected)
+    assert x.grad.isfinite().all()
+    assert x.grad[weight == 0].abs().max() == 0
+
+
+def test_varifocal_hides_no_nan():
+    logits, indices = torch.zeros(2, 3), torch.tensor([1, -1])
+    bad = torch.full((2,), NAN)
+    assert sigmoid_varifocal_loss(logits, indices, bad, reduction="sum").isnan()
+    logits[0, 1] = NAN
+    assert sigmoid_varifocal_loss(logits, indices, bad * 0 + 0.5, reduction="sum").isnan()
+
+
+@looks_at_grad
+def test_torch_compile_of_varifocal():
+    logits, indices = focal_case(50, 3, seed=12)
+    quality, weight = torch.rand(50), weightings(50)["with zeros"]
+    found, expected = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    torch.compiler.reset()
+    loss_of = functools.partial(sigmoid_varifocal_loss, reduction="sum")
+    loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(found, indices, quality, weight=weight)
+    loss.backward()
+    other = loss_of(expected, indices, quality, weight=weight)
+    other.backward()
+    torch.testing.assert_close((loss.detach(), found.grad), (other.detach(), expected.grad))
+
+
+@looks_at_grad
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_keeps_its_promises_with_a_quality(dtype):
+    logits, indices = focal_case(20, 3, seed=13)
+    quality = torch.rand(20, generator=seeded(13))
+    arguments = (logits.to(dtype).requires_grad_(), indices, None, 0.25, 0.75, 2.0, True, quality)
     torch.library.opcheck(torch.ops.retinanet.focal_sum.default, arguments)

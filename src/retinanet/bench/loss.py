@@ -13,7 +13,7 @@ from retinanet.anchors import CPU
 from retinanet.batches import MatchState
 from retinanet.bench.inputs import CLASSES, SIDE, boxes, labels, levels_of, logits
 from retinanet.bench.measuring import Contest, can_compile
-from retinanet.losses import sigmoid_focal_loss
+from retinanet.losses import sigmoid_focal_loss, sigmoid_varifocal_loss
 from retinanet.matching import Matches, match_anchors
 
 
@@ -27,7 +27,8 @@ def contests(
 ) -> Iterator[Contest]:
     """Ours and torchvision's `RetinaNetClassificationHead.compute_loss`, eager and compiled, for one image.
 
-    Where fvcore is installed, also the loss that Detectron2's head takes from it.
+    Where fvcore is installed, also the loss that Detectron2's head takes from it. Then the varifocal loss beside our
+    focal loss.
     """
     anchors = torch.cat(levels_of(side, device=device))
     matches = match_anchors(anchors, boxes(count, side, device=device), low_quality=True)
@@ -38,8 +39,7 @@ def contests(
     matched = torch.where(matches.state == MatchState.POSITIVE, matches.index, -1)
     matched = torch.where(matches.state == MatchState.IGNORED, head.BETWEEN_THRESHOLDS, matched)
 
-    def ours() -> Tensor:
-        x = grid.view(1, -1, classes)
+    def rows() -> tuple[Tensor, Tensor, Tensor]:
         count: Tensor | int
         positive = matches.state == MatchState.POSITIVE
         if positive.is_cuda:  # asking which are positive would wait for the device
@@ -51,7 +51,17 @@ def contests(
             wanted[which] = classes_of_boxes[matches.index[which]]
             count = max(1, len(which))
         weight = (matches.state != MatchState.IGNORED) / count
-        return sigmoid_focal_loss(x, wanted[None], reduction="sum", weight=weight[None])
+        return grid.view(1, -1, classes), wanted[None], weight[None]
+
+    def ours() -> Tensor:
+        x, wanted, weight = rows()
+        return sigmoid_focal_loss(x, wanted, reduction="sum", weight=weight)
+
+    quality = torch.linspace(0, 1, len(anchors), device=anchors.device)[None]
+
+    def varifocal() -> Tensor:
+        x, wanted, weight = rows()
+        return sigmoid_varifocal_loss(x, wanted, quality, reduction="sum", weight=weight)
 
     def theirs() -> Tensor:
         x = grid.view(1, -1, classes)
@@ -73,6 +83,13 @@ def contests(
         lambda: _step(ours, grid),
         {name: lambda call=call: _step(call, grid) for name, call in peers.items()},  # type: ignore[misc]
         {name: _agree(expected, _step(call, grid)) for name, call in peers.items()},
+    )
+    yield Contest(
+        "loss",
+        f"{len(anchors):,} anchors, {classes} classes, {count} boxes, varifocal",
+        lambda: _step(varifocal, grid),
+        {"ours, focal": lambda: _step(ours, grid)},
+        {"ours, focal": None},
     )
 
 

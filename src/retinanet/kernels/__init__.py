@@ -92,19 +92,21 @@ def focal_sum(
     of_positive: float,
     of_negative: float,
     gamma: float,
+    quality: Tensor | None = None,
 ) -> Tensor:
-    """Return the weighted sum of the focal loss, a float32 scalar, with its gradient.
+    """Return the weighted sum of the focal loss, with a `quality` of the varifocal loss, a float32 scalar, with its
+    gradient.
 
     Args:
         logits: `[N, K]` float32 or bfloat16 (on CUDA float16 too).
         classes: int64 `[N]` below K; negative: no object.
         weight: float32 `[N]`, or None for 1; a row of weight 0 is not looked at.
         of_positive, of_negative: alpha_t of y = 1 and of y = 0.
+        quality: float32 `[N]`, what an object's class is to score; `of_positive` is not used then.
     """
     gradient = logits.requires_grad and torch.is_grad_enabled()
-    total, _ = _focal_sum(
-        logits.contiguous(), classes, weight, float(of_positive), float(of_negative), float(gamma), gradient
-    )
+    alphas = float(of_positive), float(of_negative)
+    total, _ = _focal_sum(logits.contiguous(), classes, weight, *alphas, float(gamma), gradient, quality)
     return total
 
 
@@ -118,12 +120,18 @@ def _focal_sum(
     of_negative: float,
     gamma: float,
     with_gradient: bool,
+    quality: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if logits.is_cuda:
         from retinanet.kernels.cuda.focal import focal_sum as on_device
     else:
         from retinanet.kernels.cpu.focal import focal_sum as on_device
-    return on_device(logits, classes, weight, of_positive, of_negative, gamma, with_gradient)
+    if quality is None:
+        return on_device(logits, classes, weight, of_positive, of_negative, gamma, with_gradient)
+    from retinanet.kernels.quality import add_objects
+
+    total, gradient = on_device(logits, classes, weight, 0.0, of_negative, gamma, with_gradient)
+    return add_objects(total, gradient, logits, classes, weight, quality), gradient
 
 
 @_focal_sum.register_fake
@@ -135,6 +143,7 @@ def _(
     of_negative: float,
     gamma: float,
     with_gradient: bool,
+    quality: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
     return logits.new_empty((), dtype=torch.float32), gradient
@@ -149,7 +158,7 @@ def _keep_gradient(ctx, inputs, output) -> None:
 
 def _scaled_gradient(ctx, of_total: Tensor | None, _of_gradient: Tensor | None):
     if of_total is None:
-        return (None,) * 7
+        return (None,) * 8
     (gradient,) = ctx.saved_tensors
     # A compiler that traces this hands in tensors without values, which are subclasses.
     traced = type(of_total) is not Tensor
@@ -164,7 +173,7 @@ def _scaled_gradient(ctx, of_total: Tensor | None, _of_gradient: Tensor | None):
             gradient = gradient.clone()  # asked for again later, and whoever gets it now may add to it
         if not one:
             gradient.mul_(of_total)
-    return gradient, None, None, None, None, None, None
+    return gradient, None, None, None, None, None, None, None
 
 
 _focal_sum.register_autograd(_scaled_gradient, setup_context=_keep_gradient)

@@ -74,9 +74,9 @@ def sigmoid_focal_loss(
     """
     if not 0 <= gamma < float("inf"):
         raise ConfigError(f"{WHO} needs gamma >= 0; got {gamma}")
-    if reduction != "none" and inputs.numel() and _has_fast_path(inputs, targets, alpha, weight, ignore):
+    if reduction != "none" and inputs.numel() and has_fast_path(inputs, targets, alpha, weight, ignore):
         require(WHO, inputs, targets, alpha, reduction, normalizer, weight, ignore)
-        return _fast(inputs, targets, alpha, gamma, reduction, weight, ignore, normalizer)
+        return fast(inputs, targets, alpha, gamma, reduction, weight, ignore, normalizer)
     return sigmoid_loss(
         WHO,
         inputs,
@@ -106,19 +106,25 @@ def _soft(logits: Tensor, y: Tensor, gamma: float) -> Tensor:
     return loss
 
 
-def _has_fast_path(
-    inputs: Tensor, targets: Tensor, alpha: Alpha, weight: Tensor | None, ignore: Tensor | None
+def has_fast_path(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: Alpha,
+    weight: Tensor | None,
+    ignore: Tensor | None,
+    quality: Tensor | None = None,
 ) -> bool:
+    """Return whether the one pass takes these, of the varifocal loss with the quality of each row's box."""
     if targets.dtype != torch.int64 or isinstance(alpha, Tensor):
         return False
     if ignore is not None and ignore.ndim == inputs.ndim:
         return False
-    given = tuple(tensor for tensor in (inputs, targets, weight, ignore) if tensor is not None)
+    given = tuple(tensor for tensor in (inputs, targets, weight, ignore, quality) if tensor is not None)
     learned = weight is not None and weight.requires_grad
     return kernels.usable(*given, dtypes=(torch.float32, torch.bfloat16)) and not learned
 
 
-def _fast(
+def fast(
     inputs: Tensor,
     targets: Tensor,
     alpha: Alpha,
@@ -127,7 +133,9 @@ def _fast(
     weight: Tensor | None,
     ignore: Tensor | None,
     normalizer: Normalizer | None,
+    quality: Tensor | None = None,
 ) -> Tensor:
+    """Return the focal loss, with a quality the varifocal loss, summed by the one pass."""
     of_positive, of_negative = balance(alpha, inputs)
     weights = None if weight is None else weight.reshape(-1).float()
     if ignore is not None:
@@ -137,6 +145,7 @@ def _fast(
         ones = inputs.new_ones(targets.numel(), dtype=torch.float32)
         weights = (ones if weights is None else weights) / divisor(inputs, targets, normalizer, ignore)
     rows = inputs.reshape(targets.numel(), inputs.shape[-1])
+    scores = None if quality is None else quality.reshape(-1).float()
     return kernels.focal_sum(
-        rows, targets.reshape(-1), weights, float(of_positive), float(of_negative), gamma
+        rows, targets.reshape(-1), weights, float(of_positive), float(of_negative), gamma, scores
     )

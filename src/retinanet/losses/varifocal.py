@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from retinanet.errors import ConfigError
-from retinanet.losses.arguments import Normalizer, Reduction, balance, divisor, known, require
-from retinanet.losses.focal import focal_of_margin, sigmoid_focal_loss
+from retinanet.losses.arguments import Normalizer, Reduction, balance, known, of_elements, reduce, require
+from retinanet.losses.focal import fast, focal_of_margin, has_fast_path
 
 WHO = "sigmoid_varifocal_loss"
 
@@ -40,8 +40,7 @@ def sigmoid_varifocal_loss(
         alpha: as in `sigmoid_focal_loss`, of what is no object alone: 1 - alpha weighs it (0.75 in the publication).
         gamma: >= 0; how fast easy negatives lose weight.
 
-    The other arguments, shapes and errors: see `sigmoid_focal_loss`; "sum" and "mean" are as fast, and have no second
-    derivative.
+    The other arguments, shapes and errors: see `sigmoid_focal_loss`, also for what is one pass over the logits.
 
     >>> x = torch.tensor([[0.0, 2.0, -3.0]])
     >>> sigmoid_varifocal_loss(x, torch.tensor([1]), torch.tensor([0.9]), reduction="sum")
@@ -58,27 +57,30 @@ def sigmoid_varifocal_loss(
             f"{list(targets.shape)}"
         )
     _require_quality(quality, targets)
-    # Nearly all rows are no objects: the focal loss takes all of them for such, and the objects' own classes are put
-    # right.
-    nothing = torch.full_like(targets, -1)
-    dense = reduction == "none"
-    loss = sigmoid_focal_loss(
-        inputs, nothing, alpha, gamma, "none" if dense else "sum", weight=weight, ignore=ignore
-    )
-    own = targets.clamp(min=0)[..., None]
-    counts = targets >= 0
-    if ignore is not None:
-        counts = counts & ~(ignore.gather(-1, own)[..., 0] if ignore.ndim == inputs.ndim else ignore)
-    # One of them a row, of which most are not used: how many are, a host that asked a device would wait for.
-    logits = torch.where(counts, inputs.gather(-1, own)[..., 0].to(loss.dtype), 0)
-    of_objects = _of_object(logits, torch.where(counts, quality.detach(), 0).to(loss.dtype))
-    if dense:
-        instead = of_objects if weight is None else of_objects * weight
-        return loss.scatter(-1, own, torch.where(counts, instead, loss.gather(-1, own)[..., 0])[..., None])
+    quality = quality.detach()
+    if (
+        reduction != "none"
+        and inputs.numel()
+        and has_fast_path(inputs, targets, alpha, weight, ignore, quality)
+    ):
+        return fast(inputs, targets, alpha, gamma, reduction, weight, ignore, normalizer, quality)
+    logits = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    unknown = None if ignore is None else of_elements(ignore, inputs)
+    if unknown is not None:  # else the gradient of an infinite loss would be 0 times infinity
+        logits = torch.where(unknown, 0, logits)
     _, of_negative = balance(alpha, logits)
-    more = of_objects - of_negative * focal_of_margin(-logits, gamma)
-    total = loss + torch.where(counts, more if weight is None else more * weight, 0).sum()
-    return total if reduction == "sum" else total / divisor(inputs, targets, normalizer, ignore)
+    loss = of_negative * focal_of_margin(-logits, gamma)
+    if inputs.numel():
+        # One element of every row, of most rows not used: how many are, a host that asked a device would wait for.
+        own, is_object = targets.clamp(min=0)[..., None], (targets >= 0)[..., None]
+        q = torch.where(is_object, quality[..., None], 0).to(logits.dtype)
+        right = torch.where(is_object, _of_object(logits.gather(-1, own), q), loss.gather(-1, own))
+        loss = loss.scatter(-1, own, right)
+    if weight is not None:
+        loss = loss * weight[..., None]
+    if unknown is not None:
+        loss = torch.where(unknown, 0, loss)
+    return reduce(loss, targets, reduction, normalizer, ignore)
 
 
 def _of_object(logits: Tensor, quality: Tensor) -> Tensor:

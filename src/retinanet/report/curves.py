@@ -26,7 +26,7 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for name, label, colour in (
         ("loss", "sum", BLUE),
-        ("loss_class", "class (focal)", ORANGE),
+        ("loss_class", "class", ORANGE),
         ("loss_box", "box", GREEN),
     ):
         _line(left, steps, name, label, colour)
