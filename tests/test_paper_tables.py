@@ -409,6 +409,11 @@ def test_results_under_other_conditions_do_not_mix(
     monkeypatch.setattr(measuring, "small", lambda *of: replace(recipes.small(*of), average_decay=0.9))
     assert prepare(usual, lambda _: None, draw=True).conditions not in conditions
     monkeypatch.undo()
+    # Not so its own loss and matching, in whose place the paper's stand.
+    own = {"loss": "hinge", "matching": "atss", "positive_iou": 0.6}
+    monkeypatch.setattr(measuring, "small", lambda *of: replace(recipes.small(*of), **own))
+    assert prepare(usual, lambda _: None, draw=True).conditions == conditions[0]
+    monkeypatch.undo()
     # Which rates are tried changes no result.
     one_rate = replace(usual, scale=replace(TINY, rates=(1.0,), first_rates=(1.0,)))
     assert prepare(one_rate, lambda _: None, draw=True).conditions == conditions[0]

@@ -145,7 +145,7 @@ def test_the_label_is_that_of_the_recipe(sweep: ModuleType) -> None:
     recipe = small(Classes(("a",)), "resnet18", "cpu")
     step = f"{sizing.OBJECTS_A_STEP} objects and {recipe.batch_size} images a step at most"
     length = f"{recipe.pixels_seen / 1e6:.0f} megapixels of {sizing.OBJECTS_SEEN:,} objects"
-    said = f"{step}, {length}, {recipe.matching.upper()} of {DEVIATIONS:g} deviations"
+    said = f"{step}, {length}, {recipe.matching.upper()} of {DEVIATIONS:g} deviations, {recipe.loss}"
     assert said == sweep.RECIPE  # else rows of two recipes would be compared
 
 

@@ -1146,9 +1146,9 @@ def test_as_many_detections_as_the_fullest_image_needs(fullest: int, most: int) 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "focal, alpha 0.25, gamma 2, prior 0.01"),
-        ({"gamma": 1.5}, "focal, alpha 0.25, gamma 1.5, prior 0.01"),
-        ({"loss": "varifocal", "gamma": 1.5}, "varifocal, alpha 0.25, gamma 1.5, prior 0.01"),
+        ({}, "varifocal, alpha 0.25, gamma 2, prior 0.01"),
+        ({"gamma": 1.5}, "varifocal, alpha 0.25, gamma 1.5, prior 0.01"),
+        ({"loss": "focal", "gamma": 1.5}, "focal, alpha 0.25, gamma 1.5, prior 0.01"),
         ({"loss": "ce"}, "ce, prior 0.01"),
         ({"loss": "balanced-ce"}, "balanced-ce, alpha 0.75, prior 0.01"),
         ({"loss": "balanced-ce", "alpha": 0.9}, "balanced-ce, alpha 0.9, prior 0.01"),
@@ -1198,8 +1198,8 @@ def test_the_loss_that_was_asked_for(data: Path, options: dict, words: str) -> N
             {"loss": "ce", "alpha": 0.5},
             "--alpha belongs to --loss focal, varifocal, balanced-ce, fl-star; got --loss ce",
         ),
-        ({"beta": 1.0}, "--beta belongs to --loss fl-star; got --loss focal"),
-        ({"mining_nms": 0.7}, "--mining-nms belongs to --loss ohem, ohem-1to3; got --loss focal"),
+        ({"beta": 1.0}, "--beta belongs to --loss fl-star; got --loss varifocal"),
+        ({"mining_nms": 0.7}, "--mining-nms belongs to --loss ohem, ohem-1to3; got --loss varifocal"),
     ],
 )
 def test_what_does_not_belong_to_a_loss_is_refused(data: Path, options: dict, message: str) -> None:

@@ -70,7 +70,8 @@ def _digest(request: Request, splits: Sequence[Dataset]) -> str:
     recipe = (
         small(classes, base, "cpu") if numbers["options"]["recipe"] == "small" else paper(classes, base, None)
     )
-    decided = [numbers, without_defaults(by_the_papers_thresholds(recipe)), request.pretrained]
+    usual = replace(by_the_papers_thresholds(recipe), loss="focal")  # every setting says its own
+    decided = [numbers, without_defaults(usual), request.pretrained]
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode())
     for split in splits:
         for values in (split.widths, split.heights, split.offsets, split.boxes, split.labels, split.ignore):
