@@ -139,9 +139,9 @@ def small(classes: Classes, backbone: str, device: str) -> Recipe:
     """From scratch on few images: GroupNorm throughout where the backbone allows it, nothing frozen, Muon, cosine,
     averaged weights, ATSS, the varifocal loss.
 
-    Published: nothing of this kind. Measured here (docs/recipes.md, docs/decisions/0006, 0008 to 0010): ResNet-18 on two
-    cores: val of BCCD (205 photographs) 56.1 AP, of 502 micrographs of nuclei 48.5 AP, one seed each; before ATSS and
-    the varifocal loss, three seeds, 54.9 in 29 minutes and 46.7 in 22.
+    Published: nothing of this kind. Measured here (docs/recipes.md, docs/decisions/0006, 0008 to 0010), ResNet-18 on
+    two cores: val of BCCD (205 photographs) 56.1 AP, of 502 micrographs of nuclei 48.5 AP, one seed each. Before ATSS
+    and the varifocal loss, three seeds: 54.9 in 29 minutes and 46.7 in 22.
 
     Args:
         device: its type. On a CPU a step costs what its images cost, so that few images a step mean more steps for
