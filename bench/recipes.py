@@ -131,6 +131,9 @@ VARIANTS = {
         "positive from IoU 0.3, negative below 0.2",
         {"matching": "iou", "positive_iou": 0.3, "negative_iou": 0.2},
     ),
+    "atss-0": Variant(
+        "ATSS with 0 deviations", objective=partial(with_matching, partial(match_atss, deviations=0.0))
+    ),
     "atss-1": Variant(
         "ATSS with 1 deviation", objective=partial(with_matching, partial(match_atss, deviations=1.0))
     ),
