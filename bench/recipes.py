@@ -40,6 +40,7 @@ from torch import nn
 
 from retinanet.atss import match_atss
 from retinanet.data import open_dataset
+from retinanet.devices import resolve_precision
 from retinanet.model import heads
 from retinanet.objective import Matching, Objective
 from retinanet.processes import available_cores
@@ -266,6 +267,7 @@ def row_of(job: Job, *, what: str, metrics: dict[str, Any], seconds: float, thre
         "recipe": RECIPE,
         "what": what,
         "threads": threads,
+        "precision": resolve_precision(torch.device("cpu"), "auto"),
         "torch": str(torch.__version__),
     }
 
@@ -335,7 +337,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "`small` as it was then, which the line below a heading tells apart, or is torchvision's RetinaNet beside it.",
         "Headings name the data set, the backbone and the width of pyramid and heads. AP is COCO's on the split val,",
         "mean and half the range over seeds; minutes are of whole processes that had the machine to themselves, where",
-        "there were any (of torchvision's, those after its images were read).",
+        "there were any (of torchvision's, those after its images were read), with bf16 where the CPU computes in it.",
         "",
     ]
     for group in dict.fromkeys(map(group_of, reversed(rows))):
@@ -354,14 +356,14 @@ def page(rows: list[dict[str, Any]]) -> str:
             ap = statistics.mean(row["ap"] for row in found)
             against = f"{ap - statistics.mean(base):+.3f}" if base and name != BASE else ""
             # A run that others' work delayed says how good, not how long.
-            timed = [row["seconds"] for row in found if row.get("timed", True)]
+            timed = [row for row in found if row.get("timed", True)]
             cells = [
                 f"{name}: {found[-1]['what']}",
                 str(len(found)),
                 spread([row["ap"] for row in found]),
                 against,
                 spread([row["ap50"] for row in found]),
-                f"{statistics.mean(timed) / 60:.1f}" if timed else "",
+                minutes(timed) if timed else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
@@ -377,6 +379,12 @@ def group_of(row: dict[str, Any]) -> tuple[str, str, int, int | None, str, int |
 def spread(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.3f}"
+
+
+def minutes(rows: list[dict[str, Any]]) -> str:
+    """Return how long runs took, and in which precision where the CPU computes in bf16; the first rows do not say."""
+    precisions = sorted({row.get("precision", "fp32") for row in rows} - {"fp32"})
+    return " ".join([f"{statistics.mean(row['seconds'] for row in rows) / 60:.1f}", *precisions])
 
 
 if __name__ == "__main__":

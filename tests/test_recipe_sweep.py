@@ -226,3 +226,9 @@ def test_runs_side_by_side_share_the_cores_and_say_nothing_of_time(
     rows = sweep.known_rows()
     assert [row["timed"] for row in rows] == [False, False]
     assert "| base: the recipe as it is | 2 | 0.500 ± 0.000 |  | 0.800 ± 0.000 |  |" in sweep.page(rows)
+
+
+def test_minutes_name_bf16_where_the_cpu_computed_in_it(sweep: ModuleType) -> None:
+    page = sweep.page([row("base", 0.5) | {"precision": "bf16"}, row("adamw", 0.4) | {"precision": "fp32"}])
+    assert "| base: what it changes | 1 | 0.500 |  | 0.500 | 1.5 bf16 |" in page
+    assert "| adamw: what it changes | 1 | 0.400 | -0.100 | 0.400 | 1.5 |" in page
