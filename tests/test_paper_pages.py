@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from retinanet.anchors import AnchorSpec, all_anchors_of_image
 from retinanet.batches import MatchState
 from retinanet.checkpoint import Model, load_model, save_model
 from retinanet.cli.main import main
-from retinanet.data import open_dataset
+from retinanet.data import open_dataset, write_coco
 from retinanet.data.shapes import ShapesSpec, generate_shapes
 from retinanet.errors import ConfigError, DataError
 from retinanet.images import Preprocessing, decode
@@ -27,7 +28,7 @@ from retinanet.paper.items import ITEMS, OF_RESULTS
 from retinanet.paper.loss_shares import hardest_share
 from retinanet.paper.page import Page, Picture, Table, new_figure, write_page
 from retinanet.paper.tables import STUDIES
-from retinanet.records import Classes
+from retinanet.records import Classes, GroundTruth
 
 
 def tables(page: Page) -> list[Table]:
@@ -275,6 +276,24 @@ def test_the_losses_of_a_model_are_those_of_its_anchors(shapes: Path, model: Pat
     # A larger gamma moves the loss of the negatives to the hardest.
     shares = [hardest_share(losses, 0.01) for losses in windows.negatives]
     assert shares == sorted(shares)
+
+
+def test_an_image_is_not_padded_to_those_beside_it(model: Path, tmp_path: Path) -> None:
+    """Padding is background, and easy."""
+    loaded, sizes, files = load_model(model), [(96, 48), (48, 96)], ["wide.png", "high.png"]
+    for size, file in zip(sizes, files, strict=True):
+        Image.new("RGB", size, "gray").save(tmp_path / file)
+    write_coco(
+        tmp_path / "instances_val.json",
+        classes=loaded.spec.classes,
+        files=files,
+        sizes=sizes,
+        ground_truths=[GroundTruth(np.array([[8, 8, 40, 40]], np.float32), np.array([0]))] * 2,
+    )
+    windows = loss_shares.losses_of(loaded, open_dataset(tmp_path, "val"))
+    alone = len(all_anchors_of_image(loaded.spec.anchors, 64, 96))  # 48 is padded to 64
+    assert windows.images == 2
+    assert alone < windows.negatives.shape[1] <= 2 * alone
 
 
 def test_of_very_many_negatives_a_part_is_drawn(

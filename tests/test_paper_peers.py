@@ -151,9 +151,17 @@ def test_a_peer_trains_for_the_time_it_is_given(data: Path, tmp_path: Path) -> N
         done = train_peer("ssd", plan, train, val, 12.0, tmp_path / "run")
     assert done.steps > 1
     assert clock() - began < 20
-    again = load_peer("ssd", plan.spec, tmp_path / "run")
+    again = load_peer("ssd", plan.spec, tmp_path / "run", torch.device("cpu"))
     image = np.full((96, 96, 3), 40, np.uint8)
     assert np.array_equal(again.detect(image).boxes, done.peer.detect(image).boxes)
+    kernels = [
+        weight for weight in again.model.parameters() if weight.ndim == 4 and min(weight.shape[1:3]) > 1
+    ]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    elsewhere = load_peer(
+        "ssd", plan.spec, tmp_path / "run", torch.device("meta")
+    )  # as on a device of its own
+    assert {weight.device.type for weight in elsewhere.model.parameters()} == {"meta"}
     assert (tmp_path / "run" / WEIGHTS).exists()
 
 
@@ -186,6 +194,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, ap: dict[str | None, float]) -> list[J
         ran.append(job)
         figures = dict.fromkeys(running.FIGURES, ap[job.setting.peer] + 0.01 * job.seed)
         store.file(job).parent.mkdir(parents=True, exist_ok=True)
+        store.run(job).mkdir(parents=True, exist_ok=True)
         steps = {"steps": 450 + job.seed} if job.setting.peer else {}
         write_json(
             store.file(job), {**figures, **steps, "seconds": 9.0, "own_seconds": 100.0 + 20 * job.seed}
@@ -204,17 +213,17 @@ def test_table_2_trains_peers_for_as_long_as_ours(
     assert measure(["table2"], wanted, lambda _: None) == []
     ours = [job for job in ran if job.setting.peer is None]
     theirs = [job for job in ran if job.setting.peer]
-    assert len(ours) == 3 + 1  # trained although --rows does not name it: it says how long
+    assert len(ours) == 4 + 2  # trained although --rows does not name it: it says how long
     assert {job.setting.peer for job in theirs} == {"faster-rcnn", "ssd"}
-    assert len(theirs) == 2 * (3 + 1)
+    assert len(theirs) == 2 * (4 + 2)
     assert ran[: len(ours)] == ours
-    assert {job.seconds for job in theirs} == {110.0}
+    assert {job.seconds for job in theirs} == {130.0}
     study = wanted.study("table2")
     text = (tmp_path / "table2.md").read_text()
     assert f"{FINAL} against Faster R-CNN with FPN, R101: +10.0 AP (95 % interval +" in text
     assert "the seeds alone do not explain" in text
     assert "not told apart" in text
-    assert "It took 450, 451 steps in our time." in text
+    assert "It took 451, 452 steps in our time." in text
     numbers = json.loads((tmp_path / "table2.json").read_text())
     assert set(numbers["against"]) == {"Faster R-CNN with FPN, R101", "SSD513, R101"}
     fcos = next(row for row in study.rows if row.name == "FCOS (2019)")
@@ -309,6 +318,21 @@ def test_every_table_gets_the_row(own: Path, data: Path, tmp_path: Path) -> None
     both = with_own_loss(with_peers(STUDIES["table2"](TINY)), (str(own), name_of_own_loss(own)))
     keys = [row.setting.key for row in both.rows if row.setting]
     assert len(set(keys)) == len(keys) == 5
+    # With the network and the images of the rows beside it.
+    usual, of_paper = focal_setting(2), SCALES["paper"]
+    for name, scale, beside in (
+        ("table1a", TINY, usual),
+        ("table1e", TINY, usual),
+        ("table1d", of_paper, replace(usual, deep=True)),
+        (
+            "table2",
+            of_paper,
+            next(row.setting for row in STUDIES["table2"](of_paper).rows if row.name == FINAL),
+        ),
+    ):
+        own_row = with_own_loss(STUDIES[name](scale), (str(own), name_of_own_loss(own))).rows[-1].setting
+        assert own_row is not None
+        assert replace(own_row, own_loss=None) == beside
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,6 @@ class Interval:
         spread = "" if self.half is None else f" ± {100 * self.half:.1f}"
         return f"{100 * self.mean:.1f}{spread}"
 
-    def above(self, other: Interval) -> bool | None:
-        """Return whether this mean is above the other's; None where the two intervals meet."""
-        if abs(self.mean - other.mean) <= (self.half or 0) + (other.half or 0):
-            return None
-        return self.mean > other.mean
-
 
 def interval(values: Sequence[float]) -> Interval:
     """Return the mean of seeds and its 95 % interval by Student's t: t s / sqrt(n)."""
@@ -52,16 +46,19 @@ class Difference:
     low: float | None
     high: float | None
 
+    @property
+    def above(self) -> bool | None:
+        """Whether the first is above the second; None where the interval holds 0 or nobody knows it."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return None
+        return self.mean > 0
+
     def in_words(self, first: str, second: str) -> str:
         """Return a sentence about two rows, in points of AP."""
         points = f"{first} against {second}: {100 * self.mean:+.1f} AP"
         if self.low is None or self.high is None:
             return f"{points}, of one seed, so how certain that is is unknown."
-        verdict = (
-            "which are not told apart"
-            if self.low <= 0 <= self.high
-            else "which the seeds alone do not explain"
-        )
+        verdict = "which are not told apart" if self.above is None else "which the seeds alone do not explain"
         return f"{points} (95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}), {verdict}."
 
 
@@ -86,7 +83,8 @@ class Order:
     -1 the reverse, None without any order.
 
     `low` and `high` hold 95 % of what it is when every row's mean is drawn again from Student's distribution around
-    it; None where a row has one seed. `same` says whether the means stand in the published order, where that is strict.
+    it, which is what the seeds leave open, no test against an order drawn by lot; None where a row has one seed.
+    `same` says whether the means stand in the published order, where that is strict.
     """
 
     tau: float | None
@@ -104,10 +102,12 @@ class Order:
             verdict = "are in the paper's order" if self.same else "are not in the paper's order"
             return f"The means of the rows {verdict}: Kendall's tau over {self.rows} rows is {self.tau:.2f} ({known})."
         known = f"{self.low:.2f} to {self.high:.2f} when the means are drawn again within their uncertainty"
-        if self.low <= 0:
-            verdict = "is not told apart from chance"
-        else:
+        if self.low > 0:
             verdict = "is reproduced" if self.same else "is reproduced in part"
+        elif self.high < 0:
+            verdict = "is reversed" if self.tau == -1 else "is reversed in part"
+        else:
+            verdict = "is neither confirmed nor refuted by these seeds"
         tau = f"Kendall's tau over {self.rows} rows is {self.tau:.2f}"
         return f"The order of the paper's rows {verdict}: {tau} ({known})."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ GAMMAS = (0.0, 0.5, 1.0, 2.0)
 MOST_NEGATIVES = 10_000_000
 # Of which the shares are told: the hardest fifth of the positives, the hardest hundredth of the negatives.
 HARDEST = {"positives": 0.2, "negatives": 0.01}
-BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,9 @@ def losses_of(model: Model, dataset: Dataset) -> Windows:
         dataset,
         model.spec.preprocessing,
         still,
-        batch_size=BATCH,
+        batch_size=1,  # beside others an image would be padded to the largest, and padding is easy background
         seed=0,
-        steps=math.ceil(len(dataset) / BATCH),
+        steps=len(dataset),
     )
     random = torch.Generator().manual_seed(0)
     kept: dict[str, list[torch.Tensor]] = {"positives": [], "negatives": []}

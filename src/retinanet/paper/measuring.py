@@ -136,24 +136,26 @@ def dry_run(names: Sequence[str], request: Request) -> None:
 def _runs_in_words(settings: Sequence[Setting], request: Request, store: Store) -> str:
     """Return how many runs the settings take."""
     scale = request.scale
-    rates = f"at rate x {scale.rates[0]:g}"
+    seeds = "1 seed" if request.seeds == 1 else f"{request.seeds} seeds"
+    rates = f"at rate x {scale.rates[0]:g} with {seeds}"
     if len(scale.rates) > 1:
         first = " and ".join(f"{rate:g}" for rate in scale.first_rates)
         rates = (
             f"at rates x {first}, and beside the best of x {scale.rates[0]:g} to {scale.rates[-1]:g} until it has no "
-            "better neighbour,"
+            f"better neighbour, with a seed of its own, and at the best with {seeds}"
         )
     known = [what_is_known(setting, request, store) for setting in settings]
-    done = sum(len(one.rates) + max(0, len(one.results) - 1) for one in known)
+    searched = len(scale.rates) > 1  # else a row's first seed is the one run at the one rate
+    done = sum(len(one.results) + searched * len(one.rates) for one in known)
     finished = sum(one.rate is not None and len(one.results) == request.seeds for one in known)
     return (
-        f"{len(settings)} settings, each {rates} with the first seed and at the best with {request.seeds - 1} more; "
-        f"{done} runs are done, {finished} settings finished; {request.parallel} at a time"
+        f"{len(settings)} settings, each {rates}; {done} runs are done, {finished} settings finished; "
+        f"{request.parallel} at a time"
     )
 
 
 def trained_model(request: Request) -> Path:
-    """Return the model of the row "FL, gamma 2" of the tables, first seed, best rate."""
+    """Return the model of the row "FL, gamma 2" of the tables, of the seed that its rate was chosen by."""
     setting, store = focal(2), Store(request.output)
     rate = what_is_known(setting, request, store).rate
     if rate is None:
@@ -161,7 +163,7 @@ def trained_model(request: Request) -> Path:
             "fig4 needs --model RUN --data DATA, or the row `gamma 2` of table1b, which is not trained yet in "
             f"{request.output}: retinanet paper table1b --rows 'gamma 2' --output {request.output}"
         )
-    return store.run(request.job(setting, rate, 0))
+    return store.model(request.job(setting, rate, 0))
 
 
 def measure(names: Sequence[str], request: Request, say: Callable[[str], None]) -> list[str]:
@@ -181,7 +183,7 @@ def measure(names: Sequence[str], request: Request, say: Callable[[str], None]) 
     failures: list[str] = []
     # Peers come last: they train for as long as ours did.
     for group in ([one for one in settings if one.peer is None], [one for one in settings if one.peer]):
-        # First a rate for every setting, with one seed, then the other seeds at it.
+        # First a rate for every setting, with a seed of its own, then the seeds at it.
         tried: set[Job] = set()
         while jobs := [
             job for job in timed(search_jobs(group, request, store), request, store) if job not in tried

@@ -225,10 +225,11 @@ def _ssd(body: Backbone, spec: ModelSpec, norm: Norm | None) -> tuple[Any, list[
     return model, [model.head.classification_head, model.head.regression_head]
 
 
-def load_peer(name: PeerName, spec: ModelSpec, run: Path) -> Peer:
-    """Return the peer that a run trained."""
+def load_peer(name: PeerName, spec: ModelSpec, run: Path, device: torch.device) -> Peer:
+    """Return the peer that a run trained, on the device and in the memory format that it was trained in."""
     peer = build_peer(name, spec)
     load_model(peer.model, run / WEIGHTS)
+    peer.model.to(device, memory_format=torch.channels_last)
     return peer
 
 

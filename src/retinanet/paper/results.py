@@ -19,7 +19,8 @@ class Request:
 
     Args:
         rows: names, or parts of names that are no row's whole name, of the rows to train; empty is all.
-        seeds: how many; the first chooses the rate.
+        seeds: how many the figures are of. Where there are rates to choose from, seed 0 chooses and these come after
+            it: a seed that was looked at to choose would lift its row.
         model: for figure 4, instead of a row's.
         peers: train torchvision's detectors beside ours in Table 2.
         own_loss: a loss that becomes a row of every table, as of `Setting`.
@@ -53,13 +54,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a setting: AP at each rate that was tried with the first seed, the best rate when no other is
-    left to try, and the results at it.
+    """What is known of a setting: AP at each rate that was tried with seed 0, the best rate when no other is left to
+    try, the results at it, and the rates that diverged.
     """
 
     rates: dict[float, float]
     rate: float | None
     results: list[dict[str, Any]]
+    diverged: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float | None:
@@ -86,12 +88,12 @@ def search_jobs(settings: Iterable[Setting], request: Request, store: Store) -> 
 
 
 def seed_jobs(settings: Iterable[Setting], request: Request, store: Store) -> list[Job]:
-    """Return the runs of the other seeds, of settings whose rate is known."""
+    """Return the runs of the seeds that figures are of, of settings whose rate is known."""
     jobs = []
     for setting in settings:
         rate = what_is_known(setting, request, store).rate
         if rate is not None:
-            jobs += [request.job(setting, rate, seed) for seed in range(1, request.seeds)]
+            jobs += [request.job(setting, rate, seed) for seed in seeds_of(request)]
     return jobs
 
 
@@ -99,8 +101,15 @@ def what_is_known(setting: Setting, request: Request, store: Store) -> Measured:
     """Return the results of a setting so far."""
     found = {rate: store.result(request.job(setting, rate, 0)) for rate in request.scale.rates}
     rates = {rate: float(result["ap"]) for rate, result in found.items() if result is not None}
+    diverged = tuple(rate for rate, result in found.items() if result is not None and "diverged" in result)
     if request.scale.next_rates(rates):
-        return Measured(rates, None, [])
+        return Measured(rates, None, [], diverged)
     rate = best_rate(rates)
-    results = [found[rate], *(store.result(request.job(setting, rate, n)) for n in range(1, request.seeds))]
-    return Measured(rates, rate, [result for result in results if result is not None])
+    results = [store.result(request.job(setting, rate, seed)) for seed in seeds_of(request)]
+    return Measured(rates, rate, [result for result in results if result is not None], diverged)
+
+
+def seeds_of(request: Request) -> range:
+    """Return the seeds that figures are of: without rates to choose from, seed 0 is one of them."""
+    first = int(len(request.scale.rates) > 1)
+    return range(first, first + request.seeds)

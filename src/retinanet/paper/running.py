@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from retinanet.devices import choose_device
+from retinanet.devices import choose_device, resolve_precision
 from retinanet.errors import ConfigError, DivergedError, RetinaNetError, Stopped
 from retinanet.folders import write_json
 from retinanet.paper.own_loss import name_of_own_loss
@@ -75,6 +75,20 @@ class Store:
 
     def run(self, job: Job) -> Path:
         return self.folder / "runs" / job.folder / job.name
+
+    def model(self, job: Job) -> Path:
+        """Return the run folder of a finished job, with its model.
+
+        Raises:
+            ConfigError: only its result is left, as in a copy of the results.
+        """
+        run = self.run(job)
+        if not run.exists():
+            raise ConfigError(
+                f"the model {run} is gone and its result is left: remove {self.file(job)}, and its table trains it "
+                "again"
+            )
+        return run
 
     def log(self, job: Job) -> Path:
         run = self.run(job)
@@ -203,7 +217,8 @@ def run_one(job: Job, store: Store) -> None:
     """Train one setting in this process and write its result; a loss that is not finite is a result, too."""
     folder = store.run(job)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-    clock = seconds_of(choose_device("auto"))
+    device = choose_device("auto")
+    clock = seconds_of(device)
     began, own = time.monotonic(), clock()
     options = options_of(job.setting, SCALES[job.scale], job.data, seed=job.seed, pretrained=job.pretrained)
     options = replace(options, output=str(folder), validate_every_steps=options.steps, log_to="none")
@@ -215,6 +230,8 @@ def run_one(job: Job, store: Store) -> None:
     result |= {
         "seconds": round(time.monotonic() - began, 1),
         "own_seconds": round(clock() - own, 1),
+        "device": device.type,
+        "precision": resolve_precision(device, options.precision),
         "torch": str(torch.__version__),
     }
     for name in ("last", "checkpoints"):  # tables need neither

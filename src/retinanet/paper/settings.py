@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,8 +97,8 @@ class Scale:
         side: pixels in the place of the paper's 600.
         steps: of training.
         rates: factors on the recipe's rate, the same grid for every setting, of which a setting is trained at
-            `first_rates` with the first seed, and then beside the best until that has no better neighbour; the best on
-            val is what the other seeds train at.
+            `first_rates` with a seed of its own, and then beside the best until that has no better neighbour; the best
+            on val is what the seeds of the tables train at.
         options: of `retinanet train`, the same for all settings, base sizes of the anchors among them.
         shapes: the synthetic images made where no --data is given, and how many of train and val. Those of
             `tiny` were chosen by their imbalance (`paper.imbalance`).
@@ -120,7 +119,8 @@ class Scale:
         """Return the rates that a setting has to be trained at next; none are left when the best has its neighbours.
 
         Args:
-            known: AP at the rates that were tried. Of equal ones the best is the one nearest to the recipe's.
+            known: AP at the rates that were tried. Of equal ones the lowest is the best, so that what diverges, which
+                counts as 0, is tried lower down to the grid's end.
         """
         lacking = [rate for rate in self.first_rates if rate not in known]
         if lacking:
@@ -136,8 +136,8 @@ class Scale:
 
 
 def best_rate(known: Mapping[float, float]) -> float:
-    """Return the rate with the highest AP, of equal ones the nearest to the recipe's."""
-    return max(known, key=lambda rate: (known[rate], -abs(math.log(rate))))
+    """Return the rate with the highest AP, of equal ones the lowest."""
+    return max(known, key=lambda rate: (known[rate], -rate))
 
 
 # Twice and half as much, from an eighth of the recipe's rate to four times it.

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from retinanet.data import open_dataset
+from retinanet.devices import choose_device
 from retinanet.errors import ConfigError
 from retinanet.images import UInt8Array, decode
 from retinanet.inference import load
@@ -45,8 +46,8 @@ def fig2(request: Request) -> Page:
     for row in study.rows:
         assert row.setting is not None  # all of Table 1e can be trained
         found = what_is_known(row.setting, request, store)
-        if found.rate is not None:
-            run = store.run(request.job(row.setting, found.rate, 0))
+        if found.rate is not None and found.results:
+            run = store.model(request.job(row.setting, found.rate, 0))
             known[row.name] = found, _of_ours(run, str(request.data))
     peers = _peers(request, store) if request.peers else {}
     if not known and not peers:
@@ -117,14 +118,14 @@ def _peers(request: Request, store: Store) -> dict[str, tuple[Measured, float]]:
         if row.setting is None or row.setting.peer is None:
             continue
         found = what_is_known(row.setting, request, store)
-        if found.rate is not None:
+        if found.rate is not None and found.results:
             job = request.job(row.setting, found.rate, 0)
             options = options_of(
                 job.setting, request.scale, job.data, seed=job.seed, pretrained=job.pretrained
             )
             train = open_dataset(job.data, "train")
             spec = plan_run(options, train, change_of(job.setting, job.rate)).spec
-            peer = load_peer(row.setting.peer, spec, store.run(job))
+            peer = load_peer(row.setting.peer, spec, store.model(job), choose_device("auto"))
             known[row.name] = found, milliseconds(peer.detect, job.data)
     return known
 

@@ -24,6 +24,13 @@ HEADINGS = {
     "ap_medium": "APm",
     "ap_large": "APl",
 }
+# In what all rows alike differ from the paper's training, by recipe.
+DIFFERS = {
+    "small": " Unlike the paper, in all rows alike: from scratch, GroupNorm where the backbone allows it, an object's "
+    "best anchors are its own even below IoU 0.5, boxes are learned by GIoU weighted 2, losses are divided by the "
+    "positives of the step, Muon with a cosine, averaged weights, zoomed images.",
+    "paper": "",
+}
 # How Figure 7 draws a setting that is above cross entropy, below it, or not told apart from it.
 JUDGED = {True: (COLOURS[0], "-"), False: (COLOURS[3], "--"), None: ("#888888", ":")}
 
@@ -42,7 +49,7 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
             for row in study.rows
         ],
     )
-    finished = [row for row in study.rows if row.name in known and known[row.name].rate is not None]
+    finished = [row for row in study.rows if row.name in known and known[row.name].results]
     parts: list[str | Table | Picture] = [study.about, _how(request), table, *_divergences(known)]
     ordered = [row for row in finished if row.published.ap is not None]
     numbers: dict[str, Any] = {"scale": request.scale.name, "data": request.about_data}
@@ -54,12 +61,12 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
         parts.append(order.in_words())
         numbers["order"] = asdict(order)
     for ours, other in study.against:
-        if all(name in known and known[name].rate is not None for name in (ours, other)):
+        if all(name in known and known[name].results for name in (ours, other)):
             seeds = [[result["ap"] for result in known[name].results] for name in (ours, other)]
             found = difference(*seeds)
             parts.append(f"{found.in_words(ours, other)} {_steps(known[other])}")
             numbers.setdefault("against", {})[other] = asdict(found)
-    if study.stars and len(finished) > 1 and known["CE"].rate is not None:
+    if study.stars and len(finished) > 1 and known["CE"].results:
         parts.append(_stars(study, known))
     elif len(finished) > 1:
         parts.append(_picture(study, finished, known))
@@ -85,13 +92,13 @@ def _how(request: Request) -> str:
     scale, options = request.scale, request.scale.options
     first = " and ".join(f"{rate:g}" for rate in scale.first_rates)
     chosen = (
-        f" The rate of a row is the best on val with its first seed, looked for alike with every loss: at x {first}, "
-        "then beside the best until it has no better neighbour. That seed counts among the seeds, which lifts every "
-        "row a little."
+        " The rate of a row is the best on val with a seed of its own, looked for alike with every loss: at x "
+        f"{first}, then beside the best until it has no better neighbour. The figures are of other seeds."
     )
     return (
         f"Measured at scale {scale.name} ({scale.what}) on {request.about_data}; {scale.steps:,} steps of "
-        f"{options['batch_size']}, recipe {options['recipe']}, {scale.side} px, where the row does not say otherwise. "
+        f"{options['batch_size']}, recipe {options['recipe']}, {scale.side} px, where the row does not say otherwise."
+        f"{DIFFERS[options['recipe']]} "
         "AP is in percent, on val: the mean of seeds ± half of its 95 % interval (Student's t)."
         f"{chosen if len(scale.rates) > 1 else ''} What was published is of COCO."
     )
@@ -105,7 +112,7 @@ def _published(row: Row, figures: Sequence[str]) -> list[str]:
 def _measured(found: Measured | None, figures: Sequence[str]) -> list[str]:
     if found is None:
         return ["-"] * (len(figures) + 2)
-    if found.rate is None:
+    if not found.results:
         return ["not yet" if figure == "ap" else "" for figure in figures] + ["", ""]
     cells = []
     for figure in figures:
@@ -118,8 +125,8 @@ def _rates(rows: Sequence[Row], known: dict[str, Measured], scale: Scale) -> lis
     """Return what was found at every rate that was tried, and rows whose best is at the edge of the grid."""
     tried = sorted({rate for row in rows for rate in known[row.name].rates})
     parts: list[str | Table] = [
-        "AP at the rates that were tried, with the first seed (factors on the recipe's rate; the best is used for the "
-        "other seeds):",
+        "AP at the rates that were tried, with a seed of its own (factors on the recipe's rate; the seeds of the table "
+        "are trained at the best):",
         Table(
             ["row", *(f"rate x {rate:g}" for rate in tried)],
             [[row.name, *(_rate(known[row.name], rate, scale) for rate in tried)] for row in rows],
@@ -135,7 +142,7 @@ def _rates(rows: Sequence[Row], known: dict[str, Measured], scale: Scale) -> lis
 
 def _rate(found: Measured, rate: float, scale: Scale) -> str:
     if rate in found.rates:
-        return f"{100 * found.rates[rate]:.1f}"
+        return "diverged" if rate in found.diverged else f"{100 * found.rates[rate]:.1f}"
     return "not yet" if rate in scale.next_rates(found.rates) else ""
 
 
@@ -189,12 +196,13 @@ def _stars(study: Study, known: dict[str, Measured]) -> Picture:
     x = torch.linspace(-4, 5, 300, dtype=torch.float64)
     ones = torch.ones_like(x)
     least = known["CE"].of("ap")
-    assert least is not None  # its rate is known
+    assert least is not None  # it has results
     axes.plot(x.numpy(), sigmoid_cross_entropy(x, ones).numpy(), color="#000000", linewidth=2.2, label="CE")
     for name, star in study.stars.items():
         found = known[name].of("ap") if name in known else None
         if found is not None:
-            colour, dash = JUDGED[found.above(least)]
+            seeds = [[result["ap"] for result in one.results] for one in (known[name], known["CE"])]
+            colour, dash = JUDGED[difference(*seeds).above]
             axes.plot(
                 x.numpy(),
                 sigmoid_focal_star_loss(x, ones, None, *star).numpy(),
@@ -210,6 +218,6 @@ def _stars(study: Study, known: dict[str, Measured]) -> Picture:
     axes.legend(frameon=False, fontsize=8)
     caption = (
         f"FL* by setting: blue is above cross entropy (AP {least.percent()}), dashed red below it, dotted grey not "
-        "told apart, as the intervals meet."
+        "told apart, as the 95 % interval of the difference holds 0, or of one seed."
     )
     return Picture(figure, caption)
