@@ -377,6 +377,8 @@ def test_normalizers(loss, dtype):
     close(call(dense(indices), normalizer="positives"), total / positives)
     close(call(indices, normalizer=7.0), total / 7)
     close(call(indices, normalizer=torch.tensor(3.0)), total / 3)
+    close(call(indices, normalizer=np.int64(3)), total / 3)
+    close(call(indices, normalizer=np.float32(3)), total / 3)
     close(call(indices, normalizer="rows", ignore=ignore), kept / (~ignore).sum())
     of_kept = ((indices >= 0) & ~ignore).sum()
     close(call(indices, normalizer="positives", ignore=ignore), kept / of_kept)
@@ -667,6 +669,14 @@ ROWS, NONE = torch.zeros(2, 3), torch.full((2,), -1)
         (
             lambda: sigmoid_focal_loss(ROWS, NONE, reduction="mean", normalizer=torch.ones(1)),
             r"or a scalar tensor; got shape \[1\]",
+        ),
+        (
+            lambda: sigmoid_focal_loss(ROWS, ROWS - 1),
+            r"needs targets in \[0, 1\], or ignore=MASK where nothing is known; got -1 to -1",
+        ),
+        (
+            lambda: softmax_focal_loss(ROWS, ROWS * math.nan),
+            r"softmax_focal_loss needs targets in \[0, 1\], .*; got nan to nan",
         ),
         (
             lambda: inverse_frequency_alpha(torch.tensor([3, 11]), 10),

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch.nn.functional import interpolate
+from torch.nn.functional import conv2d, interpolate
 
 from retinanet.errors import CheckpointError, ConfigError
 from retinanet.model import (
@@ -21,7 +21,7 @@ from retinanet.model import (
     build_retinanet,
     load_backbone,
 )
-from retinanet.model.fpn import upsample_nearest
+from retinanet.model.fpn import FeaturePyramid, upsample_nearest
 from retinanet.model.presets import from_scratch, modern, paper
 from retinanet.records import Classes
 
@@ -78,8 +78,32 @@ def test_the_start():
     assert model.class_head.last.bias.detach().unique().tolist() == pytest.approx([-4.59512])  # -log 99
     assert model.box_head.last.bias.abs().max() == 0
     for head in (model.class_head, model.box_head):
-        assert head.last.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        convolutions = [*(one for one in head.tower if isinstance(one, torch.nn.Conv2d)), head.last]
+        assert len(convolutions) == 5
+        for convolution in convolutions:
+            assert convolution.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        assert all(convolution.bias.abs().max() == 0 for convolution in convolutions[:-1])
     assert build_retinanet(SMALL, prior=0.5).class_head.last.bias.abs().max() == 0
+
+
+def test_the_pyramid_by_hand():
+    """P6 from C5, and P7 from P6 after ReLU; what is below from above and from the side."""
+    torch.manual_seed(0)
+    channels = (3, 5, 6)
+    pyramid = FeaturePyramid(in_channels=channels, spec=PyramidSpec(channels=4))
+    c3, c4, c5 = (torch.randn(1, n, side, side) for n, side in zip(channels, (16, 8, 4), strict=True))
+    with torch.no_grad():
+        p3, p4, p5, p6, p7 = pyramid((c3, c4, c5))
+        m5 = pyramid.lateral[2](c5)
+        m4 = pyramid.lateral[1](c4) + interpolate(m5, scale_factor=2)
+        m3 = pyramid.lateral[0](c3) + interpolate(m4, scale_factor=2)
+        for level, inner, output in zip((p3, p4, p5), (m3, m4, m5), pyramid.output, strict=True):
+            torch.testing.assert_close(level, conv2d(inner, output.weight, output.bias, padding=1))
+        expected = conv2d(c5, pyramid.p6.weight, pyramid.p6.bias, stride=2, padding=1)
+        torch.testing.assert_close(p6, expected)
+        assert (expected < 0).any()
+        after = conv2d(expected.clamp(min=0), pyramid.p7.weight, pyramid.p7.bias, stride=2, padding=1)
+        torch.testing.assert_close(p7, after)
 
 
 def test_shapes():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from retinanet.errors import ConfigError
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
-Normalizer: TypeAlias = Literal["elements", "rows", "positives"] | float | Tensor
+# Of numbers NumPy's, too, of which not all are a float.
+Normalizer: TypeAlias = Literal["elements", "rows", "positives"] | SupportsFloat | Tensor
 Alpha: TypeAlias = float | Tensor | None
 
 # The loss of a hard label without alpha_t, of x_t: x where y = 1 and -x where y = 0.
@@ -77,8 +78,8 @@ def divisor(
     """Return what "mean" divides the sum by. Counts are of what is not ignored, and at least 1."""
     if isinstance(normalizer, Tensor):
         return normalizer.detach()
-    if isinstance(normalizer, int | float):
-        return normalizer
+    if not (normalizer is None or isinstance(normalizer, str)):
+        return float(normalizer)
     if normalizer == "positives":
         if targets.dtype == torch.int64:
             share = (targets >= 0).float()
@@ -161,6 +162,13 @@ def require(
                 f"{who} needs class indices below {inputs.shape[-1]}, the size of the last dimension of inputs; "
                 f"got {highest}"
             )
+    elif not by_index and targets.numel() and known(targets):
+        asked = targets if ignore is None else torch.where(of_elements(ignore, inputs), 0, targets)
+        low, high = (float(one) for one in torch.aminmax(asked.detach()))
+        if not (low >= 0 and high <= 1):
+            raise ConfigError(
+                f"{who} needs targets in [0, 1], or ignore=MASK where nothing is known; got {low:g} to {high:g}"
+            )
     return by_index
 
 
@@ -176,7 +184,7 @@ def _require_normalizer(who: str, reduction: Reduction, normalizer: Normalizer |
     elif isinstance(normalizer, str):
         fits = normalizer in ("elements", "rows", "positives")
     else:
-        fits = 0 < normalizer < float("inf")
+        fits = 0 < float(normalizer) < float("inf")
     if not fits:
         of_tensor = isinstance(normalizer, Tensor) and normalizer.ndim > 0
         got = f"shape {list(normalizer.shape)}" if of_tensor else repr(normalizer)  # type: ignore[union-attr]

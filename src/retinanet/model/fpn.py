@@ -12,7 +12,7 @@ class FeaturePyramid(nn.Module):
     """P3-P5: lateral 1x1 on C3-C5, nearest upsampling from above, 3x3 output. P6: 3x3 stride 2 on C5 (or P5).
     P7: ReLU, then 3x3 stride 2 on P6.
 
-    Initialised Xavier-uniform, bias 0, as Detectron does; the paper is silent on it.
+    Initialised Xavier-uniform, bias 0, as Detectron does; the paper points to that of FPN, which names no distribution.
     """
 
     def __init__(self, *, in_channels: tuple[int, ...], spec: PyramidSpec) -> None:
