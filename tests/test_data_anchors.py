@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from retinanet.records import Classes, GroundTruth, Ignore
 from retinanet.training import recipes
 from retinanet.training.anchor_file import AskedAnchors, parse_anchors, write_anchors
 from retinanet.training.configuration import TrainingOptions
-from retinanet.training.sizing import anchor_choices, choose_anchors
+from retinanet.training.sizing import anchor_choices, choose_anchors, coverage
 
 REAL_DATA = os.environ.get("RETINANET_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL_DATA, reason="RETINANET_TEST_DATA is not set")
@@ -254,11 +255,12 @@ def test_training_takes_the_file_and_names_what_it_misses(tmp_path: Path) -> Non
     file = tmp_path / "a.yaml"
     write_anchors(file, AskedAnchors((30, 60, 120, 240, 480), (1.0, 1.5), (0.8, 1.0, 1.25), 512), "made up")
     options = TrainingOptions(data="D", anchors=str(file))
-    usual = recipes.small(Classes(("a",)), "resnet18", "cpu").model.anchors
-    choices = anchor_choices(options, usual, fixed=False)
+    recipe = recipes.small(Classes(("a",)), "resnet18", "cpu")
+    usual = recipe.model.anchors
+    choices = anchor_choices(options, recipe, of_model=False)
     reasons: list[tuple[str, str, str]] = []
     frame = Preprocessing(image_size=256, max_size=426)
-    spec = choose_anchors(options, dataset, choices, frame, reasons)
+    spec = choose_anchors(options, dataset, choices, frame, reasons, "recipe small")
     assert spec == replace(usual, sizes=(30, 60, 120, 240, 480), scales=(1.0, 1.5), ratios=(0.8, 1.0, 1.25))
     assert reasons[0][:2] == ("anchors", "30, 60, 120, 240, 480; scales 1, 1.5; ratios 0.8, 1, 1.25")
     assert reasons[0][2].startswith("asked for and fitted at shortest side 512, not 256; ")
@@ -268,14 +270,41 @@ def test_training_takes_the_file_and_names_what_it_misses(tmp_path: Path) -> Non
     assert advice.endswith(f"a larger --image-size or fitted anchors help: retinanet data anchors D {again}")
     # Fitted at this very size: to fit them again is no advice.
     file.write_text(file.read_text().replace("512", "256"))
-    choose_anchors(options, dataset, choices, frame, reasons)
+    choose_anchors(options, dataset, choices, frame, reasons, "recipe small")
     assert reasons[-1][2].endswith("a larger --image-size helps")
-    choose_anchors(replace(options, anchors=None), dataset, choices, frame, reasons)
+    choose_anchors(replace(options, anchors=None), dataset, choices, frame, reasons, "recipe small")
     assert "--output anchors.yaml, then --anchors anchors.yaml" in reasons[-1][2]
     with pytest.raises(
         ConfigError, match=r"needs 9 anchors a location .* as the model of --weights has; got 6"
     ):
-        anchor_choices(options, usual, fixed=True)
+        anchor_choices(options, recipe, of_model=True)
+
+
+def test_anchors_are_fitted_where_those_of_no_usual_size_reach_enough() -> None:
+    """Lines of 6:1, which ratios from 1:2 to 2:1 do not reach."""
+    dataset = one_image(scattered(72, 12, 30), [0] * 30, ("line",))
+    options, frame = TrainingOptions(data="D"), Preprocessing(image_size=256, max_size=426)
+    recipe = recipes.small(Classes(("a",)), "resnet18", "cpu")
+    reasons: list[tuple[str, str, str]] = []
+    choices = anchor_choices(options, recipe, of_model=False)
+    spec = choose_anchors(options, dataset, choices, frame, reasons, "recipe small")
+    assert spec.per_location == recipe.model.anchors.per_location
+    assert min(spec.ratios) < 0.25
+    assert coverage(spec, dataset, frame) > 0.7
+    ((name, shown, why),) = reasons
+    assert name == "anchors"
+    assert re.fullmatch(r"[\d., ]+; scales [\d., ]+; ratios [\d., ]+", shown)
+    assert re.fullmatch(
+        r"objects that reach IoU 0\.5: \d%+ from 32, \d+% from 16, \d+% from 8, \d+% from these, fitted to the data",
+        why,
+    )
+    # The anchors of a model to go on from, and the paper's, stand.
+    for of_model, fit in ((True, True), (False, False)):
+        choices = anchor_choices(options, replace(recipe, anchors_fit=fit), of_model=of_model)
+        kept = choose_anchors(options, dataset, choices, frame, reasons, "the model's")
+        assert kept == recipe.model.anchors
+        assert reasons[-2][2] == "the model's; 0% of objects reach IoU 0.5"
+        assert reasons[-1][:2] == ("anchors miss", "100% of line")
 
 
 # ------------------------------------------------------------------------------------------------ the command

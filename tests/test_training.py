@@ -330,7 +330,7 @@ def test_lr_is_for_sixteen_images_and_epochs_become_steps(
 
 
 def test_from_scratch_a_run_sees_as_many_images_as_its_pixels_hold(data: Path) -> None:
-    """Twice the side, a quarter of the images; but no fewer than three passes."""
+    """Twice the side, a quarter of the images."""
     train = open_dataset(data, "train")
 
     def plan(size: int) -> Plan:
@@ -507,6 +507,7 @@ def test_impossible_weights_are_refused(data: Path, options: dict, message: str)
 def test_recipe_paper_is_the_paper() -> None:
     recipe = recipes.paper(Classes(("a",)), "resnet50", "a1_in1k")
     assert recipe.images_seen == 90_000 * 16
+    assert recipe.batch_size == 16
     assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.schedule) == ("sgd", 0.01, 1e-4, "step")
     assert (recipe.loss, settings_of(recipe)) == ("focal", {"alpha": 0.25, "gamma": 2.0})
     assert recipe.prior == 0.01
@@ -522,6 +523,21 @@ def test_recipe_paper_is_the_paper() -> None:
     assert recipe.model.backbone.norm == "frozen"
     assert recipe.model.pyramid.channels == 256
     assert recipe.model.head == HeadSpec(depth=4, norm="none")
+
+
+def test_recipe_paper_keeps_the_papers_anchors(data: Path, tmp_path: Path) -> None:
+    """Where objects are far too small for them, too; --anchors may ask for others."""
+    train, weights = open_dataset(data, "train"), tmp_path / "weights.safetensors"
+    weights.touch()  # a plan does not read it
+    for name in ("paper", "paper-jitter"):
+        options = TrainingOptions(data=str(data), recipe=name, pretrained=str(weights), image_size=96)
+        plan = plan_run(options, train)
+        assert plan.spec.anchors == recipes.paper(train.classes, "resnet50", None).model.anchors
+        (why,) = [why for setting, _, why in plan.reasons if setting == "anchors"]
+        assert why.startswith(f"recipe {name}; ")
+        assert any(setting == "anchors miss" for setting, _, _ in plan.reasons)
+        asked = plan_run(dataclasses.replace(options, anchors="8,16,32,64,128"), train)
+        assert asked.spec.anchors.sizes == (8, 16, 32, 64, 128)
 
 
 def test_recipe_paper_jitter_is_longer_and_from_several_scales_only() -> None:
@@ -674,7 +690,9 @@ def test_the_plan_says_no_more_than_there_is_to_say(data: Path) -> None:
     matching = "positive from IoU 0.3, background below 0.2, each object's best anchors positive"
     assert said["matching"] == (matching, "recipe small")
     assert loose.objective.matching == ByIou(positive_iou=0.3, negative_iou=0.2, low_quality=True)
-    assert said["held in check by"][0] == "weight decay 0.02, gradient norm 10, average of weights 0.998"
+    assert said["held in check by"][0] == (
+        "weight decay 0.02, gradient norm 10, weights averaged over the last ninth of the steps, 500 at most"
+    )
 
 
 def test_augmentation_asked_for_is_kept_and_named(data: Path) -> None:
@@ -997,19 +1015,26 @@ def test_no_anchor_reaching_enough_objects_does_not_make_images_large() -> None:
     lines.boxes[:, 3] = lines.boxes[:, 1] + 4
     recipe = recipes.small(Classes(("a",)), "resnet18", "cuda")
     options = TrainingOptions(data="x")
-    choices = anchor_choices(options, recipe.model.anchors, fixed=False)
+    choices = anchor_choices(options, recipe, of_model=False)
     reasons: list[tuple[str, str, str]] = []
     size = choose_preprocessing(recipe, options, lines, choices, torch.device("cuda"), reasons).image_size  # type: ignore[arg-type]
     assert size == 320  # 16 px for the root of 40 x 4
     assert "reach" not in reasons[0][2]
 
 
-def squares(side: float, native: int = 256) -> SimpleNamespace:
+class Images(SimpleNamespace):
+    """As much of a data set as planning looks at."""
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+
+def squares(side: float, native: int = 256) -> Images:
     """A data set of one image with 16 squares of one size, far apart and at odd places."""
     corners = (
         np.array([(x, y) for x in (5, 69, 131, 197) for y in (7, 71, 133, 195)], np.float32) * native / 256
     )
-    return SimpleNamespace(
+    return Images(
         widths=np.array([native]),
         heights=np.array([native]),
         boxes=np.hstack([corners, corners + np.float32(side)]),
@@ -1045,7 +1070,7 @@ def test_images_are_as_large_as_objects_and_anchors_need(
 ) -> None:
     reasons: list[tuple[str, str, str]] = []
     recipe = recipes.small(Classes(("a",)), "resnet18", device)
-    choices = anchor_choices(TrainingOptions(data="x", anchors=anchors), recipe.model.anchors, fixed=False)
+    choices = anchor_choices(TrainingOptions(data="x", anchors=anchors), recipe, of_model=False)
     chosen = choose_preprocessing(
         recipe,
         TrainingOptions(data="x", anchors=anchors),
@@ -1073,7 +1098,7 @@ def test_images_full_of_objects_are_larger_and_fewer_a_step() -> None:
     by_sgd = dataclasses.replace(recipe, optimizer="sgd")
     fewer_by_sgd = choose_batch(by_sgd, options, full, CPU, [])  # type: ignore[arg-type]
     assert choose_rate(fewer_by_sgd)[0] == pytest.approx(choose_rate(by_sgd)[0])
-    choices = anchor_choices(options, recipe.model.anchors, fixed=False)
+    choices = anchor_choices(options, recipe, of_model=False)
     size = choose_preprocessing(fewer, options, full, choices, CPU, reasons).image_size  # type: ignore[arg-type]
     assert 256 < size <= 544
     assert 150e6 / size**2 * 64 > 29_000
@@ -1084,6 +1109,49 @@ def test_images_full_of_objects_are_larger_and_fewer_a_step() -> None:
     on_cuda = recipes.small(Classes(("a",)), "resnet18", "cuda")
     assert choose_batch(on_cuda, options, full, torch.device("cuda"), []) is on_cuda  # type: ignore[arg-type]
     assert choose_batch(recipe, options, squares(40), CPU, []) is recipe  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "larger", "why"),
+    [
+        ({}, True, "where 150 megapixels show 30,000 objects"),
+        ({"time": "2m"}, False, "256 at most on cpu"),
+        ({"time": "1h"}, True, "where 360 megapixels show 30,000 objects"),
+        ({"steps": 50}, False, "256 at most on cpu"),
+        ({"steps": 1000}, True, "where 1,000 images show 30,000 objects"),
+        ({"epochs": 100.0}, False, "256 at most on cpu"),
+    ],
+)
+def test_images_are_as_large_as_the_run_that_is_asked_for_is_long(
+    asked: dict[str, Any], larger: bool, why: str
+) -> None:
+    full = squares(14, 512)
+    full.boxes = np.concatenate([full.boxes + np.float32([x, y, x, y]) for x in (0, 20) for y in (0, 20)])
+    full.labels, full.ignore = np.zeros(64, np.int64), np.zeros(64, np.int8)
+    full.offsets = np.array([0, 64])
+    recipe = dataclasses.replace(recipes.small(Classes(("a",)), "resnet18", "cpu"), batch_size=1)
+    options = TrainingOptions(data="x", **asked)
+    reasons: list[tuple[str, str, str]] = []
+    choices = anchor_choices(options, recipe, of_model=False)
+    size = choose_preprocessing(recipe, options, full, choices, CPU, reasons).image_size  # type: ignore[arg-type]
+    assert (size > 256) is larger
+    assert reasons[-1][2].endswith(why)
+
+
+def test_a_class_of_one_box_sets_no_size() -> None:
+    """Where another has more; alone it has to."""
+    options, recipe = TrainingOptions(data="x"), recipes.small(Classes(("a",)), "resnet18", "cpu")
+    choices = anchor_choices(options, recipe, of_model=False)
+    few = squares(40)
+    few.classes, few.labels = Classes(("a", "mistake")), np.array([0] * 15 + [1])
+    few.boxes[15, 2:] = few.boxes[15, :2] + 4
+    reasons: list[tuple[str, str, str]] = []
+    choose_preprocessing(recipe, options, few, choices, CPU, reasons)  # type: ignore[arg-type]
+    assert "half of class a is below 40 px" in reasons[0][2]
+    few.boxes, few.labels, few.ignore = few.boxes[15:], few.labels[15:], few.ignore[15:]
+    few.offsets = np.array([0, 1])
+    choose_preprocessing(recipe, options, few, choices, CPU, reasons)  # type: ignore[arg-type]
+    assert "half of class mistake is below 4 px" in reasons[1][2]
 
 
 class Photographs(SimpleNamespace):

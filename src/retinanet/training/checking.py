@@ -49,7 +49,7 @@ from retinanet.training.objectives import matching_of
 from retinanet.training.recipes import Recipe, small
 from retinanet.training.sizing import (
     anchor_choices,
-    best_of,
+    anchors_at,
     choose_anchors,
     choose_batch,
     choose_preprocessing,
@@ -177,12 +177,12 @@ def frame_of(options: TrainingOptions, train: Dataset, device: str) -> Frame:
     """Return the input size and anchors that training from scratch would take with these options on a device."""
     target = torch.device(device)
     recipe = _with_sides(small(train.classes, "resnet18", target.type), options)
-    choices = anchor_choices(options, recipe.model.anchors, fixed=False)
+    choices = anchor_choices(options, recipe, of_model=False)
     reasons: list[tuple[str, str, str]] = []
     recipe = choose_batch(recipe, options, train, target, reasons)
     preprocessing = choose_preprocessing(recipe, options, train, choices, target, reasons)
     why = reasons[-1][2]
-    anchors = choose_anchors(options, train, choices, preprocessing, reasons)
+    anchors = choose_anchors(options, train, choices, preprocessing, reasons, f"recipe {recipe.name}")
     return Frame(preprocessing, matching_of(recipe), anchors, recipe.model.anchors, tuple(choices), why)
 
 
@@ -286,7 +286,7 @@ def _compared(train: Dataset, frame: Frame) -> list[CoverageAt]:
         objects = objects_in_network(train, preprocessing, most=MOST_OBJECTS)
         fitted = fit_anchors(frame.usual, objects, train.labels[objects.rows])
         # Training chooses anew at every size.
-        taken = frame.choices[best_of(frame.choices, train, preprocessing)[0]]
+        taken = anchors_at(frame.choices, train, preprocessing).spec
         specs = {"usual": frame.usual, frame.name_of(taken): taken, "fitted": fitted}
         rows += [
             CoverageAt(side, Shapes.of(name, spec), Coverage.of(best_overlaps(spec, objects)))

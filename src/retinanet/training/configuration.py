@@ -57,8 +57,8 @@ class _RunOptions:
     output: Annotated[str | None, OPTIONAL_FOLDER] = None
     """Run directory, made new; runs/train-N by default."""
     recipe: Literal["auto", "paper", "paper-jitter", "modern", "small"] = "auto"
-    """Set of defaults. auto: modern with pretrained weights for the backbone, else small; with --weights, that of the
-    model."""
+    """Set of defaults. auto: modern with pretrained weights for the backbone, else small; with --weights, small for a
+    model that small has trained, else modern."""
     backbone: Annotated[
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=f"(default: {DEFAULT_BACKBONE})")
     ] = None

@@ -62,7 +62,9 @@ def plan_run(
         reasons.append(("classes", train.classes.changes_from(start.spec.classes), "by name"))
     auto = f"auto: {'weights' if weights else 'no weights'} for the backbone"
     if start:
-        auto = f"auto: the model was trained by {start.training.get('recipe', 'a recipe unknown')}"
+        before = start.training.get("recipe", "a recipe unknown")
+        goes_on = "" if before == recipe.name else f", after all but small goes on {recipe.name}"
+        auto = f"auto: the model was trained by {before}{goes_on}"
     reasons.append(("recipe", recipe.name, auto if options.recipe == "auto" else "asked for"))
     recipe = _with_options(recipe, options, reasons)
     if recipe.freeze != "none" and not weights and start is None:
@@ -79,12 +81,13 @@ def plan_run(
         length = epoch_length(train, recipe.repeat_rare)
         why = f"classes in fewer than {recipe.repeat_rare:.3g} of the images are seen more often"
         reasons.append(("epoch", f"{length:,} images of {len(train):,}", why))
-    choices = anchor_choices(options, recipe.model.anchors, fixed=start is not None)
+    choices = anchor_choices(options, recipe, of_model=start is not None)
     recipe = choose_batch(recipe, options, train, device, reasons)
     if processes.several and options.batch_size != "auto":
         reasons.append(("processes", shares_in_words(recipe.batch_size, processes), "torchrun"))
     preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons)
-    anchors = choose_anchors(options, train, choices, preprocessing, reasons)
+    stands = "the model's" if start else f"recipe {recipe.name}"
+    anchors = choose_anchors(options, train, choices, preprocessing, reasons, stands)
     max_detections = choose_max_detections(options, train, reasons)
     spec = dataclasses.replace(
         recipe.model,
@@ -186,11 +189,20 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         (
             "held in check by",
             f"weight decay {changed.weight_decay:g}, gradient norm {_in_words(changed.clip_norm or 'free')}, "
-            f"average of weights {changed.average_decay or 'none'}",
+            f"weights {_averaged(changed.average_decay)}",
             "weight decay asked for" if "weight_decay" in asked else why,
         ),
     ]
     return changed
+
+
+def _averaged(decay: float | None) -> str:
+    """Return how far back the average of `WeightAverage` reaches: 1 / (1 - d) steps."""
+    return (
+        "not averaged"
+        if decay is None
+        else f"averaged over the last ninth of the steps, {1 / (1 - decay):,.0f} at most"
+    )
 
 
 def _in_words(value: object) -> str:

@@ -6,12 +6,14 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from retinanet.anchors import AnchorSpec
 from retinanet.data import Dataset
+from retinanet.data.anchor_fit import fit_anchors
 from retinanet.data.coverage import best_overlaps, coverage_by_class, objects_in_network
 from retinanet.data.sampling import epoch_length
 from retinanet.errors import ConfigError
@@ -29,11 +31,17 @@ COMFORTABLE_SIDE = 16
 WELL_COVERED = 0.9
 # Share of a class's objects below which a run says what to do, from how many objects it is known, and classes named.
 POORLY_COVERED, MISSED_SAMPLE, CLASSES_NAMED = 0.7, 20_000, 5
+# What fitted anchors must add to that share to be taken.
+WORTH_FITTING = 0.1
 # What a larger image must add to that share, and how many sides are tried.
 WORTH_LARGER, SIDES_TRIED = 0.02, 6
+# Objects from which a class's size is known.
+KNOWN_FROM = 5
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
 # A CPU's images may be larger still if as many pixels as the recipe sees then show as many objects.
 OBJECTS_SEEN, LARGEST_OF_ALL = 30_000, 640
+# How many pixels --time is taken for there, before anything was tried: what ResNet-18 trains on two cores in fp32.
+PIXELS_A_SECOND = 100_000
 # Objects that a step shows, by which a CPU's batch becomes smaller than the recipe's.
 OBJECTS_A_STEP = 80
 # Images from which the padding of batches is estimated, at least.
@@ -50,7 +58,7 @@ def choose_preprocessing(
 ) -> Preprocessing:
     """Take the sides asked for or the recipe's, else those that the objects need; append the reason."""
     if recipe.image_size is None:
-        size, why = _image_size(recipe, train, choices, device)
+        size, why = _image_size(recipe, options, train, choices, device)
     else:
         size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
     if options.weights is not None:
@@ -76,7 +84,11 @@ def longest_of(size: int) -> int:
 
 
 def _image_size(
-    recipe: Recipe, train: Dataset, choices: Sequence[AnchorSpec], device: torch.device
+    recipe: Recipe,
+    options: TrainingOptions,
+    train: Dataset,
+    choices: Sequence[AnchorSpec],
+    device: torch.device,
 ) -> tuple[int, str]:
     """Choose the shortest side so that the usual object of every class gets a comfortable size and most objects
     have an anchor, within the device's means. Every class counts alike, as in AP: a rare class of small objects
@@ -84,7 +96,7 @@ def _image_size(
     """
     native = int(np.median(np.minimum(train.widths, train.heights)))
     smallest = _smallest_class(train)
-    limits = [_limit_of_device(recipe, train, device), (2 * native, "at most twice their size")]
+    limits = [_limit_of_device(recipe, options, train, device), (2 * native, "at most twice their size")]
     if recipe.max_size is not None:
         limits.append((recipe.max_size, f"--max-size {recipe.max_size}"))
     most, limit = min(limits)
@@ -100,22 +112,31 @@ def _image_size(
     return size, f"{why}; {limit}"
 
 
-def _limit_of_device(recipe: Recipe, train: Dataset, device: torch.device) -> tuple[int, str]:
+def _limit_of_device(
+    recipe: Recipe, options: TrainingOptions, train: Dataset, device: torch.device
+) -> tuple[int, str]:
     """Return the largest side that a device has time for, and why."""
     most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
     why = f"{most} at most on {device.type}"
     if device.type == "cuda" or not recipe.pixels_seen:
         return most, why
+    images, seconds = _images_asked_for(recipe, options, train), options.seconds()
+    pixels = recipe.pixels_seen if seconds is None else seconds * PIXELS_A_SECOND
     for size in range(most + 32, LARGEST_OF_ALL + 1, 32):
-        pixels = padded_pixels(train, _frame(recipe, size), recipe.batch_size)
-        if recipe.pixels_seen / pixels * _objects_an_image(train) < OBJECTS_SEEN:
+        seen = images or pixels / padded_pixels(train, _frame(recipe, size), recipe.batch_size)
+        if seen * _objects_an_image(train) < OBJECTS_SEEN:
             break
         most = size
-        why = (
-            f"{most} at most on {device.type}, where {recipe.pixels_seen / 1e6:,.0f} megapixels show "
-            f"{OBJECTS_SEEN:,} objects"
-        )
+        means = f"{images:,.0f} images" if images else f"{pixels / 1e6:,.0f} megapixels"
+        why = f"{most} at most on {device.type}, where {means} show {OBJECTS_SEEN:,} objects"
     return most, why
+
+
+def _images_asked_for(recipe: Recipe, options: TrainingOptions, train: Dataset) -> float | None:
+    """Return how many images the run sees, where the user says it and the images' size changes nothing."""
+    if options.steps is not None:
+        return options.steps * recipe.batch_size
+    return None if options.epochs is None else options.epochs * epoch_length(train, recipe.repeat_rare)
 
 
 def choose_batch(
@@ -167,35 +188,35 @@ def _covering_size(
 
 
 def _smallest_class(train: Dataset) -> tuple[str, float] | None:
-    """Return the class whose median object has the smallest side, the square root of its area, and that side."""
+    """Return the class whose median object has the smallest side, the square root of its area, and that side. Classes
+    of a few objects count only where no other is known: one box drawn by mistake would set the size for all.
+    """
     kept = train.ignore == Ignore.NO
     boxes, labels = train.boxes[kept], train.labels[kept]
     sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-    medians = {
-        name: float(np.median(sides[labels == label]))
-        for label, name in enumerate(train.classes.names)
-        if (labels == label).any()
-    }
+    of_class = {name: sides[labels == label] for label, name in enumerate(train.classes.names)}
+    least = min(KNOWN_FROM, max(map(len, of_class.values()), default=0))
+    medians = {name: float(np.median(own)) for name, own in of_class.items() if len(own) >= max(1, least)}
     return min(medians.items(), key=lambda item: item[1]) if medians else None
 
 
-def anchor_choices(options: TrainingOptions, usual: AnchorSpec, *, fixed: bool) -> list[AnchorSpec]:
-    """Return the anchors asked for alone; else the usual ones and, unless `fixed`, those of half and of a quarter of
-    their size.
+def anchor_choices(options: TrainingOptions, recipe: Recipe, *, of_model: bool) -> list[AnchorSpec]:
+    """Return the anchors asked for alone; else the recipe's and, where they may fit the data, those of half and of a
+    quarter of their size.
 
     Args:
-        fixed: the anchors belong to a model to start from, whose heads know as many a location.
+        of_model: the anchors belong to a model to start from, whose heads know as many a location.
     """
-    asked = options.asked_anchors()
+    usual, asked = recipe.model.anchors, options.asked_anchors()
     if asked is not None:
         spec = with_anchors(usual, asked)
-        if fixed and spec.per_location != usual.per_location:
+        if of_model and spec.per_location != usual.per_location:
             raise ConfigError(
                 f"--anchors needs {usual.per_location} anchors a location (scales times ratios), as the model of "
                 f"--weights has; got {spec.per_location}"
             )
         return [spec]
-    factors = (1.0,) if fixed else (1.0, 0.5, 0.25)
+    factors = (1.0,) if of_model or not recipe.anchors_fit else (1.0, 0.5, 0.25)
     return [replace(usual, sizes=tuple(size * f for size in usual.sizes)) for f in factors]
 
 
@@ -209,13 +230,28 @@ def with_anchors(usual: AnchorSpec, asked: AskedAnchors) -> AnchorSpec:
     )
 
 
-def best_of(
-    choices: Sequence[AnchorSpec], train: Dataset, preprocessing: Preprocessing
-) -> tuple[int, list[float]]:
-    """Return which anchors training takes at an input size, and the share of objects that each choice reaches."""
+class Taken(NamedTuple):
+    """The anchors that training takes at an input size, the share of objects that each choice reaches, and the share
+    that these reach, where they were fitted to the data."""
+
+    spec: AnchorSpec
+    shares: list[float]
+    fitted: float | None = None
+
+
+def anchors_at(choices: Sequence[AnchorSpec], train: Dataset, preprocessing: Preprocessing) -> Taken:
+    """Return which anchors training takes at an input size: fitted ones where there is a choice and all of them are
+    poor."""
     shares = [coverage(spec, train, preprocessing) for spec in choices]
     # Smaller anchors must earn their place: with equal coverage the usual ones stand.
-    return max(range(len(choices)), key=lambda i: shares[i] - 0.01 * i), shares
+    best = max(range(len(choices)), key=lambda i: shares[i] - 0.01 * i)
+    if len(choices) > 1 and shares[best] < POORLY_COVERED:
+        objects = objects_in_network(train, preprocessing, most=MISSED_SAMPLE)
+        fitted = fit_anchors(choices[best], objects, train.labels[objects.rows])
+        share = coverage(fitted, train, preprocessing)
+        if share >= shares[best] + WORTH_FITTING:
+            return Taken(fitted, shares, share)
+    return Taken(choices[best], shares)
 
 
 def choose_anchors(
@@ -224,36 +260,46 @@ def choose_anchors(
     choices: Sequence[AnchorSpec],
     preprocessing: Preprocessing,
     reasons: list[tuple[str, str, str]],
+    stands: str,
 ) -> AnchorSpec:
-    """Take the anchors that cover most objects; append the reason, and which classes they miss."""
-    best, shares = best_of(choices, train, preprocessing)
-    sizes = ", ".join(f"{size:g}" for size in choices[best].sizes)
+    """Take the anchors that cover most objects, fitted ones where the usual cover few; append the reason, and which
+    classes they miss.
+
+    Args:
+        stands: whose anchors a single choice is, where they were not asked for.
+    """
+    spec, shares, fitted = anchors_at(choices, train, preprocessing)
+    asked = options.asked_anchors()
+    shown = [", ".join(f"{size:.4g}" for size in spec.sizes)]
+    shown += [
+        f"{name} " + ", ".join(f"{value:.3g}" for value in getattr(spec, name))
+        for name in ("scales", "ratios")
+        if fitted is not None or (asked and getattr(asked, name))
+    ]
     if len(choices) > 1:
         compared = ", ".join(
             f"{share:.0%} from {spec.sizes[0]:g}" for share, spec in zip(shares, choices, strict=True)
         )
-        reasons.append(("anchors", sizes, f"objects that reach IoU 0.5: {compared}"))
+        if fitted is not None:
+            compared += f", {fitted:.0%} from these, fitted to the data"
+        reasons.append(("anchors", "; ".join(shown), f"objects that reach IoU 0.5: {compared}"))
     else:
-        why = "asked for" if options.anchors else "the model's"
-        asked = options.asked_anchors()
+        why = "asked for" if options.anchors else stands
         if asked and asked.image_size not in (None, preprocessing.image_size):
             why += f" and fitted at shortest side {asked.image_size}, not {preprocessing.image_size}"
         if asked and asked.max_size not in (None, preprocessing.max_size):
             why += f" and fitted at longest side {asked.max_size}, not {preprocessing.max_size}"
-        for name in ("scales", "ratios"):
-            if asked and getattr(asked, name):
-                sizes += f"; {name} " + ", ".join(f"{value:g}" for value in getattr(asked, name))
-        reasons.append(("anchors", sizes, f"{why}; {shares[0]:.0%} of objects reach IoU 0.5"))
-    if missed := _missed(choices[best], train, preprocessing):
+        reasons.append(("anchors", "; ".join(shown), f"{why}; {shares[0]:.0%} of objects reach IoU 0.5"))
+    if missed := _missed(spec, train, preprocessing):
         reasons.append(
             (
                 "anchors miss",
                 missed,
                 f"no anchor reaches IoU 0.5 with them; below {POORLY_COVERED:.0%} of a class, "
-                + _help_for_missed(options, preprocessing.image_size),
+                + _help_for_missed(options, preprocessing.image_size, fitted is not None),
             )
         )
-    return choices[best]
+    return spec
 
 
 def _missed(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> str:
@@ -267,10 +313,10 @@ def _missed(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> s
     return ", ".join(f"{share:.0%} of {name}" for name, share in worst[:CLASSES_NAMED]) + more
 
 
-def _help_for_missed(options: TrainingOptions, size: int) -> str:
+def _help_for_missed(options: TrainingOptions, size: int, fitted: bool) -> str:
     """Return what helps; anchors that were asked for are fitted anew only where they were fitted at another size."""
     asked = options.asked_anchors()
-    if asked and asked.image_size in (None, size):
+    if fitted or (asked and asked.image_size in (None, size)):
         return "a larger --image-size helps"
     # The file that was asked for may have the usual name.
     file = f"anchors-{size}.yaml" if asked else "anchors.yaml"
