@@ -42,7 +42,6 @@ def main() -> None:
     given = parser.parse_args()
     if given.runs.exists():
         parser.error(f"--runs needs a new folder; {given.runs} exists")
-    given.runs.mkdir(parents=True)
     halves = write_halves(given.data, given.runs)
     common = ["--time", given.time]
     rows = []

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -197,8 +198,7 @@ def main() -> None:
     if given.job:
         run(Job(**json.loads(given.job)), folders, given.runs)
         return
-    rows = known_rows()
-    done = {job_of(row) for row in rows if row["recipe"] == RECIPE}
+    done = {job_of(row) for row in known_rows() if row["recipe"] == RECIPE}
     jobs = [
         Job(data, variant, seed, given.images, given.backbone, given.channels, given.batch_size)
         for seed in given.seeds  # a first look at everything before a second one at anything
@@ -207,23 +207,26 @@ def main() -> None:
     ]
     lock = threading.Lock()
 
-    def finish(number: int, job: Job) -> None:
+    def finish(number: int, job: Job) -> bool:
         line = f"{number}/{len(jobs)} {job.folder(given.runs).name}"
         print(f"{line}{' (done)' if job in done else ''}", flush=True)
         if job in done or given.list:
-            return
+            return True
         row = outcome_of(job, given.data, given.runs, given.parallel)
         if row is None:
             print(f"{line} failed: see {log_of(job, given.runs)}", flush=True)
-            return
+            return False
         with lock:
-            keep(rows, row)
+            keep(row)
         print(
             f"{line}: AP {row['ap']:.3f}, AP50 {row['ap50']:.3f}, {row['seconds'] / 60:.1f} min", flush=True
         )
+        return True
 
     with ThreadPoolExecutor(given.parallel) as pool:
-        list(pool.map(finish, range(1, len(jobs) + 1), jobs))
+        finished = list(pool.map(finish, range(1, len(jobs) + 1), jobs))
+    if not all(finished):
+        sys.exit(f"{finished.count(False)} of {len(jobs)} runs failed; the same command tries them again")
 
 
 def outcome_of(job: Job, data: list[str], runs: Path, parallel: int) -> dict[str, Any] | None:
@@ -272,12 +275,11 @@ def row_of(job: Job, *, what: str, metrics: dict[str, Any], seconds: float, thre
     }
 
 
-def keep(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    """Add a row to those kept, and write the page anew."""
-    rows.append(row)
+def keep(row: dict[str, Any]) -> None:
+    """Add a row to those kept, and write the page anew, with what other processes kept meanwhile."""
     with KEPT.open("a") as file:
         file.write(json.dumps(row) + "\n")
-    PAGE.write_text(page(rows))
+    PAGE.write_text(page(known_rows()))
 
 
 def log_of(job: Job, runs: Path) -> Path:
@@ -297,15 +299,6 @@ def known_rows() -> list[dict[str, Any]]:
 def run(job: Job, folders: dict[str, str], runs: Path) -> None:
     """Train as `retinanet train DATA --backbone NAME` does, with the variant's change."""
     variant = VARIANTS[job.variant]
-
-    def change(recipe: Recipe) -> Recipe:
-        changed = variant(recipe)
-        return (
-            changed
-            if job.images is None
-            else replace(changed, images_seen=job.images, pixels_seen=0, epochs=0)
-        )
-
     options = TrainingOptions(
         data=folders[job.data],
         output=str(job.folder(runs)),
@@ -321,11 +314,15 @@ def run(job: Job, folders: dict[str, str], runs: Path) -> None:
         changes.enter_context(patch.object(of_training, "Objective", variant.objective))
         if variant.start is not None:
             changes.enter_context(patch.object(heads, "start_before_norm", variant.start))
+        plan = plan_run(options, open_dataset(options.data, "train"), variant)
         if variant.side != 1:
-            plan = plan_run(options, open_dataset(options.data, "train"), change)
             side = round(plan.spec.preprocessing.image_size * variant.side / 32) * 32
             options = replace(options, image_size=side)
-        run_training(options, change=change)
+        if job.images is not None:
+            # Shorter, with the images that the whole run would have.
+            options = replace(options, steps=math.ceil(job.images / plan.batch_size))
+            options = replace(options, image_size=options.image_size or plan.spec.preprocessing.image_size)
+        run_training(options, change=variant)
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -337,7 +334,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "`small` as it was then, which the line below a heading tells apart, or is torchvision's RetinaNet beside it.",
         "Headings name the data set, the backbone and the width of pyramid and heads. AP is COCO's on the split val,",
         "mean and half the range over seeds; minutes are of whole processes that had the machine to themselves, where",
-        "there were any (of torchvision's, those after its images were read), with bf16 where the CPU computes in it.",
+        "there were any (of torchvision's, those after its images were read); a CPU that computes in bf16 is named.",
         "",
     ]
     for group in dict.fromkeys(map(group_of, reversed(rows))):
@@ -382,9 +379,15 @@ def spread(values: list[float]) -> str:
 
 
 def minutes(rows: list[dict[str, Any]]) -> str:
-    """Return how long runs took, and in which precision where the CPU computes in bf16; the first rows do not say."""
-    precisions = sorted({row.get("precision", "fp32") for row in rows} - {"fp32"})
-    return " ".join([f"{statistics.mean(row['seconds'] for row in rows) / 60:.1f}", *precisions])
+    """Return how long runs took, those apart whose CPU computed in bf16; the first rows do not say and were fp32."""
+    taken = {"fp32": [], "bf16": []}
+    for row in rows:
+        taken[row.get("precision", "fp32")].append(row["seconds"] / 60)
+    return "; ".join(
+        f"{statistics.mean(times):.1f}{'' if precision == 'fp32' else f' {precision}'}"
+        for precision, times in taken.items()
+        if times
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def test_the_peers_row_stands_beside_the_recipes(
     data = generate_shapes(tmp_path / "shapes", train=4, val=2, spec=ShapesSpec(image_size=96))
     base = recipes.Job("shapes", "base", 0, None, "test_resnet", 64)
     metrics = {"ap": 0.9, "ap50": 0.95}
-    recipes.keep([], recipes.row_of(base, what="the recipe as it is", metrics=metrics, seconds=60, threads=2))
+    recipes.keep(recipes.row_of(base, what="the recipe as it is", metrics=metrics, seconds=60, threads=2))
 
     arguments = ["--image-size", "64", "--batch-size", "2", "--time", "5", "--keep", "shapes"]
     monkeypatch.setattr(sys, "argv", ["torchvision_training.py", str(data), *arguments])
