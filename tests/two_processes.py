@@ -47,6 +47,7 @@ from retinanet.training.step import Stepped, TrainingStep
 from retinanet.training.time_left import Pace
 
 TINY: dict[str, Any] = {
+    "precision": "fp32",  # what is compared is equal to its rounding
     "backbone": "test_resnet",
     "pretrained": "none",
     "channels": 64,

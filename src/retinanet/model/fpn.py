@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from retinanet.model.convolution import Convolution3x3
@@ -36,8 +37,13 @@ class FeaturePyramid(nn.Module):
                 inner if above is None else inner + upsample_nearest(above, inner.shape[2], inner.shape[3])
             )
             levels.insert(0, self.output[i](above))
-        p6 = self.p6(features[-1] if self.p6_from_c5 else levels[-1])
-        return (*levels, p6, self.p7(self.before_p7(p6)))
+        top = features[-1] if self.p6_from_c5 else levels[-1]
+        # In bf16 oneDNN leaves the gradient of weights that meet nothing but padding as it finds it in memory, NaN at
+        # times: those of P7 where P6 is a single place, in images of 64 px. In fp32 it does not, and this is little.
+        in_fp32 = top.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False):
+            p6 = self.p6(top.float() if in_fp32 else top)
+            return (*levels, p6, self.p7(self.before_p7(p6)))
 
 
 class LastMap(nn.Module):
