@@ -320,8 +320,8 @@ def run(job: Job, folders: dict[str, str], runs: Path) -> None:
             options = replace(options, image_size=side)
         if job.images is not None:
             # Shorter, with the images that the whole run would have.
-            options = replace(options, steps=math.ceil(job.images / plan.batch_size))
-            options = replace(options, image_size=options.image_size or plan.spec.preprocessing.image_size)
+            side = options.image_size or plan.spec.preprocessing.image_size
+            options = replace(options, image_size=side, steps=math.ceil(job.images / plan.batch_size))
         run_training(options, change=variant)
 
 

@@ -63,7 +63,7 @@ def plan_run(
     auto = f"auto: {'weights' if weights else 'no weights'} for the backbone"
     if start:
         before = start.training.get("recipe", "a recipe unknown")
-        goes_on = "" if before == recipe.name else f", after all but small goes on {recipe.name}"
+        goes_on = "" if before == recipe.name else f"; {recipe.name} goes on with it"
         auto = f"auto: the model was trained by {before}{goes_on}"
     reasons.append(("recipe", recipe.name, auto if options.recipe == "auto" else "asked for"))
     recipe = _with_options(recipe, options, reasons)
