@@ -1,6 +1,7 @@
 """torchvision's detectors beside ours, a loss of one's own in every table, and the pyramid against the last map."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -187,7 +188,9 @@ def test_the_clock_of_a_cpu_stands_while_others_run() -> None:
     assert seconds_of(torch.device("cuda")) is time.monotonic
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, ap: dict[str | None, float]) -> list[Job]:
+def fake(
+    monkeypatch: pytest.MonkeyPatch, ap: dict[str | None, float], *, interrupted: bool = False
+) -> list[Job]:
     ran: list[Job] = []
 
     def run_apart(job: Job, store: Store, *_: object) -> tuple[int, str]:
@@ -196,9 +199,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, ap: dict[str | None, float]) -> list[J
         store.file(job).parent.mkdir(parents=True, exist_ok=True)
         store.run(job).mkdir(parents=True, exist_ok=True)
         steps = {"steps": 450 + job.seed} if job.setting.peer else {}
-        write_json(
-            store.file(job), {**figures, **steps, "seconds": 9.0, "own_seconds": 100.0 + 20 * job.seed}
-        )
+        taken = {} if interrupted else {"seconds": 9.0, "own_seconds": 100.0 + 20 * job.seed}
+        write_json(store.file(job), {**figures, **steps, **taken})
         return 0, ""
 
     monkeypatch.setattr(running, "_run_apart", run_apart)
@@ -237,6 +239,17 @@ def test_a_peer_of_a_row_without_results_is_not_trained(data: Path, tmp_path: Pa
     wanted = asked(data, tmp_path, peers=True)
     job = wanted.job(replace(focal_setting(2), peer="ssd"), 1.0, 0)
     assert timed([job], wanted, Store(tmp_path)) == []
+
+
+def test_peers_of_rows_whose_runs_were_all_interrupted_have_no_time(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = fake(monkeypatch, {None: 0.4}, interrupted=True)
+    said: list[str] = []
+    (failure,) = measure(["table2"], asked(data, tmp_path, peers=True, rows=("SSD513, R101",)), said.append)
+    assert re.search("ssd.*: how long ours took is not known, .* no result of a run that was never", failure)
+    assert {job.setting.peer for job in ran} == {None}
+    assert said[0].endswith(": AP 0.400")  # no minutes
 
 
 def test_difference_by_hand() -> None:

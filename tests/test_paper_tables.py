@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from filelock import FileLock
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.stats import kendalltau
 
 import fresh
@@ -49,6 +52,7 @@ from retinanet.training import recipes
 from retinanet.training.optimizer import drops_of, rate
 from retinanet.training.planning import plan_run
 from retinanet.training.skipping import IN_A_ROW
+from retinanet.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -491,6 +495,86 @@ def test_a_real_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (store.run(job) / "last").exists()
 
 
+def interrupted(job: Job, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train to the third step, of which a state is kept after the second."""
+
+    class Killed(BaseException):
+        pass
+
+    steps, step = [], TrainingStep.__call__
+
+    def counting(self: TrainingStep, batch: Any, lr: float) -> Any:
+        steps.append(lr)
+        if len(steps) == 3:
+            raise Killed
+        return step(self, batch, lr)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingStep, "__call__", counting)
+        with pytest.raises(Killed):
+            run_one(job, store)
+    assert store.result(job) is None
+
+
+def test_a_run_that_was_interrupted_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        SCALES, "tiny", replace(TINY, steps=4, side=64, options={**TINY.options, "save_every_steps": 2})
+    )
+    job, whole, store = Job(focal(2), "tiny", str(data), 0.5, 1), Store(tmp_path / "a"), Store(tmp_path / "b")
+    run_one(job, whole)
+    interrupted(job, store, monkeypatch)
+    run_one(job, store)
+    expected, result = whole.result(job), store.result(job)
+    assert expected is not None
+    # How long it took before is not known, and peers are not given that time.
+    assert result == {name: expected[name] for name in expected if name not in ("seconds", "own_seconds")}
+    weights = [load_file(one.run(job) / "best" / "model.safetensors") for one in (whole, store)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert (store.run(job) / "resumes.jsonl").read_text().count("\n") == 1
+    assert not (store.run(job) / "checkpoints").exists()
+
+
+def test_a_run_that_cannot_go_on_says_how_it_begins_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        SCALES, "tiny", replace(TINY, steps=4, side=64, options={**TINY.options, "save_every_steps": 2})
+    )
+    job, store = Job(focal(2), "tiny", str(data), 0.5, 1), Store(tmp_path)
+    interrupted(job, store, monkeypatch)
+    run = store.run(job)
+    (run / "plan.json").unlink()
+    with pytest.raises(
+        ConfigError, match=rf"needs the run's plan.json; .*\. To begin this run anew, remove {run}$"
+    ):
+        run_one(job, store)
+    shutil.rmtree(run)
+    run_one(job, store)
+    assert "seconds" in (store.result(job) or {})
+
+
+def test_a_run_that_another_process_is_at_is_waited_for(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, store = Job(focal(2), "tiny", str(data), 0.5, 1), Store(tmp_path)
+    other = FileLock(store.run(job).with_name(f"{store.run(job).name}.lock"))
+    store.run(job).parent.mkdir(parents=True)
+    other.acquire()
+    monkeypatch.setattr(running, "run_training", None)  # nothing is trained
+    waiting = threading.Thread(target=run_one, args=(job, store))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    store.file(job).parent.mkdir(parents=True)
+    write_json(store.file(job), {"ap": 0.5})
+    other.release()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert store.result(job) == {"ap": 0.5}
+
+
 @pytest.mark.slow
 def test_what_cannot_be_trained_ends_its_own_process_with_a_message_and_the_command_goes_on(
     tmp_path: Path,
@@ -659,6 +743,15 @@ def test_the_scale_of_the_paper_is_the_papers(
         for s in (59_999, 60_000, 79_999, 80_000)
     ]
     assert steps == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_a_dry_run_before_the_images_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, out = run(capsys, "table3", "--output", str(tmp_path), "--dry-run")
+    assert code == 0
+    assert "4 settings" in out
+    assert "which are done is not known before the images are drawn" in " ".join(out.split())
+    assert "the plan is known when the images are drawn: without --dry-run" in " ".join(out.split())
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_first_steps_at_the_scale_of_the_paper(

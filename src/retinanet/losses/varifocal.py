@@ -30,7 +30,9 @@ def sigmoid_varifocal_loss(
     VFL(p, 0) = -(1 - alpha) p^gamma log(1 - p).
 
     So a well placed box outranks its neighbours on the same object, which is what NMS and AP ask for, and the best
-    examples weigh most among objects, the hardest among the rest. Where p = q the gradient is 0.
+    examples weigh most among objects, the hardest among the rest. Where p = q the gradient is 0. An object whose box
+    misses it, q = 0, costs nothing, as q near 0 costs next to nothing; the publication's Eq. 2, to the letter, takes it
+    for background.
 
     Args:
         inputs: logits `[..., K]`, any floating type; the loss is computed in float32 or better.

@@ -144,14 +144,19 @@ def _runs_in_words(settings: Sequence[Setting], request: Request, store: Store) 
             f"at rates x {first}, and beside the best of x {scale.rates[0]:g} to {scale.rates[-1]:g} until it has no "
             f"better neighbour, with a seed of its own, and at the best with {seeds}"
         )
+    done = _done_in_words(settings, request, store)
+    return f"{len(settings)} settings, each {rates}; {done}; {request.parallel} at a time"
+
+
+def _done_in_words(settings: Sequence[Setting], request: Request, store: Store) -> str:
+    """Return how many runs are done, which the images are needed for: results are of these and no others."""
+    if request.data is None:
+        return "which are done is not known before the images are drawn"
     known = [what_is_known(setting, request, store) for setting in settings]
-    searched = len(scale.rates) > 1  # else a row's first seed is the one run at the one rate
+    searched = len(request.scale.rates) > 1  # else a row's first seed is the one run at the one rate
     done = sum(len(one.results) + searched * len(one.rates) for one in known)
     finished = sum(one.rate is not None and len(one.results) == request.seeds for one in known)
-    return (
-        f"{len(settings)} settings, each {rates}; {done} runs are done, {finished} settings finished; "
-        f"{request.parallel} at a time"
-    )
+    return f"{done} runs are done, {finished} settings finished"
 
 
 def trained_model(request: Request) -> Path:
@@ -195,7 +200,8 @@ def measure(names: Sequence[str], request: Request, say: Callable[[str], None]) 
         one for one in settings if one.peer and what_is_known(one.ours, request, store).seconds is None
     ]
     return failures + [
-        f"{one.key}: how long ours took is not known, as its row has no result" for one in lacking
+        f"{one.key}: how long ours took is not known, as its row has no result of a run that was never interrupted"
+        for one in lacking
     ]
 
 

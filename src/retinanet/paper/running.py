@@ -20,19 +20,22 @@ from types import FrameType
 from typing import Any
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from retinanet.devices import choose_device, resolve_precision
-from retinanet.errors import ConfigError, DivergedError, RetinaNetError, Stopped
+from retinanet.errors import CheckpointError, ConfigError, DivergedError, RetinaNetError, Stopped
 from retinanet.folders import write_json
 from retinanet.paper.own_loss import name_of_own_loss
 from retinanet.paper.peers import seconds_of, train_peer
 from retinanet.paper.settings import SCALES, ScaleName, Setting, change_of, options_of
 from retinanet.processes import available_cores
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.folder import RunFolder
 from retinanet.training.planning import plan_run
 from retinanet.training.preparation import open_splits
-from retinanet.training.run import run_training
+from retinanet.training.run import Run, resume_training, run_training
+from retinanet.training.state import newest_state
 
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
@@ -154,7 +157,8 @@ def run_all(
             used[device or ""] -= 1
             if result is not None:
                 found = f"AP {result['ap']:.3f}" if "diverged" not in result else "diverged"
-                say(f"{number}/{len(waiting)} {job.name}: {found}, {result['seconds'] / 60:.1f} min")
+                took = f", {result['seconds'] / 60:.1f} min" if "seconds" in result else ""
+                say(f"{number}/{len(waiting)} {job.name}: {found}{took}")
             elif not children.stopping:
                 failures.append(f"{job.name}: exit code {code}; {tail}")
                 say(f"{number}/{len(waiting)} {job.name}: failed ({tail})")
@@ -214,9 +218,22 @@ def _run_apart(
 
 
 def run_one(job: Job, store: Store) -> None:
-    """Train one setting in this process and write its result; a loss that is not finite is a result, too."""
+    """Train one setting in this process and write its result; a loss that is not finite is a result, too.
+
+    A run that was interrupted goes on from its newest state. One that another process is at is waited for, not made
+    twice: several commands, on several machines with one disk, may fill a folder together.
+    """
     folder = store.run(job)
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if store.result(job) is None:
+            _run(job, store, folder)
+
+
+def _run(job: Job, store: Store, folder: Path) -> None:
+    goes_on = job.setting.peer is None and newest_state(RunFolder(folder).checkpoints)[0] is not None
+    if not goes_on:
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     device = choose_device("auto")
     clock = seconds_of(device)
     began, own = time.monotonic(), clock()
@@ -224,31 +241,44 @@ def run_one(job: Job, store: Store) -> None:
     options = replace(options, output=str(folder), validate_every_steps=options.steps, log_to="none")
     result: dict[str, Any] = {"setting": asdict(job.setting), "rate": job.rate, "seed": job.seed}
     try:
-        result |= _train(job, options) if job.setting.peer is None else _train_peer(job, options)
+        result |= (
+            _train(job, options, goes_on=goes_on) if job.setting.peer is None else _train_peer(job, options)
+        )
     except DivergedError as error:
         result |= {**dict.fromkeys(FIGURES, 0.0), "diverged": str(error)}
+    if not goes_on:  # else what it took before is not known
+        result |= {"seconds": round(time.monotonic() - began, 1), "own_seconds": round(clock() - own, 1)}
     result |= {
-        "seconds": round(time.monotonic() - began, 1),
-        "own_seconds": round(clock() - own, 1),
         "device": device.type,
         "precision": resolve_precision(device, options.precision),
         "torch": str(torch.__version__),
     }
-    for name in ("last", "checkpoints"):  # tables need neither
-        shutil.rmtree(folder / name, ignore_errors=True)
     store.file(job).parent.mkdir(parents=True, exist_ok=True)
     write_json(store.file(job), result)
+    for name in ("last", "checkpoints"):  # tables need neither
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _train(job: Job, options: TrainingOptions) -> dict[str, Any]:
+def _train(job: Job, options: TrainingOptions, *, goes_on: bool) -> dict[str, Any]:
     if job.setting.own_loss is not None:
         file, name = job.setting.own_loss
         if name_of_own_loss(Path(file)) != name:
             raise ConfigError(
                 f"--own-loss {file} was edited since the tables were begun: give the command again"
             )
-    run = run_training(options, Console(width=200), change_of(job.setting, job.rate))
+    console, change = Console(width=200), change_of(job.setting, job.rate)
+    if goes_on:
+        assert options.output is not None
+        try:
+            return _figures(resume_training(Path(options.output), console, change))
+        except (ConfigError, CheckpointError) as error:
+            raise ConfigError(f"{error}. To begin this run anew, remove {options.output}") from None
+    run = run_training(options, console, change)
     assert run is not None  # no dry run
+    return _figures(run)
+
+
+def _figures(run: Run) -> dict[str, Any]:
     return {name: run.metrics[name] for name in FIGURES}
 
 

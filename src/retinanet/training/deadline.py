@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from retinanet.training.plan import Plan
 from retinanet.training.time_left import Pace
 
-# Share of the time that is planned; the rest is for what differs between a trial and a run, and for its last pictures.
-PLANNED_TIME = 0.92
+# What is not planned of the time, for what differs between a trial and a run, and for its last pictures: this share of
+# it, or of long runs, whose last look at the clock comes when little is left to go wrong, so many seconds and less.
+RESERVE, RESERVE_SECONDS, RESERVE_OF_LONG = 0.08, 30.0, 0.02
 # How often a run looks whether it will end in time.
 LOOKS = 10
 # Smaller differences than this share of the time to come are left alone.
@@ -47,7 +48,7 @@ class Deadline:
         if step >= plan.steps or pace is None or now < self.looked + self.seconds / LOOKS:
             return plan.steps
         self.looked = now
-        room = self.at - now - (1 - PLANNED_TIME) * self.seconds
+        room = self.at - now - reserve(self.seconds)
 
         def taken(steps: int) -> float:
             """Return the seconds to come, if the run has so many steps."""
@@ -61,3 +62,12 @@ class Deadline:
         least = min(step + max(1, round(LEAST * step)), most)
         fitting = bisect_right(range(least, most + 1), room, key=taken)
         return least + max(0, fitting - 1)
+
+
+def reserve(seconds: float) -> float:
+    """Return the seconds of so many that no steps are planned for.
+
+    >>> reserve(100), reserve(3600)
+    (8.0, 102.0)
+    """
+    return min(RESERVE * seconds, RESERVE_SECONDS + RESERVE_OF_LONG * seconds)

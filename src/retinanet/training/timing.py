@@ -15,7 +15,7 @@ from retinanet.errors import ConfigError
 from retinanet.inference import Detector
 from retinanet.model import RetinaNet
 from retinanet.processes import ALONE, Processes
-from retinanet.training.deadline import PLANNED_TIME, Deadline
+from retinanet.training.deadline import Deadline, reserve
 from retinanet.training.estimate import Estimate
 from retinanet.training.memory import (
     Limit,
@@ -71,7 +71,7 @@ def fit_to_time(
     else:
         validations = max(1, min(VALIDATIONS, int(VALIDATED * seconds / max(validation, 1e-9))))
         per_step = step
-    steps = math.floor((seconds * PLANNED_TIME - validations * validation) / per_step)
+    steps = math.floor((seconds - reserve(seconds) - validations * validation) / per_step)
     if steps < 1:
         raise ConfigError(
             f"--time {plan.options.time} is too short: a step takes {step:.1f} s here and a validation "
