@@ -479,10 +479,9 @@ def test_results_under_other_conditions_do_not_mix(
     assert re.fullmatch(r"shapes: 8 training images, \d+% without objects", about)
 
 
-def test_a_real_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job(replace(cross_entropy(0.75), side=240), "tiny", str(data), 0.5, 1)
+def test_a_real_run(data: Path, tmp_path: Path) -> None:
+    job = Job(replace(cross_entropy(0.75), side=240), "tiny", str(data), 0.5, 1, steps=2)
     assert job_of(json.dumps(dataclasses.asdict(job))) == job
-    monkeypatch.setitem(SCALES, "tiny", replace(TINY, steps=2))
     store = Store(tmp_path)
     run_one(job, store)
     result = store.result(job)
@@ -631,6 +630,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (("iou", "--seeds", "2"), "--seeds belongs to items that are measured, such as table1b"),
         (("iou", "--dry-run"), "--dry-run belongs to items that are measured"),
         (("table1b", "--seeds", "0"), "--seeds needs 1 or more; got 0"),
+        (("table1b", "--steps", "0"), "--steps needs 1 or more; got 0"),
+        (("iou", "--steps", "5"), "--steps belongs to items that are measured"),
         (("table1b", "--parallel", "0"), "--parallel needs 1 or more; got 0"),
         (("table1b", "--scale", "paper"), "--scale paper needs --data: a folder with COCO's annotations"),
         (("fig4", "--scale", "paper"), "--scale paper needs --data: a folder with COCO's annotations"),
@@ -650,6 +651,21 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], arguments: tuple[str
     code, _, err = run(capsys, *arguments)
     assert code == 2
     assert re.search(message, " ".join(err.split()))
+
+
+def test_tables_of_another_length_are_others(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = fake(monkeypatch, lambda job: 0.3)
+    asked = ("table3", "--rows", "CE", "--data", str(data), "--output", str(tmp_path), "--seeds", "1")
+    run(capsys, *asked)
+    assert {job.steps for job in ran} == {TINY.steps}
+    usual = {job.folder for job in ran}
+    ran.clear()
+    run(capsys, *asked, "--steps", "7")
+    assert {job.steps for job in ran} == {7}
+    assert usual.isdisjoint(job.folder for job in ran)
+    assert "; 7 steps of 8" in (tmp_path / "table3.md").read_text()
 
 
 def test_the_command_measures_and_tells(

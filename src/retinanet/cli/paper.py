@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -35,6 +35,8 @@ class Paper:
         str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: table1b's with gamma 2)")
     ] = None
     """fig4: a run or model file of your own."""
+    steps: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: the scale's)")] = None
+    """Tables: steps of every run; results of another length are others, and need an --output of their own."""
     seeds: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 3)")] = None
     """Tables: runs of every row at its best rate."""
     peers: bool = False
@@ -125,7 +127,7 @@ class Paper:
             )
         of_tables = ["rows", "parallel", "pretrained", "own_loss"]
         if not of_results:
-            of_tables += ["scale", "data", "seeds"]
+            of_tables += ["scale", "data", "steps", "seeds"]
         given = [name for name in of_tables if getattr(self, name) is not None]
         if self.dry_run:
             given.append("dry_run")
@@ -142,11 +144,13 @@ class Paper:
         from retinanet.paper.settings import SCALES
         from retinanet.processes import available_cores
 
-        for name in ("seeds", "parallel"):
+        for name in ("steps", "seeds", "parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} needs 1 or more; got {value}")
         scale = SCALES[self.scale or "tiny"]
+        if self.steps is not None:
+            scale = replace(scale, steps=self.steps)
         if self.pretrained is not None and scale.options["recipe"] == "small":
             raise ConfigError(f"--pretrained belongs to --scale paper; {scale.name} starts from scratch")
         own_loss = None

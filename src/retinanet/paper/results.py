@@ -42,7 +42,16 @@ class Request:
 
     def job(self, setting: Setting, rate: float, seed: int) -> Job:
         """Return the run of a setting."""
-        return Job(setting, self.scale.name, str(self.data), rate, seed, self.pretrained, self.conditions)
+        return Job(
+            setting,
+            self.scale.name,
+            str(self.data),
+            rate,
+            seed,
+            self.pretrained,
+            self.conditions,
+            steps=self.scale.steps,
+        )
 
     def study(self, name: str) -> Study:
         """Return a table with the rows that were asked for besides the paper's."""

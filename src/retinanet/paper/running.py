@@ -45,7 +45,7 @@ class Job:
     """One run: a setting at a rate and a seed.
 
     `conditions` tells apart what else decides the result: the annotations, the scale's numbers, the weights.
-    `seconds` is how long a peer trains: as long as ours did.
+    `seconds` is how long a peer trains: as long as ours did. `steps` stands in the place of the scale's, unless 0.
     """
 
     setting: Setting
@@ -56,6 +56,7 @@ class Job:
     pretrained: str = "auto"
     conditions: str = ""
     seconds: float = 0.0
+    steps: int = 0
 
     @property
     def name(self) -> str:
@@ -237,7 +238,10 @@ def _run(job: Job, store: Store, folder: Path) -> None:
     device = choose_device("auto")
     clock = seconds_of(device)
     began, own = time.monotonic(), clock()
-    options = options_of(job.setting, SCALES[job.scale], job.data, seed=job.seed, pretrained=job.pretrained)
+    scale = SCALES[job.scale]
+    if job.steps:
+        scale = replace(scale, steps=job.steps)
+    options = options_of(job.setting, scale, job.data, seed=job.seed, pretrained=job.pretrained)
     options = replace(options, output=str(folder), validate_every_steps=options.steps, log_to="none")
     result: dict[str, Any] = {"setting": asdict(job.setting), "rate": job.rate, "seed": job.seed}
     try:

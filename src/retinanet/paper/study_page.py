@@ -15,6 +15,7 @@ from retinanet.paper.results import Measured, Request, what_is_known
 from retinanet.paper.running import Store
 from retinanet.paper.settings import Scale
 from retinanet.paper.tables import Row, Study
+from retinanet.training.plan import FEW_PASSES
 
 HEADINGS = {
     "ap": "AP",
@@ -28,7 +29,8 @@ HEADINGS = {
 DIFFERS = {
     "small": " Unlike the paper, in all rows alike: from scratch, GroupNorm where the backbone allows it, an object's "
     "best anchors are its own even below IoU 0.5, boxes are learned by GIoU weighted 2, losses are divided by the "
-    "positives of the step, Muon with a cosine, averaged weights, zoomed images.",
+    "positives of the step, Muon with a cosine, averaged weights, images zoomed where a run sees them "
+    f"{FEW_PASSES} times or more.",
     "paper": "",
 }
 # How Figure 7 draws a setting that is above cross entropy, below it, or not told apart from it.
