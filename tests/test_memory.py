@@ -195,6 +195,39 @@ def test_a_limit_of_this_process_is_found() -> None:
     assert fresh.run(code).stdout == "-v True\n"
 
 
+FAULTS = """
+import resource, sys
+import torch
+from retinanet.training.memory import keep_freed, resident, return_freed, return_large_blocks
+
+def faults_of_a_block():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = torch.ones(40 * 2**20, dtype=torch.uint8)  # glibc itself keeps up to 32 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+{"keep": keep_freed, "return": return_large_blocks}[sys.argv[1]]()
+faults = [faults_of_a_block() for _ in range(20)]  # it takes some until pieces lie side by side
+held = resident()
+return_freed()
+print(faults[-1], held - resident())
+"""
+
+
+@LINUX
+@pytest.mark.parametrize("policy", ["keep", "return"])
+def test_what_is_freed_is_kept_or_returned(policy: str, tmp_path: Path) -> None:
+    process = fresh.start(FAULTS, policy, said=tmp_path / "said")
+    process.join(60)
+    last, returned = map(int, (tmp_path / "said").read_text().split())
+    pages = 40 * MB // mmap.PAGESIZE
+    if policy == "keep":
+        assert last < pages / 10
+        assert returned > 30 * MB  # when it is asked for
+    else:
+        assert last > 0.9 * pages
+        assert returned < 10 * MB
+
+
 def test_a_device_says_itself_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
     reset: list[torch.device] = []
     cuda = torch.device("cuda:1")

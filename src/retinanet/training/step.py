@@ -22,7 +22,7 @@ from retinanet.objective import Objective
 from retinanet.processes import ALONE, Processes
 from retinanet.training.checkpointing import GradientCheckpoints
 from retinanet.training.gradients import GradientSum
-from retinanet.training.memory import return_large_blocks
+from retinanet.training.memory import keep_freed, return_large_blocks
 from retinanet.training.optimizer import WeightAverage, build_optimizers, set_rate
 from retinanet.training.plan import Plan
 
@@ -110,8 +110,10 @@ class TrainingStep:
         self.activations: AbstractContextManager[None] = nullcontext()
         if checkpoint_gradients:
             self.activations = GradientCheckpoints(network)
-            if device.type == "cpu":
-                return_large_blocks()  # else a CPU's memory hardly shows what is not kept
+        if device.type == "cpu" and checkpoint_gradients:
+            return_large_blocks()  # else a CPU's memory hardly shows what is not kept
+        elif device.type == "cpu":
+            keep_freed()
         self.forward: Callable[[Tensor], RawPredictions] = network
         if compile:
             # Known before it is traced: what is found out later makes torch compile again.
