@@ -129,8 +129,8 @@ def keep_freed() -> None:
     """Let the C library (glibc) keep what is freed for later, from now on, but for `return_freed`.
 
     By itself it returns the end of the heap and the largest blocks, which a training step takes again at once: the
-    system clears gigabytes of pages a second for it, a twentieth to a sixth of a step's time on two cores, while the
-    most that is held is the same to a few percent (decision 0007).
+    system clears 100 MB of pages and more a second for it, while the most that is held is the same to a few percent
+    (decision 0007).
     """
     with suppress(AttributeError, OSError, TypeError):
         tell = ctypes.CDLL(None).mallopt
