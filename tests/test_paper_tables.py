@@ -631,6 +631,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (("iou", "--dry-run"), "--dry-run belongs to items that are measured"),
         (("table1b", "--seeds", "0"), "--seeds needs 1 or more; got 0"),
         (("table1b", "--steps", "0"), "--steps needs 1 or more; got 0"),
+        (("iou", "--sgd"), "--sgd belongs to items that are measured"),
+        (("table3", "--sgd", "--scale", "paper", "--data", "x"), "--sgd belongs to scales tiny and small"),
         (("iou", "--steps", "5"), "--steps belongs to items that are measured"),
         (("table1b", "--parallel", "0"), "--parallel needs 1 or more; got 0"),
         (("table1b", "--scale", "paper"), "--scale paper needs --data: a folder with COCO's annotations"),
@@ -665,7 +667,30 @@ def test_tables_of_another_length_are_others(
     run(capsys, *asked, "--steps", "7")
     assert {job.steps for job in ran} == {7}
     assert usual.isdisjoint(job.folder for job in ran)
-    assert "; 7 steps of 8" in (tmp_path / "table3.md").read_text()
+    text = (tmp_path / "table3.md").read_text()
+    assert "; 7 steps of 8" in text
+    assert "Muon with a cosine" in text
+
+
+def test_tables_by_the_papers_optimizer_are_others(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = prepare(request(data, tmp_path), lambda _: None, draw=True).conditions
+    ran = fake(monkeypatch, lambda job: 0.3)
+    run(
+        capsys, "table3", "--rows", "CE", "--data", str(data), "--output", str(tmp_path), "--seeds", "1", "--sgd"
+    )  # fmt: skip
+    assert usual not in {job.conditions for job in ran}
+    assert "a cosine for the rate of the paper's SGD" in (tmp_path / "table3.md").read_text()
+    job = ran[0]
+    assert job.rate == 0.5
+    options = options_of(job.setting, TINY, job.data, seed=0)
+    plan = plan_run(options, open_dataset(data, "train"), job.change)
+    paper = recipes.paper(plan.spec.classes, "resnet50", None)
+    for name in ("optimizer", "weight_decay", "decay_all", "clip_norm"):
+        assert getattr(plan.recipe, name) == getattr(paper, name)
+    assert plan.recipe.lr == paper.lr / 2
+    assert plan.lr == paper.lr / 4  # for 8 images a step
 
 
 def test_the_command_measures_and_tells(

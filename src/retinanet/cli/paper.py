@@ -37,6 +37,8 @@ class Paper:
     """fig4: a run or model file of your own."""
     steps: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: the scale's)")] = None
     """Tables: steps of every run; results of another length are others, and need an --output of their own."""
+    sgd: bool = False
+    """Tables at scales tiny and small: the paper's SGD in the place of Muon; its results are others, too."""
     seeds: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 3)")] = None
     """Tables: runs of every row at its best rate."""
     peers: bool = False
@@ -129,8 +131,7 @@ class Paper:
         if not of_results:
             of_tables += ["scale", "data", "steps", "seeds"]
         given = [name for name in of_tables if getattr(self, name) is not None]
-        if self.dry_run:
-            given.append("dry_run")
+        given += ["dry_run"] * self.dry_run + ["sgd"] * (self.sgd and not of_results)
         if given and not measured:
             raise ConfigError(f"{option(given[0])} belongs to items that are measured, such as table1b")
 
@@ -151,6 +152,9 @@ class Paper:
         scale = SCALES[self.scale or "tiny"]
         if self.steps is not None:
             scale = replace(scale, steps=self.steps)
+        if self.sgd and scale.options["recipe"] == "paper":
+            raise ConfigError(f"--sgd belongs to scales tiny and small; {scale.name} trains by it anyway")
+        scale = replace(scale, sgd=self.sgd)
         if self.pretrained is not None and scale.options["recipe"] == "small":
             raise ConfigError(f"--pretrained belongs to --scale paper; {scale.name} starts from scratch")
         own_loss = None

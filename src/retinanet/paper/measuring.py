@@ -17,7 +17,7 @@ from retinanet.errors import ConfigError, DataError, did_you_mean
 from retinanet.paper.page import write_page
 from retinanet.paper.results import Request, search_jobs, seed_jobs, what_is_known
 from retinanet.paper.running import Job, Store, run_all
-from retinanet.paper.settings import Setting, by_the_papers_thresholds, change_of, focal, options_of
+from retinanet.paper.settings import Setting, by_the_papers_thresholds, focal, options_of
 from retinanet.paper.study_page import page_of
 from retinanet.paper.tables import Row, Study
 from retinanet.training.optimizer import drops_of
@@ -66,6 +66,8 @@ def _digest(request: Request, splits: Sequence[Dataset]) -> str:
     """
     aside = ("what", "shapes", "rates", "first_rates")
     numbers = {name: value for name, value in asdict(request.scale).items() if name not in aside}
+    if not numbers["sgd"]:  # results outlive a new field that is off
+        del numbers["sgd"]
     classes, base = splits[0].classes, request.scale.base
     recipe = (
         small(classes, base, "cpu") if numbers["options"]["recipe"] == "small" else paper(classes, base, None)
@@ -113,9 +115,7 @@ def dry_run(names: Sequence[str], request: Request) -> None:
         first.setting, request.scale, first.data, seed=first.seed, pretrained=first.pretrained
     )
     train = open_dataset(first.data, "train")
-    plan = plan_run(options, train, change_of(first.setting, first.rate)).lasting(
-        options.steps or 1, "the scale"
-    )
+    plan = plan_run(options, train, first.change).lasting(options.steps or 1, "the scale")
     console.print(f"The plan of {first.name}:", highlight=False)
     plan.show(console)
     if plan.recipe.schedule == "step":

@@ -51,6 +51,7 @@ class Request:
             self.pretrained,
             self.conditions,
             steps=self.scale.steps,
+            sgd=self.scale.sgd,
         )
 
     def study(self, name: str) -> Study:

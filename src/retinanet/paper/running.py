@@ -45,7 +45,8 @@ class Job:
     """One run: a setting at a rate and a seed.
 
     `conditions` tells apart what else decides the result: the annotations, the scale's numbers, the weights.
-    `seconds` is how long a peer trains: as long as ours did. `steps` stands in the place of the scale's, unless 0.
+    `seconds` is how long a peer trains: as long as ours did. `steps` stands in the place of the scale's, unless 0,
+    `sgd` is the scale's.
     """
 
     setting: Setting
@@ -57,6 +58,12 @@ class Job:
     conditions: str = ""
     seconds: float = 0.0
     steps: int = 0
+    sgd: bool = False
+
+    @property
+    def change(self) -> Any:
+        """What is changed of the recipe."""
+        return change_of(self.setting, self.rate, sgd=self.sgd)
 
     @property
     def name(self) -> str:
@@ -270,14 +277,14 @@ def _train(job: Job, options: TrainingOptions, *, goes_on: bool) -> dict[str, An
             raise ConfigError(
                 f"--own-loss {file} was edited since the tables were begun: give the command again"
             )
-    console, change = Console(width=200), change_of(job.setting, job.rate)
+    console = Console(width=200)
     if goes_on:
         assert options.output is not None
         try:
-            return _figures(resume_training(Path(options.output), console, change))
+            return _figures(resume_training(Path(options.output), console, job.change))
         except (ConfigError, CheckpointError) as error:
             raise ConfigError(f"{error}. To begin this run anew, remove {options.output}") from None
-    run = run_training(options, console, change)
+    run = run_training(options, console, job.change)
     assert run is not None  # no dry run
     return _figures(run)
 
@@ -289,7 +296,7 @@ def _figures(run: Run) -> dict[str, Any]:
 def _train_peer(job: Job, options: TrainingOptions) -> dict[str, Any]:
     assert job.setting.peer is not None
     train, val = open_splits(options.data)
-    plan = plan_run(options, train, change_of(job.setting, job.rate))
+    plan = plan_run(options, train, job.change)
     done = train_peer(job.setting.peer, plan, train, val, job.seconds, Path(options.output or ""))
     found = done.metrics.to_json()
     return {**{name: found[name] for name in FIGURES}, "steps": done.steps}

@@ -102,6 +102,7 @@ class Scale:
         options: of `retinanet train`, the same for all settings, base sizes of the anchors among them.
         shapes: the synthetic images made where no --data is given, and how many of train and val. Those of
             `tiny` were chosen by their imbalance (`paper.imbalance`).
+        sgd: the paper's optimiser, `PAPERS_SGD`, in the place of the recipe's.
     """
 
     name: ScaleName
@@ -114,6 +115,7 @@ class Scale:
     first_rates: tuple[float, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     shapes: tuple[ShapesSpec, int, int] | None = None
+    sgd: bool = False
 
     def next_rates(self, known: Mapping[float, float]) -> list[float]:
         """Return the rates that a setting has to be trained at next; none are left when the best has its neighbours.
@@ -139,6 +141,15 @@ def best_rate(known: Mapping[float, float]) -> float:
     """Return the rate with the highest AP, of equal ones the lowest."""
     return max(known, key=lambda rate: (known[rate], -rate))
 
+
+# Section 4.1: rate for 16 images, decay of every parameter, no clipping; momentum 0.9 is SGD's own.
+PAPERS_SGD: Mapping[str, Any] = {
+    "optimizer": "sgd",
+    "lr": 0.01,
+    "weight_decay": 1e-4,
+    "decay_all": True,
+    "clip_norm": None,
+}
 
 # Twice and half as much, from an eighth of the recipe's rate to four times it.
 GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -222,11 +233,12 @@ def by_the_papers_thresholds(recipe: Recipe) -> Recipe:
     return replace(recipe, matching="iou", positive_iou=0.5, negative_iou=0.4)
 
 
-def change_of(setting: Setting, rate: float) -> Any:
-    """Return what is changed of the recipe besides: the rate, the anchors' scales and ratios, scale jitter; anchors are
-    matched by the paper's thresholds."""
+def change_of(setting: Setting, rate: float, *, sgd: bool = False) -> Any:
+    """Return what is changed of the recipe besides: the rate, the anchors' scales and ratios, scale jitter, with `sgd`
+    the optimiser; anchors are matched by the paper's thresholds."""
 
     def change(recipe: Recipe) -> Recipe:
+        recipe = replace(recipe, **(PAPERS_SGD if sgd else {}))
         pyramid, anchors = recipe.model.pyramid, recipe.model.anchors
         octaves = 1
         if setting.last_map:

@@ -19,7 +19,7 @@ from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
 from retinanet.paper.peers import load_peer
 from retinanet.paper.results import Measured, Request, what_is_known
 from retinanet.paper.running import Store
-from retinanet.paper.settings import change_of, options_of
+from retinanet.paper.settings import options_of
 from retinanet.paper.tables import table1e, table2, with_peers
 from retinanet.training.planning import plan_run
 
@@ -124,7 +124,7 @@ def _peers(request: Request, store: Store) -> dict[str, tuple[Measured, float]]:
                 job.setting, request.scale, job.data, seed=job.seed, pretrained=job.pretrained
             )
             train = open_dataset(job.data, "train")
-            spec = plan_run(options, train, change_of(job.setting, job.rate)).spec
+            spec = plan_run(options, train, job.change).spec
             peer = load_peer(row.setting.peer, spec, store.model(job), choose_device("auto"))
             known[row.name] = found, milliseconds(peer.detect, job.data)
     return known

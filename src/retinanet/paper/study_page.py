@@ -29,7 +29,7 @@ HEADINGS = {
 DIFFERS = {
     "small": " Unlike the paper, in all rows alike: from scratch, GroupNorm where the backbone allows it, an object's "
     "best anchors are its own even below IoU 0.5, boxes are learned by GIoU weighted 2, losses are divided by the "
-    "positives of the step, Muon with a cosine, averaged weights, images zoomed where a run sees them "
+    "positives of the step, {rates}, averaged weights, images zoomed where a run sees them "
     f"{FEW_PASSES} times or more.",
     "paper": "",
 }
@@ -97,10 +97,11 @@ def _how(request: Request) -> str:
         " The rate of a row is the best on val with a seed of its own, looked for alike with every loss: at x "
         f"{first}, then beside the best until it has no better neighbour. The figures are of other seeds."
     )
+    rates = "a cosine for the rate of the paper's SGD" if scale.sgd else "Muon with a cosine"
     return (
         f"Measured at scale {scale.name} ({scale.what}) on {request.about_data}; {scale.steps:,} steps of "
         f"{options['batch_size']}, recipe {options['recipe']}, {scale.side} px, where the row does not say otherwise."
-        f"{DIFFERS[options['recipe']]} "
+        f"{DIFFERS[options['recipe']].format(rates=rates)} "
         "AP is in percent, on val: the mean of seeds ± half of its 95 % interval (Student's t)."
         f"{chosen if len(scale.rates) > 1 else ''} What was published is of COCO."
     )
