@@ -30,8 +30,11 @@ class OfResults:
 
 def fig4(request: Request) -> Page:
     """Figure 4 of `--model`, or of the row of the focal loss."""
-    model = Path(request.model) if request.model else trained_model(request)
-    return loss_shares.fig4(model, str(request.data))
+    if request.model:
+        return loss_shares.fig4(Path(request.model), str(request.data))
+    return loss_shares.fig4(
+        trained_model(request), str(request.data), called="the model of table1b's row gamma 2"
+    )
 
 
 ITEMS: dict[str, Item] = {

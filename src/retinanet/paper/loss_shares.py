@@ -38,12 +38,13 @@ class Windows:
     images: int
 
 
-def fig4(model: Path, data: str, split: str = "val") -> Page:
+def fig4(model: Path, data: str, split: str = "val", *, called: str | None = None) -> Page:
     """Figure 4: the cumulative loss of positives and of negatives, for several gammas, of one trained model.
 
     Args:
         model: a run or model file.
         data: with the model's classes.
+        called: what the page calls the model, by default its file or folder.
     """
     dataset = open_dataset(data, split)
     loaded = load_model(model)
@@ -78,9 +79,9 @@ def fig4(model: Path, data: str, split: str = "val") -> Page:
         "fig4",
         "Figure 4: where the loss comes from",
         (
-            f"The anchors of {windows.images:,} images of {dataset.name}, {split}, as {Path(model).name} sees them "
-            f"({loaded.spec.backbone.name}, trained by recipe {loaded.training.get('recipe', 'unknown')}). For each "
-            "gamma the losses of the positives, and those of the negatives, are sorted and summed up from the easiest "
+            f"The anchors of {windows.images:,} images of {dataset.name}, {split}, as {called or model.name} sees "
+            f"them ({loaded.spec.backbone.name}, trained by recipe {loaded.training.get('recipe', 'unknown')}). For "
+            "each gamma the losses of the positives, and those of the negatives, are sorted and summed up from the easiest "
             "to the hardest, and divided by their sum. In the paper's model a fifth of the positives has about half "
             "of their loss, whatever gamma is, while gamma = 2 puts nearly all of the negatives' loss on a small "
             "fraction of them.",
