@@ -81,9 +81,9 @@ def fig4(model: Path, data: str, split: str = "val", *, called: str | None = Non
         (
             f"The anchors of {windows.images:,} images of {dataset.name}, {split}, as {called or model.name} sees "
             f"them ({loaded.spec.backbone.name}, trained by recipe {loaded.training.get('recipe', 'unknown')}). For "
-            "each gamma the losses of the positives, and those of the negatives, are sorted and summed up from the easiest "
-            "to the hardest, and divided by their sum. In the paper's model a fifth of the positives has about half "
-            "of their loss, whatever gamma is, while gamma = 2 puts nearly all of the negatives' loss on a small "
+            "each gamma the losses of the positives, and those of the negatives, are sorted and summed up from the "
+            "easiest to the hardest, and divided by their sum. In the paper's model a fifth of the positives has about "
+            "half of their loss, whatever gamma is, while gamma = 2 puts nearly all of the negatives' loss on a small "
             "fraction of them.",
             Picture(figure, "Cumulative share of the loss over the share of anchors."),
             Table(
