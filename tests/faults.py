@@ -530,8 +530,10 @@ def _signalled(
             name = f"{signal.Signals(number).name} in {where}, process {rank + 1} of {count}"
             codes, seconds = [code for code, _ in ends], max(seconds for _, seconds in ends)
             again = _together(trained(data, target), count, folder, None, -1, 0)
-            # The other is told by torchrun, unless it finds first that it is alone: a validation is given up at once.
-            others = (128 + number, 128 + signal.SIGTERM, *([2] if phase == "validation" else []))
+            # The other is told by torchrun, unless it finds first that it is alone: a validation is given up at once,
+            # and told while it leaves, when the run listens no more, it ends by the signal itself.
+            alone = (2, -signal.SIGTERM) if phase == "validation" else ()
+            others = (128 + number, 128 + signal.SIGTERM, *alone)
             right = (
                 codes[rank] == 128 + number
                 and all(code in others for code in codes)
