@@ -185,6 +185,17 @@ def test_extreme_logits(gamma, dtype, kind):
         assert leaf.grad[wrong, 0].item() == pytest.approx(-1 if dense[0, 0] else 1, abs=1e-2)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("y", [0.0, 1.0])
+def test_the_largest_logits(gamma, y):
+    x = torch.tensor([[-1.6e38], [1.6e38]], requires_grad=True)  # twice that still is a number
+    loss = sigmoid_focal_loss(x, torch.full((2, 1), y), None, gamma)
+    loss.sum().backward()
+    wrong = 0 if y else 1
+    assert loss[:, 0].tolist() == pytest.approx([1.6e38 * (wrong == i) for i in range(2)])
+    assert x.grad[:, 0].tolist() == pytest.approx([(wrong == i) * (1 - 2 * y) for i in range(2)])
+
+
 @pytest.mark.parametrize("label", [-1, 0])
 def test_a_small_weight_keeps_huge_losses_in_range(label):
     x = torch.full((2, 1), 3e38 if label < 0 else -3e38)
@@ -318,6 +329,26 @@ def test_l1_and_the_slope_of_smooth_l1():
     assert l1(predicted, torch.zeros(1, 4)).item() == pytest.approx(5.25)
     smooth_l1(predicted, torch.zeros(1, 4), 0.1).sum().backward()
     assert predicted.grad[0].tolist() == pytest.approx([0.5, -1, 1, -1])  # x / beta, then sign(x)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1 / 9, 1.0])
+def test_gradcheck_of_smooth_l1(beta):
+    generator = torch.Generator().manual_seed(2)
+    predicted, target = torch.randn(2, 12, 4, generator=generator, dtype=torch.float64)
+    difference = (predicted - target).abs()
+    assert (difference < 1).any() and (difference > 1).any()  # both sides of the paper's switch
+    assert torch.autograd.gradcheck(
+        lambda *boxes: smooth_l1(*boxes, beta), (predicted.requires_grad_(), target.requires_grad_())
+    )
+
+
+def test_gradcheck_of_l1_and_giou_loss():
+    generator = torch.Generator().manual_seed(3)
+    corners = torch.rand(2, 12, 2, generator=generator, dtype=torch.float64) * 3
+    sides = 1 + torch.rand(2, 12, 2, generator=generator, dtype=torch.float64) * 3
+    boxes = tuple(torch.cat((corners, corners + sides), dim=2).requires_grad_())
+    for loss in (l1, giou_loss):
+        assert torch.autograd.gradcheck(loss, boxes)
 
 
 def test_giou_loss():

@@ -107,8 +107,8 @@ def sigmoid_hinge_loss(
     r"""Hinge loss on p_t: alpha_t max(0, margin - p_t), zero above p_t = margin (Section 5.1).
 
     The paper says only that it "sets loss to 0 above a certain value of p_t", that training was unstable and the
-    results meaningless; the value and the straight line below it are ours. Why it fails can be read off its
-    derivative, -y p_t (1 - p_t): nothing is learned from an object that is far from found.
+    results meaningless; the value and the straight line below it are ours. Its derivative below the margin is
+    -y p_t (1 - p_t) with y = 1 or -1: hardly anything is learned from an object that is far from found.
 
     Args:
         targets: soft ones weigh the losses of y = 1 and y = 0.

@@ -61,8 +61,9 @@ def sigmoid_focal_loss(
     From class indices, "sum" and "mean" are one pass over the logits that writes the gradient beside the sum
     (`retinanet.kernels`); it has no second derivative, and "none" has.
 
-    Value and gradient are finite for every finite logit and every gamma: with x_t = x or -x the loss is
-    -alpha_t exp(gamma log sigmoid(-x_t)) log sigmoid(x_t), and log sigmoid never overflows.
+    Value and gradient are finite for every gamma and every logit with |gamma x| below the largest number of the type
+    (3.4e38 in float32): with x_t = x or -x the loss is -alpha_t exp(gamma log sigmoid(-x_t)) log sigmoid(x_t), and
+    log sigmoid never overflows.
 
     >>> x = torch.tensor([[0.0, 2.0, -3.0]])
     >>> sigmoid_focal_loss(x, torch.tensor([1]), reduction="sum")

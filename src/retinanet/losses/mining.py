@@ -29,10 +29,14 @@ def hardest(
         losses: of each example, summed over its classes. What must not be chosen (ignored anchors) is left out by
             the caller, or has loss 0: no example without loss is hard.
         boxes: of the examples, xyxy.
-        batch: examples in the minibatch; the paper tries 128, 256 and 512.
-        nms_iou: an example that overlaps a harder one by more than this is dropped; the paper tries 0.7 and 0.5.
+        batch: examples in the minibatch, 1 or more; the paper tries 128, 256 and 512.
+        nms_iou: in [0, 1]; an example that overlaps a harder one by more than this is dropped; the paper tries 0.7
+            and 0.5.
+
+    Raises:
+        ConfigError: batch or nms_iou out of range.
     """
-    _require(losses, batch, nms_iou)
+    _require(batch, 1, nms_iou)
     able = torch.nonzero(losses > 0)[:, 0]
     kept = nms(boxes[able], losses[able], torch.zeros_like(able), nms_iou, max_kept=batch)
     return able[kept]
@@ -80,9 +84,9 @@ def hardest_one_to_three(
 
     NMS by loss is over all examples together, as in `hardest`; of those it keeps, the hardest positives make up to a
     quarter of the minibatch, the hardest negatives three times their number (three where there is no positive). The
-    arguments are those of `hardest`, and which examples are positive.
+    arguments are those of `hardest`, a batch of 4 or more, and which examples are positive.
     """
-    _require(losses, batch, nms_iou)
+    _require(batch, 4, nms_iou)
     able = torch.nonzero(losses > 0)[:, 0]
     most, limit = batch // 4, 4 * batch
     while True:
@@ -96,8 +100,8 @@ def hardest_one_to_three(
         limit *= 8
 
 
-def _require(losses: Tensor, batch: int, nms_iou: float) -> None:
-    if batch < 4:
-        raise ConfigError(f"hard example mining needs a batch of 4 or more; got {batch}")
+def _require(batch: int, least: int, nms_iou: float) -> None:
+    if batch < least:
+        raise ConfigError(f"hard example mining needs a batch of {least} or more; got {batch}")
     if not 0 <= nms_iou <= 1:
         raise ConfigError(f"hard example mining needs nms_iou in [0, 1]; got {nms_iou}")
