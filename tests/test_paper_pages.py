@@ -25,7 +25,7 @@ from retinanet.matching import match_anchors
 from retinanet.model import BackboneSpec, ModelSpec, PyramidSpec, build_retinanet
 from retinanet.paper import architecture, balance, curves, explanations, imbalance, loss_shares
 from retinanet.paper.items import ITEMS, OF_RESULTS
-from retinanet.paper.loss_shares import hardest_share
+from retinanet.paper.loss_shares import hardest_share, in_words
 from retinanet.paper.page import Page, Picture, Table, new_figure, write_page
 from retinanet.paper.tables import STUDIES
 from retinanet.records import Classes, GroundTruth
@@ -63,6 +63,13 @@ def test_every_item_is_written_and_reads_alike_in_all_forms(name: str, tmp_path:
             assert all(f"<td>{cell}</td>" in html for cell in row)
 
 
+def test_figure_4_says_what_it_finds_of_what_the_paper_says() -> None:
+    said = in_words({"positives": [0.247, 0.3, 0.35, 0.39], "negatives": [0.09, 0.2, 0.5, 0.76]})
+    assert "here they have 25 to 39 %, so that the half is not seen here." in said
+    assert "the hardest hundredth has 9 % of it at gamma 0, and 76 % at gamma 2." in said
+    assert "the half is seen here, too." in in_words({"positives": [0.45, 0.55], "negatives": [0.1, 0.9]})
+
+
 def test_the_same_page_is_the_same_files(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         write_page(ITEMS["iou"].make(), tmp_path / folder)
@@ -89,6 +96,8 @@ def test_iou_grades() -> None:
 def test_giou_of_boxes_at_one_l1_distance() -> None:
     (table,) = tables(explanations.giou_page())
     assert column(table, "L1 distance") == pytest.approx([9.07] * 3, abs=0.005)
+    # Deltas above 1 cost |x| - 0.5, the others x^2 / 2: |-5.04|, |-.725|, |-1.457|, |-1.848| and so on.
+    assert column(table, "smooth L1") == pytest.approx([7.11, 7.32, 7.45], abs=0.005)
     assert column(table, "IoU") == pytest.approx([0.27, 0.59, 0.66], abs=0.005)
     assert column(table, "GIoU") == pytest.approx([0.24, 0.59, 0.62], abs=0.005)
 

@@ -222,12 +222,12 @@ def test_table_2_trains_peers_for_as_long_as_ours(
     assert {job.seconds for job in theirs} == {130.0}
     study = wanted.study("table2")
     text = (tmp_path / "table2.md").read_text()
-    assert f"{FINAL} against Faster R-CNN with FPN, R101: +10.0 AP (95 % interval +" in text
-    assert "the seeds alone do not explain" in text
-    assert "not told apart" in text
-    assert "It took 451, 452 steps in our time." in text
+    (row,) = re.findall(r"\| ours over torchvision's Faster R-CNN with FPN \| (.*) \|", text)
+    assert re.fullmatch(r"\+2\.9 \| \+10\.0 \| \+[\d.]+ to \+[\d.]+ \| reproduced", row)
+    assert re.search(r"\| ours over torchvision's SSD \| \+7\.9 \| \+0\.5 \| -.* \| not told apart \|", text)
+    assert "torchvision's Faster R-CNN with FPN took 451, 452 steps in our time." in text
     numbers = json.loads((tmp_path / "table2.json").read_text())
-    assert set(numbers["against"]) == {"Faster R-CNN with FPN, R101", "SSD513, R101"}
+    assert [pair["second"] for pair in numbers["against"]] == ["Faster R-CNN with FPN, R101", "SSD513, R101"]
     fcos = next(row for row in study.rows if row.name == "FCOS (2019)")
     assert fcos.setting is not None
     assert fcos.published.ap is None
@@ -258,11 +258,11 @@ def test_difference_by_hand() -> None:
     half = 2.7764 * (2 * 0.02**2 / 3) ** 0.5
     assert found.mean == pytest.approx(0.1)
     assert found.high == pytest.approx(0.1 + half, rel=1e-3)
-    assert "+10.0 AP (95 % interval +5.5 to +14.5), which the seeds alone do not explain" in found.in_words(
-        "a", "b"
-    )
-    assert "not told apart" in difference([0.3, 0.4], [0.31, 0.38]).in_words("a", "b")
-    assert "of one seed" in difference([0.3], [0.31, 0.38]).in_words("a", "b")
+    assert found.cells() == ("+10.0", "+5.5 to +14.5")
+    # Nine at once, each with a ninth of the 5 %: t = 5.437
+    wide = difference([0.30, 0.32, 0.34], [0.20, 0.22, 0.24], comparisons=9)
+    assert wide.high == pytest.approx(0.1 + half * 5.4366 / 2.7764, rel=1e-3)
+    assert difference([0.3], [0.31, 0.38]).cells() == ("-4.5", "")
     assert difference([0.3, 0.3], [0.2, 0.2]).low == pytest.approx(0.1)
 
 

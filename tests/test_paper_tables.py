@@ -46,7 +46,7 @@ from retinanet.paper.settings import (
     options_of,
 )
 from retinanet.paper.study_page import page_of
-from retinanet.paper.tables import STUDIES, Published
+from retinanet.paper.tables import STUDIES, Published, with_peers
 from retinanet.records import Classes
 from retinanet.training import recipes
 from retinanet.training.optimizer import drops_of, rate
@@ -105,17 +105,29 @@ def test_published_figures(study: str) -> None:
 
 def test_published_figures_outside_of_tables() -> None:
     known = {
-        (name, row.name): row.published.ap
+        (name, row.name): (row.published.ap, row.published.ap50, row.published.ap75)
         for name in ("prior", "pyramid", "hinge", "fig7")
         for row in STUDIES[name](TINY).rows
         if row.published.ap is not None
     }
-    assert set(known.values()) == {30.2, 34.0, 31.1}
-    assert (known["prior", "CE, pi 0.01"], known["pyramid", "P3 to P7"], known["fig7", "CE"]) == (
-        30.2,
-        34.0,
-        31.1,
-    )
+    focal_2 = (34.0, 52.5, 36.5)
+    assert known == {
+        ("prior", "CE, pi 0.01"): (30.2, 46.7, 32.8),
+        ("prior", "FL, pi 0.01"): focal_2,
+        ("pyramid", "P3 to P7"): focal_2,
+        ("hinge", "FL, gamma 2"): focal_2,
+        ("fig7", "CE"): (31.1, 49.4, 33.0),
+        ("fig7", "FL*, gamma 1, beta 0"): (10.8, 16.0, 11.7),
+        ("fig7", "FL*, gamma 2, beta 1"): (33.8, 52.7, 36.3),
+        ("fig7", "FL*, gamma 4, beta 0"): (33.9, 51.8, 36.4),
+    }
+    said = {row.name: row.published.said for make in STUDIES.values() for row in make(TINY).rows}
+    assert {name: words for name, words in said.items() if words != "-"} == {
+        "CE, pi 0.5 (no prior)": "diverged",
+        "C5 alone": "low",
+        "hinge, zero above p_t 0.5": "meaningless",
+        "hinge, zero above p_t 0.9": "meaningless",
+    }
     assert speed.OTHERS == {
         "YOLOv2": (21.6, 25), "SSD321": (28.0, 61), "DSSD321": (28.0, 85), "R-FCN (extrapolated)": (29.9, 85),
         "SSD513": (31.2, 125), "DSSD513": (33.2, 156), "FPN Faster R-CNN": (36.2, 172),
@@ -273,6 +285,28 @@ def test_one_row_is_above_another_where_the_seeds_do_not_explain_it() -> None:
     assert difference([0.3], [0.2]).above is None  # of one seed nobody knows
 
 
+def test_what_seeds_say_of_a_published_difference() -> None:
+    low, high = [0.20, 0.21, 0.22], [0.24, 0.25, 0.26]
+    above, below = difference(high, low), difference(low, high)
+    assert [above.verdict(2.9), below.verdict(2.9), below.verdict(-2.9)] == [
+        "reproduced",
+        "reversed",
+        "reproduced",
+    ]
+    assert [above.verdict(None), below.verdict(None), above.verdict(0)] == ["above", "below", "above"]
+    assert difference([0.1, 0.3], low).verdict(2.9) == "not told apart"
+    assert difference([0.3], low).verdict(2.9) == "of one seed"
+
+
+def test_the_differences_that_the_paper_speaks_of_are_of_rows_that_there_are() -> None:
+    for scale in SCALES.values():
+        for name, study in STUDIES.items():
+            for one in (study(scale), *([with_peers(study(scale))] if name == "table2" else [])):
+                rows = [row.name for row in one.rows if row.setting is not None]
+                assert {row for pair in one.against for row in pair} <= set(rows), name
+                assert set(one.here) <= set(rows)
+
+
 # ---------------------------------------------------------------------------------- running
 
 
@@ -422,7 +456,7 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_told(
     assert "CE, pi 0.5 (no prior): 2 of 2 runs diverged (the loss is nan at step 10)." in text
     cells = "diverged | diverged | diverged | diverged |"  # down to the grid's end
     assert f"| CE, pi 0.5 (no prior) | {cells}" in text
-    assert "| FL, pi 0.01 | 34.0 | - | - | not yet |" in text  # one of its rates is missing
+    assert "| FL, pi 0.01 | 34.0 | 52.5 | 36.5 | not yet |" in text  # one of its rates is missing
     assert not any(job.setting == focal(2) and job.seed for job in ran)
     # Given again, the command tries what failed.
     ran.clear()
@@ -798,7 +832,7 @@ def test_a_dry_run_before_the_images_are_drawn(capsys: pytest.CaptureFixture[str
 def test_the_first_steps_at_the_scale_of_the_paper(
     coco: Path, resnet50: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Everything but the number of steps, of images a step and their size is as 8 GPUs would have it.
+    # Everything but the number of steps, of images a step and their size is as on a GPU.
     short = replace(SCALES["paper"], steps=2, side=64, options={**SCALES["paper"].options, "batch_size": 2})
     monkeypatch.setitem(SCALES, "paper", short)
     job = Job(focal(2), "paper", str(coco), 1.0, 0, pretrained=str(resnet50))
@@ -839,11 +873,13 @@ def test_figure_2_from_the_rows_that_are_trained(
     code, _, _ = run(capsys, "fig2", "--data", str(data), "--output", str(tmp_path))
     assert code == 0
     text = (tmp_path / "fig2.md").read_text()
-    assert re.findall(r"\| (\d+, \d+ px).*\| ([\d.]+) ± .*\| ([\d.]+) \|", text) == [
-        ("50, 400 px", "20.0", "10.0"),
-        ("50, 600 px", "20.0", "10.0"),
-        ("101, 400 px", "30.0", "20.0"),
+    assert re.findall(r"\| (\d+, \d+ px).*\| ([\d.]+) \| (\d+) \| ([\d.]+) ± .*\| ([\d.]+) \|", text) == [
+        ("50, 400 px", "30.5", "64", "20.0", "10.0"),
+        ("50, 600 px", "34.3", "98", "20.0", "10.0"),
+        ("101, 400 px", "31.9", "81", "30.0", "20.0"),
     ]
+    assert re.search(r"\| 101, 800 px: .* \| 37\.8 \| 198 \| - \| - \|", text)
+    assert "| FPN Faster R-CNN | 36.2 | 172 | - | - |" in text
 
 
 def test_the_speed_of_a_model(data: Path, tmp_path: Path) -> None:

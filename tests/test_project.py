@@ -89,6 +89,12 @@ def test_the_page_of_the_paper_names_what_exists() -> None:
         assert f"\ndef {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
 
 
+def test_the_explanations_are_pictures_of_the_background() -> None:
+    text = (ROOT / "docs" / "background.md").read_text()
+    for name in ("iou", "giou", "smoothl1", "nms", "ap", "inliers", "start", "sampling"):
+        assert f"](paper/{name}.png)" in text, name
+
+
 @pytest.mark.parametrize("folder", ["src", "bench"])
 def test_every_global_name_is_defined(folder: str) -> None:
     """jaxtyping's shapes look like undefined names to ruff and mypy, for which neither is asked about them."""

@@ -26,7 +26,8 @@ class Paper:
     scale: Annotated[
         Literal["tiny", "small", "paper"] | None, tyro.conf.arg(help_behavior_hint="(default: tiny)")
     ] = None
-    """Tables: tiny (a CPU, minutes a run), small (one GPU, hours a table), paper (COCO, 8 GPUs, the exact schedule)."""
+    """Tables: tiny (a CPU, minutes a run), small (one GPU, hours a table), paper (COCO, the exact schedule, a row a
+    GPU)."""
     data: Annotated[
         str | None, tyro.conf.arg(metavar="DATA", help_behavior_hint="(default: synthetic shapes)")
     ] = None

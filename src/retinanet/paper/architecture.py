@@ -71,14 +71,15 @@ def fig3(spec: ModelSpec | None = None, side: int = SIDE) -> Page:
             f"RetinaNet with {spec.backbone.name} for an image of {side} x {side} pixels and {classes} classes. The "
             "backbone gives C3 to C5, the pyramid P3 to P7, and two small convolutional heads, shared by all levels "
             "but not with each other, give at every location the scores of the classes and the four deltas of each "
-            "anchor. Everything in the picture and the tables is read off the model that trains.",
+            "anchor. Shapes, counts, depth and anchors are read off the model that trains, on a device without "
+            "memory; how its parts are joined is drawn by hand.",
             Picture(figure, "Backbone, feature pyramid and heads."),
             Table(
                 ("map", "stride", "channels", "height x width"),
                 [(name, f"{stride}", f"{c}", f"{h} x {w}") for name, stride, (c, h, w) in maps],
             ),
             Table(
-                ("part", "parameters"),
+                ("part", "parameters, without the numbers of frozen BatchNorm"),
                 [
                     *((name, f"{count:,}") for name, count in counts.items()),
                     ("in all", f"{sum(counts.values()):,}"),
@@ -120,6 +121,8 @@ def _draw(
     for high, low in (("P5", "P4"), ("P4", "P3")):
         _arrow(axes, (5.6, places[high][1]), (5.6, places[low][1] + 0.85))
         axes.text(5.7, places[low][1] + 0.97, "x 2, +", fontsize=7)
+    for name in ("P3", "P4", "P5"):  # what is joined goes through one more convolution
+        axes.text(places[name][0] + 1.95, places[name][1] + 0.07, "3 x 3", fontsize=6, ha="right")
     six = places["P6"]
     if spec.pyramid.p6_from == "c5":
         _arrow(axes, (2.0, places["P5"][1] + 0.87), (4.55, six[1] + 0.42))

@@ -80,8 +80,8 @@ def sampling() -> Page:
             "there happen to be, and hardly any of the hard background is drawn, as it is rare. Mining finds it, and "
             "forgets the rest: which anchors are hard, and how many, changes from step to step. The focal loss keeps "
             "every anchor and weighs it by what the detector knows of it already: the easy ones, "
-            f"{easy:.1%} of all, keep {shares['all, focal loss'][2]:.0%} of the loss (Sections 2 and 3.4 "
-            "of the paper).",
+            f"{easy:.1%} of all, keep {shares['all, focal loss'][2]:.0%} of the loss in this example. (The "
+            "argument is that of Sections 2 and 3.4 of the paper, the numbers are ours.)",
         ),
         {"shares": {way: dict(zip(groups, share, strict=True)) for way, share in shares.items()}},
     )
@@ -122,7 +122,7 @@ def start() -> Page:
         axes.set(title=name, xlabel="prior, $\\pi$", ylim=(1e-6, 1e6))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("loss of the first step, an object")
+    panels[0].set_ylabel("loss of the first step, per object")
     panels[0].legend(frameon=False)
     rows = []
     for prior in PRIORS:

@@ -53,17 +53,32 @@ class Difference:
             return None
         return self.mean > 0
 
-    def in_words(self, first: str, second: str) -> str:
-        """Return a sentence about two rows, in points of AP."""
-        points = f"{first} against {second}: {100 * self.mean:+.1f} AP"
-        if self.low is None or self.high is None:
-            return f"{points}, of one seed, so how certain that is is unknown."
-        verdict = "which are not told apart" if self.above is None else "which the seeds alone do not explain"
-        return f"{points} (95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}), {verdict}."
+    def cells(self) -> tuple[str, str]:
+        """Return the difference and its interval, in points of AP."""
+        known = (
+            ""
+            if self.low is None or self.high is None
+            else f"{100 * self.low:+.1f} to {100 * self.high:+.1f}"
+        )
+        return f"{100 * self.mean:+.1f}", known
+
+    def verdict(self, published: float | None) -> str:
+        """Return what the seeds say of a published difference, in points of AP; None: which is not published."""
+        if self.low is None:
+            return "of one seed"
+        if self.above is None:
+            return "not told apart"
+        if not published:
+            return "above" if self.above else "below"
+        return "reproduced" if self.above == (published > 0) else "reversed"
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Return by how much the mean of the first seeds is above that of the second."""
+def difference(first: Sequence[float], second: Sequence[float], *, comparisons: int = 1) -> Difference:
+    """Return by how much the mean of the first seeds is above that of the second.
+
+    Args:
+        comparisons: how many are made at once, of which none is to be wrong in 95 % (Bonferroni).
+    """
     mean = float(np.mean(first) - np.mean(second))
     if min(len(first), len(second)) < 2:
         return Difference(mean, None, None)
@@ -73,7 +88,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(seeds) - 1) for part, seeds in zip(parts, (first, second), strict=True)
     )
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
+    half = float(t.ppf(1 - 0.025 / comparisons, freedom)) * math.sqrt(sum(parts))
     return Difference(mean, mean - half, mean + half)
 
 

@@ -45,7 +45,12 @@ def iou_page() -> Page:
         axes.add_patch(
             Rectangle((low[0], low[1]), high[0] - low[0], high[1] - low[1], color=COLOURS[0], alpha=0.15)
         )
-        axes.set(title=f"IoU {value:.4f}: {grade}", xlim=(-0.08, 1.4), ylim=(1.4, -0.08))
+        middle = (1 + shift) / 2  # the boxes are in the middle of their panel, all panels are of one scale
+        axes.set(
+            title=f"IoU {value:.4f}: {grade}",
+            xlim=(middle - 0.74, middle + 0.74),
+            ylim=(middle + 0.74, middle - 0.74),
+        )
         _bare(axes)
         rows.append((grade, f"{shift:.4f}", f"{value:.4f}"))
     _legend(figure)
@@ -57,7 +62,10 @@ def iou_page() -> Page:
             "boxes, 0 for boxes apart, whatever their size. An anchor belongs to an object from IoU 0.5 on (equal to "
             "0.5 is enough) and to the background below 0.4; a detection counts as right from a threshold on that COCO "
             "moves from 0.5 to 0.95.",
-            Picture(figure, "Three detections of one object. Shaded: the intersection."),
+            Picture(
+                figure,
+                "Three detections of one object. Shaded: the intersection; the union is all that they cover.",
+            ),
             Table(("", "shift, sides", "IoU"), rows),
         ),
     )
@@ -72,12 +80,13 @@ def giou_page() -> Page:
         given = torch.tensor(box, dtype=torch.float64)
         found = cxcywh_to_xyxy(given)
         distance = float((given - torch.tensor(GIOU_TRUTH, dtype=torch.float64)).abs().sum())
-        values = (distance, float(iou(truth, found)), float(giou(truth, found)))
+        smooth = float(smooth_l1(given, torch.tensor(GIOU_TRUTH, dtype=torch.float64)))
+        values = (distance, smooth, float(iou(truth, found)), float(giou(truth, found)))
         around = [*torch.minimum(truth, found)[:2].tolist(), *torch.maximum(truth, found)[2:].tolist()]
         _draw(axes, around, "#888888", "enclosing box", ":")
         _draw(axes, truth.tolist(), TRUTH, "ground truth")
         _draw(axes, found.tolist(), FOUND, "detection", "--")
-        axes.set(title=f"IoU {values[1]:.2f}, GIoU {values[2]:.2f}", xlim=(-10.5, 6.5), ylim=(15, -13))
+        axes.set(title=f"IoU {values[2]:.2f}, GIoU {values[3]:.2f}", xlim=(-10.5, 6.5), ylim=(15, -13))
         _bare(axes)
         rows.append((f"{number}", *(f"{value:.2f}" for value in values)))
     _legend(figure)
@@ -85,13 +94,13 @@ def giou_page() -> Page:
         "giou",
         "Equal L1 distance, unequal overlap",
         (
-            "Smooth L1 compares the numbers of two boxes. These three detections are all at the same L1 distance from "
-            "the ground truth (in centre, width and height), and an L1 loss likes them equally; how much they overlap "
-            "is not equal at all. GIoU = IoU - (enclosing - union) / enclosing is a measure of overlap that still "
-            "says how far apart boxes are that do not meet, where IoU is 0; 1 - GIoU is our box loss in recipes "
-            "`modern` and `small`.",
+            "L1 and smooth L1 compare the numbers of two boxes. These three detections are all at the same L1 distance "
+            "from the ground truth (in centre, width and height), and an L1 loss likes them equally; smooth L1 (beta "
+            "1) likes the worst of them best. How much they overlap is not equal at all. GIoU = IoU - (enclosing - "
+            "union) / enclosing is a measure of overlap that still says how far apart boxes are that do not meet, "
+            "where IoU is 0; 1 - GIoU is our box loss in recipes `modern` and `small`.",
             Picture(figure, "Three detections of one object at one L1 distance."),
-            Table(("detection", "L1 distance", "IoU", "GIoU"), rows),
+            Table(("detection", "L1 distance", "smooth L1", "IoU", "GIoU"), rows),
         ),
     )
 
@@ -247,8 +256,9 @@ def ap_page() -> Page:
         (
             "Detections of a class are ranked by score. After each one, precision is the share of them that are right, "
             f"recall the share of the {AP_OBJECTS} objects found. AP is the mean, over 101 levels of recall, of the "
-            "best precision that is reached at that recall or above; what is never found counts as 0. COCO's AP is "
-            "the mean of this over IoU thresholds 0.50, 0.55 ... 0.95 and over the classes, often called mAP.",
+            "best precision that is reached at that recall or above; what is never found counts as 0. Of this ranking "
+            f"it is {ap:.3f}. COCO's AP is the mean of this over IoU thresholds 0.50, 0.55 ... 0.95 and over the "
+            "classes, often called mAP.",
             Picture(figure, "Precision over recall of ten ranked detections."),
             Table(("rank", "detection", "precision", "recall", "best from here on"), rows),
         ),

@@ -56,6 +56,7 @@ def prepare(request: Request, say: Callable[[str], None], *, draw: bool) -> Requ
         request,
         data=data,
         about_data=f"{data.name}: {len(splits[0]):,} training images, {empty:.0%} without objects",
+        images=len(splits[0]),
         conditions=_digest(request, splits),
     )
 

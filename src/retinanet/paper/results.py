@@ -24,7 +24,8 @@ class Request:
         model: for figure 4, instead of a row's.
         peers: train torchvision's detectors beside ours in Table 2.
         own_loss: a loss that becomes a row of every table, as of `Setting`.
-        about_data, conditions: what `prepare` finds: the data in words, and what tells results apart.
+        about_data, images, conditions: what `prepare` finds: the data in words, how many images are trained on, and
+            what tells results apart.
     """
 
     scale: Scale
@@ -38,6 +39,7 @@ class Request:
     peers: bool = False
     own_loss: tuple[str, str] | None = None
     about_data: str = ""
+    images: int = 0
     conditions: str = ""
 
     def job(self, setting: Setting, rate: float, seed: int) -> Job:

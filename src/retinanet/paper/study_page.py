@@ -24,13 +24,15 @@ HEADINGS = {
     "ap_small": "APs",
     "ap_medium": "APm",
     "ap_large": "APl",
+    "ms": "ms",
 }
+# What is not measured with AP: Figure 2 measures the speed of models.
+PUBLISHED_ONLY = ("ms",)
 # In what all rows alike differ from the paper's training, by recipe.
 DIFFERS = {
-    "small": " Unlike the paper, in all rows alike: from scratch, GroupNorm where the backbone allows it, an object's "
-    "best anchors are its own even below IoU 0.5, boxes are learned by GIoU weighted 2, losses are divided by the "
-    "positives of the step, {rates}, averaged weights, images zoomed where a run sees them "
-    f"{FEW_PASSES} times or more.",
+    "small": " Unlike the paper, in all rows alike: from scratch, GroupNorm where the backbone allows it{anchors}, an "
+    "object's best anchors are its own even below IoU 0.5, boxes are learned by GIoU weighted 2, losses are divided by "
+    "the positives of the step, {rates}, a warm-up of 100 steps, averaged weights{zoomed}.",
     "paper": "",
 }
 # How Figure 7 draws a setting that is above cross entropy, below it, or not told apart from it.
@@ -43,11 +45,12 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
         row.name: what_is_known(row.setting, request, store) for row in study.rows if row.setting is not None
     }
     figures = ("ap", *study.figures)
-    head = ["row", *(f"{HEADINGS[figure]}, paper" for figure in figures), *(HEADINGS[f] for f in figures)]
+    measured = [figure for figure in figures if figure not in PUBLISHED_ONLY]
+    head = ["row", *(f"{HEADINGS[figure]}, paper" for figure in figures), *(HEADINGS[f] for f in measured)]
     table = Table(
         [*head, "rate", "seeds"],
         [
-            [row.name, *_published(row, figures), *_measured(known.get(row.name), figures)]
+            [row.name, *_published(row, figures), *_measured(known.get(row.name), measured)]
             for row in study.rows
         ],
     )
@@ -62,12 +65,14 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
         )
         parts.append(order.in_words())
         numbers["order"] = asdict(order)
-    for ours, other in study.against:
-        if all(name in known and known[name].results for name in (ours, other)):
-            seeds = [[result["ap"] for result in known[name].results] for name in (ours, other)]
-            found = difference(*seeds)
-            parts.append(f"{found.in_words(ours, other)} {_steps(known[other])}")
-            numbers.setdefault("against", {})[other] = asdict(found)
+    compared = [pair for pair in study.against if all(name in known and known[name].results for name in pair)]
+    if compared:
+        table, numbers["against"] = _differences(study, compared, known)
+        parts += [
+            "The differences that the paper speaks of, with their 95 % intervals (Welch's t):",
+            table,
+            *_steps(study, known),
+        ]
     if study.stars and len(finished) > 1 and known["CE"].results:
         parts.append(_stars(study, known))
     elif len(finished) > 1:
@@ -97,11 +102,19 @@ def _how(request: Request) -> str:
         " The rate of a row is the best on val with a seed of its own, looked for alike with every loss: at x "
         f"{first}, then beside the best until it has no better neighbour. The figures are of other seeds."
     )
-    rates = "a cosine for the rate of the paper's SGD" if scale.sgd else "Muon with a cosine"
+    rates = "a cosine for the rate of the paper's SGD"
+    if not scale.sgd:
+        rates = "Muon with a cosine, decay 0.02 and gradients clipped at norm 10"
+    passes = scale.steps * options["batch_size"] / max(request.images, 1)
+    differs = DIFFERS[options["recipe"]].format(
+        rates=rates,
+        anchors=f", {options['channels']} channels" if "channels" in options else "",
+        zoomed=", images zoomed" if passes >= FEW_PASSES else "",
+    )
     return (
         f"Measured at scale {scale.name} ({scale.what}) on {request.about_data}; {scale.steps:,} steps of "
-        f"{options['batch_size']}, recipe {options['recipe']}, {scale.side} px, where the row does not say otherwise."
-        f"{DIFFERS[options['recipe']].format(rates=rates)} "
+        f"{options['batch_size']}, recipe {options['recipe']}, {scale.side} px, anchors from "
+        f"{options['anchors'].split(',')[0]} px, where the row does not say otherwise.{differs} "
         "AP is in percent, on val: the mean of seeds ± half of its 95 % interval (Student's t)."
         f"{chosen if len(scale.rates) > 1 else ''} What was published is of COCO."
     )
@@ -109,7 +122,11 @@ def _how(request: Request) -> str:
 
 def _published(row: Row, figures: Sequence[str]) -> list[str]:
     values = [getattr(row.published, figure) for figure in figures]
-    return ["-" if value is None else f"{value:.1f}" for value in values]
+    cells = [
+        "-" if value is None else f"{value:.0f}" if figure == "ms" else f"{value:.1f}"
+        for figure, value in zip(figures, values, strict=True)
+    ]
+    return [row.published.said if row.published.ap is None else cells[0], *cells[1:]]
 
 
 def _measured(found: Measured | None, figures: Sequence[str]) -> list[str]:
@@ -149,10 +166,38 @@ def _rate(found: Measured, rate: float, scale: Scale) -> str:
     return "not yet" if rate in scale.next_rates(found.rates) else ""
 
 
-def _steps(peer: Measured) -> str:
-    """Return how far a peer came in our time."""
-    steps = [f"{result['steps']:,}" for result in peer.results if "steps" in result]
-    return f"It took {', '.join(steps)} steps in our time." if steps else ""
+def _differences(
+    study: Study, pairs: Sequence[tuple[str, str]], known: dict[str, Measured]
+) -> tuple[Table, list[dict[str, Any]]]:
+    """Return the differences of pairs of rows as a table, and as values."""
+    published = {row.name: row.published.ap for row in study.rows}
+    rows, values = [], []
+    for first, second in pairs:
+        found = difference(*([result["ap"] for result in known[name].results] for name in (first, second)))
+        there = [published[name] for name in (first, second)]
+        wanted = None if None in there else there[0] - there[1]  # type: ignore[operator]
+        names = [study.here.get(name, name) for name in (first, second)]
+        rows.append(
+            [
+                " over ".join(names),
+                "-" if wanted is None else f"{wanted:+.1f}",
+                *found.cells(),
+                found.verdict(wanted),
+            ]
+        )
+        values.append({"first": first, "second": second, "published": wanted, **asdict(found)})
+    return Table(("difference", "AP, paper", "AP", "95 % interval", "verdict"), rows), values
+
+
+def _steps(study: Study, known: dict[str, Measured]) -> list[str]:
+    """Return how far peers came in our time."""
+    lines = []
+    for row in study.rows:
+        if row.setting is not None and row.setting.peer is not None:
+            steps = [f"{result['steps']:,}" for result in known[row.name].results if "steps" in result]
+            if steps:
+                lines.append(f"{study.here[row.name]} took {', '.join(steps)} steps in our time.")
+    return lines
 
 
 def _divergences(known: dict[str, Measured]) -> list[str]:
@@ -171,6 +216,10 @@ def _picture(study: Study, rows: Sequence[Row], known: dict[str, Measured]) -> P
     left, right = figure.subplots(1, 2, sharey=True)
     places = list(range(len(rows)))
     left.barh(places, [row.published.ap or 0 for row in rows], color="#bbbbbb", height=0.6)
+    for place, row in zip(places, rows, strict=True):
+        if not row.published.ap:  # a bar of no length says nothing
+            said = "not published" if row.published.said == "-" else row.published.said
+            left.text(0.5, place, said if row.published.ap is None else "0.0", va="center", fontsize=8)
     left.set(title="published, COCO", xlabel="AP, %", yticks=places, yticklabels=[row.name for row in rows])
     left.invert_yaxis()
     intervals = [interval([result["ap"] for result in known[row.name].results]) for row in rows]
@@ -205,7 +254,7 @@ def _stars(study: Study, known: dict[str, Measured]) -> Picture:
         found = known[name].of("ap") if name in known else None
         if found is not None:
             seeds = [[result["ap"] for result in one.results] for one in (known[name], known["CE"])]
-            colour, dash = JUDGED[difference(*seeds).above]
+            colour, dash = JUDGED[difference(*seeds, comparisons=len(study.stars)).above]
             axes.plot(
                 x.numpy(),
                 sigmoid_focal_star_loss(x, ones, None, *star).numpy(),
@@ -221,6 +270,6 @@ def _stars(study: Study, known: dict[str, Measured]) -> Picture:
     axes.legend(frameon=False, fontsize=8)
     caption = (
         f"FL* by setting: blue is above cross entropy (AP {least.percent()}), dashed red below it, dotted grey not "
-        "told apart, as the 95 % interval of the difference holds 0, or of one seed."
+        "told apart, as the interval of the difference holds 0 (95 % for all of them together), or of one seed."
     )
     return Picture(figure, caption)

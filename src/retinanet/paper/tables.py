@@ -11,7 +11,10 @@ from retinanet.paper.settings import PeerName, Scale, Setting, cross_entropy, fo
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper prints of a row: COCO AP in percent; None where it prints nothing."""
+    """What the paper prints of a row: COCO AP in percent, milliseconds on an M40; None where it prints nothing.
+
+    `said` is what it says in words in the place of AP.
+    """
 
     ap: float | None = None
     ap50: float | None = None
@@ -20,6 +23,7 @@ class Published:
     ap_medium: float | None = None
     ap_large: float | None = None
     ms: float | None = None
+    said: str = "-"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Study:
         figures: the columns, besides AP.
         ordered: whether the order of the published rows means something that measured rows can reproduce.
         stars: gamma and beta of the rows of FL*, whose losses are drawn over x_t.
-        against: rows whose difference is told with its interval: (ours, the other).
+        against: the differences that the paper speaks of: a row, and the one that it is above or beside.
+        here: what rows are called among what is measured, where that is another thing than what was published.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Study:
     ordered: bool = True
     stars: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     against: Sequence[tuple[str, str]] = ()
+    here: Mapping[str, str] = field(default_factory=dict)
 
 
 def table1a(scale: Scale) -> Study:
@@ -70,6 +76,7 @@ def table1a(scale: Scale) -> Study:
         "Alpha-balanced cross entropy (Eq. 3), gamma 0. With the prior of 0.01 training is stable without any balance, "
         "and a weight of 0.75 for objects helps a little.",
         [Row(f"alpha {alpha:g}", cross_entropy(alpha), Published(*ap)) for alpha, ap in published.items()],
+        against=[(f"alpha {0.75:g}", f"alpha {other:g}") for other in (0.1, 0.25, 0.5, 0.999)],
     )
 
 
@@ -91,6 +98,10 @@ def table1b(scale: Scale) -> Study:
         [
             Row(f"gamma {gamma:g}, alpha {alpha:g}", focal(gamma, alpha), Published(*ap))
             for (gamma, alpha), ap in published.items()
+        ],
+        against=[
+            ("gamma 2, alpha 0.25", "gamma 0, alpha 0.75"),
+            ("gamma 2, alpha 0.25", "gamma 5, alpha 0.25"),
         ],
     )
 
@@ -114,6 +125,7 @@ def table1c(scale: Scale) -> Study:
             Row(f"{scales} x {ratios}", replace(focal(2), scales=scales, ratios=ratios), Published(*ap))
             for (scales, ratios), ap in published.items()
         ],
+        against=[("3 x 3", "1 x 1"), ("4 x 3", "3 x 3")],
     )
 
 
@@ -142,13 +154,22 @@ def table1d(scale: Scale) -> Study:
     ]
     about = (
         "Cross entropy of the hardest anchors after NMS by their loss, and of three negatives for every positive, "
-        "against the focal loss on all of them. What is mined is the class loss; boxes are learned from all positives, "
-        "and both are divided by their number, as with the focal loss (the paper does not say)."
+        "against the focal loss on all of them. What is mined is the class loss, from each image by itself; NMS is of "
+        "the anchors. Boxes are learned from all positives, and both are divided by their number, as with the focal "
+        "loss (the paper says none of this)."
     )
+    if scale.name == "tiny":
+        about += (
+            " Of OHEM 1:3 a batch bounds the positives, by a quarter of it; where no image has more than 32 of them, "
+            "as of shapes-tiny, its three batches are one and the same training."
+        )
     if not deep:
         about += f" The paper's rows are of ResNet-101; here the network is that of the other tables, {scale.base}."
     rows.append(Row("FL, gamma 2, alpha 0.25", replace(focal(2), deep=deep), Published(36.0, 54.9, 38.7)))
-    return Study("table1d", "Table 1d: the focal loss against online hard example mining", about, rows)
+    against = [(rows[-1].name, f"{best}, batch 128, NMS 0.5") for best in names.values()]
+    return Study(
+        "table1d", "Table 1d: the focal loss against online hard example mining", about, rows, against=against
+    )
 
 
 def table1e(scale: Scale) -> Study:
@@ -170,13 +191,16 @@ def table1e(scale: Scale) -> Study:
         setting = replace(focal(2), deep=deep, side=side)
         here = f"{scale.deep if deep else scale.base} at {scale.pixels(setting)} px"
         rows.append(Row(f"{101 if deep else 50}, {side} px: {here}", setting, Published(*values)))
+    names = [row.name for row in rows]
     return Study(
         "table1e",
         "Table 1e: depth and image size",
         "Published: AP on test-dev. Measured beside it: the scale's two backbones at sides in the same proportions. "
         "What an image takes is in fig2.",
         rows,
-        figures=("ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+        figures=("ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ms"),
+        # More pixels, and a deeper network at the same ones.
+        against=[(names[2], names[0]), (names[4], names[0]), (names[7], names[2])],
     )
 
 
@@ -219,6 +243,11 @@ PEERS: dict[str, PeerName] = {
     "SSD513, R101": "ssd",
     "FCOS (2019)": "fcos",
 }
+STAND_INS: dict[PeerName, str] = {
+    "faster-rcnn": "torchvision's Faster R-CNN with FPN",
+    "ssd": "torchvision's SSD",
+    "fcos": "torchvision's FCOS",
+}
 
 
 def with_peers(study: Study) -> Study:
@@ -234,7 +263,8 @@ def with_peers(study: Study) -> Study:
         Row(name, replace(ours, peer=peer), Published()) for name, peer in PEERS.items() if name not in known
     ]
     about = study.about.replace("The other rows are published values.", OF_PEERS)
-    return replace(study, about=about, rows=rows, against=[(FINAL, name) for name in PEERS])
+    here = {FINAL: "ours", **{name: STAND_INS[peer] for name, peer in PEERS.items()}}
+    return replace(study, about=about, rows=rows, against=[(FINAL, name) for name in PEERS], here=here)
 
 
 OF_PEERS = (
@@ -262,13 +292,19 @@ def table3(scale: Scale) -> Study:
     return Study(
         "table3",
         "Table 3: FL and FL*",
-        "The exact form of the focal loss is not what matters (Appendix A): FL* does as well. alpha is 0.25, and 0.75 "
-        "for cross entropy.",
+        "The paper finds that the exact form of the focal loss is not what matters (Appendix A): FL* does as well. "
+        "alpha is 0.25, and 0.75 for cross entropy.",
         [
             Row("CE", cross_entropy(0.75), Published(31.1, 49.4, 33.0)),
             Row("FL, gamma 2", focal(2), Published(34.0, 52.5, 36.5)),
             Row("FL*, gamma 2, beta 1", focal_star(2, 1), Published(33.8, 52.7, 36.3)),
             Row("FL*, gamma 4, beta 0", focal_star(4, 0), Published(33.9, 51.8, 36.4)),
+        ],
+        against=[
+            ("FL, gamma 2", "CE"),
+            ("FL*, gamma 2, beta 1", "CE"),
+            ("FL*, gamma 4, beta 0", "CE"),
+            ("FL, gamma 2", "FL*, gamma 2, beta 1"),
         ],
     )
 
@@ -282,12 +318,13 @@ def prior(scale: Scale) -> Study:
         "background does not swamp the first steps. Without it, at 0.5, the paper's training with cross entropy "
         "diverged at once; with it, and without any balance, it gave 30.2 AP.",
         [
-            Row("CE, pi 0.01", cross_entropy(0.5), Published(30.2)),
-            Row("CE, pi 0.5 (no prior)", replace(cross_entropy(0.5), prior=0.5), Published()),
-            Row("FL, pi 0.01", focal(2), Published(34.0)),
+            Row("CE, pi 0.01", cross_entropy(0.5), Published(30.2, 46.7, 32.8)),
+            Row("CE, pi 0.5 (no prior)", replace(cross_entropy(0.5), prior=0.5), Published(said="diverged")),
+            Row("FL, pi 0.01", focal(2), Published(34.0, 52.5, 36.5)),
             Row("FL, pi 0.5 (no prior)", replace(focal(2), prior=0.5), Published()),
         ],
         ordered=False,
+        against=[("CE, pi 0.01", "CE, pi 0.5 (no prior)"), ("FL, pi 0.01", "FL, pi 0.5 (no prior)")],
     )
 
 
@@ -301,15 +338,17 @@ def pyramid(scale: Scale) -> Study:
         "one map: 45 a location.",
         [
             Row("P3 to P7", focal(2), Published(34.0, 52.5, 36.5)),
-            Row("C5 alone", replace(focal(2), last_map=True), Published()),
+            Row("C5 alone", replace(focal(2), last_map=True), Published(said="low")),
         ],
         figures=("ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
         ordered=False,
+        against=[("P3 to P7", "C5 alone")],
     )
 
 
 def hinge(scale: Scale) -> Study:
     """The hinge loss on p_t (Section 5.1)."""
+    names = {margin: f"hinge, zero above p_t {margin:g}" for margin in (0.5, 0.9)}
     return Study(
         "hinge",
         "The hinge loss",
@@ -317,31 +356,34 @@ def hinge(scale: Scale) -> Study:
         "without meaningful results. Here it is max(0, m - p_t), zero above p_t = m.",
         [
             *(
-                Row(
-                    f"hinge, zero above p_t {margin:g}",
-                    Setting(loss="hinge", told=(("margin", margin),)),
-                    Published(),
-                )
-                for margin in (0.5, 0.9)
+                Row(name, Setting(loss="hinge", told=(("margin", margin),)), Published(said="meaningless"))
+                for margin, name in names.items()
             ),
             Row("FL, gamma 2", focal(2), Published(34.0, 52.5, 36.5)),
         ],
         ordered=False,
+        against=[("FL, gamma 2", name) for name in names.values()],
     )
 
 
 def fig7(scale: Scale) -> Study:
     """Figure 7: FL* over gamma and beta."""
     stars = {f"FL*, gamma {g:g}, beta {b:g}": (g, b) for g in (1.0, 2.0, 4.0) for b in (0.0, 1.0, 2.0)}
+    # Of Table 3; with gamma 1 and beta 0 it is cross entropy with alpha 0.25, of Table 1a.
+    published = {
+        (1.0, 0.0): Published(10.8, 16.0, 11.7),
+        (2.0, 1.0): Published(33.8, 52.7, 36.3),
+        (4.0, 0.0): Published(33.9, 51.8, 36.4),
+    }
     return Study(
         "fig7",
         "Figure 7: FL* over gamma and beta",
         "The paper draws the settings of FL* with more than 33.5 AP in blue: those that lower the weight of what is "
         "classified correctly, x_t > 0. Here a setting is blue where it is above cross entropy with alpha 0.75 by more "
-        "than the seeds explain.",
+        "than the seeds explain, all settings together.",
         [
-            Row("CE", cross_entropy(0.75), Published(31.1)),
-            *(Row(name, focal_star(*star), Published()) for name, star in stars.items()),
+            Row("CE", cross_entropy(0.75), Published(31.1, 49.4, 33.0)),
+            *(Row(name, focal_star(*star), published.get(star, Published())) for name, star in stars.items()),
         ],
         ordered=False,
         stars=stars,
