@@ -103,7 +103,7 @@ def setting(images: int = 200) -> Page:
             ),
             "No other images were trained on. What changed after the first eleven runs, for all losses alike: rates "
             "are climbed to on a grid from x 0.125 to 4, as several rows had their best at the end of x 0.5 to 2; they "
-            "are chosen with a seed of their own; numbers are fp32 on every machine. Those eleven runs were thrown away.",
+            "are chosen with a seed of their own; numbers are fp32 on every machine. Those eleven were thrown away.",
         ),
         {"max_objects": chosen.spec.max_objects, "empty_share": chosen.spec.empty_share},
     )
