@@ -4,9 +4,11 @@ r"""Ablations of the recipe for training from scratch: one change at a time, on 
     python bench/recipes.py --data bccd=PATH nuclei=PATH --backbone resnet10t --channels 64 --parallel 2
 
 Runs follow one another, each in a process of its own, as a user's run would; with `--parallel` some run side by side,
-each with its share of the cores, and their rows say nothing of time. A finished run is a line of
-`bench/recipes.jsonl` and is never repeated; one that was interrupted starts anew. After every run `docs/recipes.md` is
-written from all lines. `--images` shortens every run, and a smaller network does, so that more variants fit into a
+each with its share of the cores, and their rows say nothing of time. `--background` leaves the whole to itself and
+prints where its log is. A finished run is a line of `bench/recipes.jsonl` and is never repeated; one that was
+interrupted goes on from its last state when the command is given again, and says nothing of time. What a variant leaves
+as it is with these data and this network is told and not run. After every run `docs/recipes.md` is written from all
+lines. `--images` shortens every run, and a smaller network does, so that more variants fit into a
 night: only runs of equal length, network and batch are compared. `--list` says what there is and what is done.
 
     python bench/recipes.py --data shapes=runs/demo-shapes-4000-0 --backbone test_resnet --channels 64 --batch-size 8 \
@@ -42,18 +44,24 @@ from torch import nn
 from retinanet.atss import match_atss
 from retinanet.data import open_dataset
 from retinanet.devices import resolve_precision
+from retinanet.errors import ConfigError
 from retinanet.model import heads
 from retinanet.objective import Matching, Objective
 from retinanet.processes import available_cores
 from retinanet.training import objectives as of_training
 from retinanet.training.configuration import TrainingOptions
+from retinanet.training.folder import RunFolder
+from retinanet.training.plan import Plan
 from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe
-from retinanet.training.run import run_training
+from retinanet.training.run import resume_training, run_training
+from retinanet.training.state import newest_state
 
 ROOT = Path(__file__).parents[1]
 KEPT, PAGE = ROOT / "bench" / "recipes.jsonl", ROOT / "docs" / "recipes.md"
 BASE = "base"
+# The exit code of a variant that changes nothing with these data and this network, or cannot be.
+AS_IT_IS = 3
 # What the recipe was when a row was measured: to be changed with the recipe, so that like is compared with like.
 RECIPE = "80 objects and 4 images a step at most, 150 megapixels of 30,000 objects, ATSS of 2 deviations, varifocal"
 
@@ -64,7 +72,8 @@ class Variant:
 
     Args:
         width: factor on the width of pyramid and heads.
-        side: factor on the planned shortest side; pixels in all stay as many.
+        side: factor on the planned shortest side, rounded to 32 px; pixels in all stay as many, but for a recipe's
+            least number of images.
         start: how the heads' inner convolutions begin, in place of what `model.heads` does.
     """
 
@@ -104,19 +113,21 @@ VARIANTS = {
     "batch-2": Variant("2 images a step", options={"batch_size": 2}),
     "batch-8": Variant("8 images a step", options={"batch_size": 8}),
     "batch-8-linear": Variant(
-        "8 images a step, twice the rate", {"lr": 0.004 * 2**0.5}, options={"batch_size": 8}
+        "8 images a step, at twice the rate of 4", {"lr": 0.004 * 2**0.5}, options={"batch_size": 8}
     ),
     "no-average": Variant("without averaged weights", {"average_decay": None}),
     "schedule-step": Variant("rate dropped twice in place of a cosine", {"schedule": "step"}),
     "no-clip": Variant("gradients as long as they are", {"clip_norm": None}),
     "depth-2": Variant("heads of 2 convolutions", head={"depth": 2}),
+    "depth-6": Variant("heads of 6 convolutions", head={"depth": 6}),
     "width-half": Variant("pyramid and heads half as wide", width=0.5),  # of 128 channels or more
     "width-double": Variant("pyramid and heads twice as wide", width=2),
-    "batch-norm": Variant("BatchNorm in the backbone", backbone={"norm": "batch"}),
+    "batch-norm": Variant("BatchNorm in the backbone", backbone={"norm": "native"}),
     "no-head-norm": Variant("no norm in the heads, started as in the paper", head={"norm": "none"}),
     "start-0.01": Variant("heads with GroupNorm started at N(0, 0.01)", start=start_as_the_paper),
-    "side-smaller": Variant("sides a quarter smaller, as many pixels in all", side=0.75),
-    "side-larger": Variant("sides a third larger, as many pixels in all", side=4 / 3),
+    "side-smaller": Variant("sides about a quarter smaller, as many pixels in all", side=0.75),
+    "side-larger": Variant("sides about a third larger, as many pixels in all", side=4 / 3),
+    "anchors-32": Variant("the paper's anchors, from 32 px, whatever fits", {"anchors_fit": False}),
     "smooth-l1": Variant(
         "smooth L1 at 1/9, weight 1", {"box_loss": "smooth-l1", "box_beta": 1 / 9, "box_weight": 1.0}
     ),
@@ -146,8 +157,13 @@ VARIANTS = {
         "ATSS with 3 deviations", objective=partial(with_matching, partial(match_atss, deviations=3.0))
     ),
     "focal": Variant("the focal loss", {"loss": "focal"}),
-    "no-zoom": Variant("flips alone", {"augmentation": {"zoom": (1.0, 1.0)}}),
-    "zoom-wide": Variant("zoom 0.5 to 2", {"augmentation": {"zoom": (0.5, 2.0)}}),
+    # As options, which hold whatever the number of passes; the recipe's zoom waits for the third.
+    "no-zoom": Variant("flips alone", options={"zoom": "1,1"}),
+    "zoom": Variant("zoom 0.8 to 1.4, also below 3 passes", options={"zoom": "0.8,1.4"}),
+    "zoom-wide": Variant("zoom 0.5 to 2", options={"zoom": "0.5,2"}),
+    "sizes": Variant(
+        "each batch at 0.8, 0.9 or 1 of the side", {"augmentation": {"scales": (0.8, 0.9, 1.0)}}
+    ),
     "photometric": Variant("half of the images in other colours", {"augmentation": {"photometric": 0.5}}),
     "mosaic": Variant("half of the images mosaics", {"augmentation": {"mosaic": 0.5}}),
     "turned": Variant(
@@ -192,11 +208,24 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; more than one are not timed")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "recipes")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--background", action="store_true", help="go on when the terminal is closed")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     given = parser.parse_args()
     folders = dict(pair.split("=", 1) for pair in given.data)
     if given.job:
-        run(Job(**json.loads(given.job)), folders, given.runs)
+        sys.exit(run(Job(**json.loads(given.job)), folders, given.runs))
+    if given.background:
+        given.runs.mkdir(parents=True, exist_ok=True)
+        log, command = given.runs / "sweep.log", [one for one in sys.argv if one != "--background"]
+        with log.open("a") as said:
+            started = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+        print(f"process {started.pid}; what it says is in {log}")
         return
     done = {job_of(row) for row in known_rows() if row["recipe"] == RECIPE}
     jobs = [
@@ -212,7 +241,10 @@ def main() -> None:
         print(f"{line}{' (done)' if job in done else ''}", flush=True)
         if job in done or given.list:
             return True
-        row = outcome_of(job, given.data, given.runs, given.parallel)
+        code, row = outcome_of(job, given.data, given.runs, given.parallel)
+        if code == AS_IT_IS:
+            print(f"{line} is the recipe as it is, or impossible: see {log_of(job, given.runs)}", flush=True)
+            return True
         if row is None:
             print(f"{line} failed: see {log_of(job, given.runs)}", flush=True)
             return False
@@ -229,9 +261,9 @@ def main() -> None:
         sys.exit(f"{finished.count(False)} of {len(jobs)} runs failed; the same command tries them again")
 
 
-def outcome_of(job: Job, data: list[str], runs: Path, parallel: int) -> dict[str, Any] | None:
-    """Run a job in a process of its own; return its row, or None where it failed."""
-    shutil.rmtree(job.folder(runs), ignore_errors=True)
+def outcome_of(job: Job, data: list[str], runs: Path, parallel: int) -> tuple[int, dict[str, Any] | None]:
+    """Run a job in a process of its own; return its exit code, and its row if it came to its end."""
+    goes_on = has_state(job.folder(runs))
     runs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(available_cores()) // parallel)
     began = time.monotonic()
@@ -249,15 +281,25 @@ def outcome_of(job: Job, data: list[str], runs: Path, parallel: int) -> dict[str
     with log_of(job, runs).open("w") as log:
         outcome = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if outcome.returncode:
-        return None
+        return outcome.returncode, None
+    shutil.rmtree(job.folder(runs) / "checkpoints", ignore_errors=True)
+    what = VARIANTS[job.variant].what
+    if VARIANTS[job.variant].side != 1:
+        plan = json.loads((job.folder(runs) / "plan.json").read_text())
+        what += f" ({plan['spec']['preprocessing']['image_size']} px)"
     row = row_of(
         job,
-        what=VARIANTS[job.variant].what,
+        what=what,
         metrics=json.loads((job.folder(runs) / "metrics.json").read_text()),
         seconds=time.monotonic() - began,
         threads=threads,
     )
-    return row | ({"timed": False} if parallel > 1 else {})
+    return 0, row | ({"timed": False} if parallel > 1 or goes_on else {})
+
+
+def has_state(folder: Path) -> bool:
+    """Return whether a run was interrupted that can go on; those that are finished keep no state."""
+    return newest_state(RunFolder(folder).checkpoints)[0] is not None
 
 
 def row_of(job: Job, *, what: str, metrics: dict[str, Any], seconds: float, threads: int) -> dict[str, Any]:
@@ -296,33 +338,59 @@ def known_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
 
 
-def run(job: Job, folders: dict[str, str], runs: Path) -> None:
-    """Train as `retinanet train DATA --backbone NAME` does, with the variant's change."""
-    variant = VARIANTS[job.variant]
-    options = TrainingOptions(
+def run(job: Job, folders: dict[str, str], runs: Path) -> int:
+    """Train as `retinanet train DATA --backbone NAME` does, with the variant's change; return the exit code."""
+    variant, folder = VARIANTS[job.variant], job.folder(runs)
+    usual = TrainingOptions(
         data=folders[job.data],
-        output=str(job.folder(runs)),
+        output=str(folder),
         backbone=job.backbone,
-        channels=round(job.channels * variant.width),
+        channels=job.channels,
         recipe="small",
         device="cpu",
         seed=job.seed,
         log_to="none",
-        **({"batch_size": job.batch_size} | variant.options),
+        batch_size=job.batch_size,
     )
     with ExitStack() as changes:
         changes.enter_context(patch.object(of_training, "Objective", variant.objective))
         if variant.start is not None:
             changes.enter_context(patch.object(heads, "start_before_norm", variant.start))
-        plan = plan_run(options, open_dataset(options.data, "train"), variant)
-        if variant.side != 1:
-            side = round(plan.spec.preprocessing.image_size * variant.side / 32) * 32
-            options = replace(options, image_size=side)
-        if job.images is not None:
-            # Shorter, with the images that the whole run would have.
-            side = options.image_size or plan.spec.preprocessing.image_size
-            options = replace(options, image_size=side, steps=math.ceil(job.images / plan.batch_size))
+        if has_state(folder):
+            resume_training(folder, change=variant)
+            return 0
+        shutil.rmtree(folder, ignore_errors=True)
+        train = open_dataset(usual.data, "train")
+        try:
+            options = replace(usual, channels=round(job.channels * variant.width), **variant.options)
+            options = of_length(options, plan_run(options, train, variant), job.images, variant.side)
+        except ConfigError as error:
+            print(error)
+            return AS_IT_IS
+        if job.variant != BASE and (variant.objective, variant.start) == (Objective, None):
+            base = of_length(usual, plan_run(usual, train), job.images)
+            if not differ(plan_run(options, train, variant), plan_run(base, train)):
+                print("the recipe is as it was")
+                return AS_IT_IS
         run_training(options, change=variant)
+    return 0
+
+
+def of_length(options: TrainingOptions, plan: Plan, images: int | None, factor: float = 1) -> TrainingOptions:
+    """Return the options of a run that sees so many images, those that the whole run would have; of sides that are
+    `factor` times as large, with as many pixels in all."""
+    planned = plan.spec.preprocessing.image_size
+    side = max(64, round(planned * factor / 32) * 32) if factor != 1 else planned
+    if images is not None:
+        steps = math.ceil(images * (planned / side) ** 2 / plan.batch_size)
+        return replace(options, image_size=side, steps=steps)
+    return options if side == planned else replace(options, image_size=side)
+
+
+def differ(plan: Plan, usual: Plan) -> bool:
+    """Return whether plans differ in anything but what they say of it."""
+    values = [{**one.to_json(), "reasons": None} for one in (plan, usual)]
+    return values[0] != values[1]
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -333,14 +401,15 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Made by `python bench/recipes.py` from `bench/recipes.jsonl`. Every row changes one thing of the recipe",
         "`small` as it was then, which the line below a heading tells apart, or is torchvision's RetinaNet beside it.",
         "Headings name the data set, the backbone and the width of pyramid and heads. AP is COCO's on the split val,",
-        "mean and half the range over seeds; minutes are of whole processes that had the machine to themselves, where",
-        "there were any (of torchvision's, those after its images were read); a CPU that computes in bf16 is named.",
+        "mean and half the range over seeds, against the base's of the same seeds in the same precision, if there are",
+        "any. Minutes are of whole processes that had the machine to themselves (of torchvision's, those after its",
+        "images were read); a CPU that computes in bf16 is named.",
         "",
     ]
     for group in dict.fromkeys(map(group_of, reversed(rows))):
         of_group = [row for row in rows if group_of(row) == group]
         recipe, backbone, channels, batch_size, data, images = group
-        base = [row["ap"] for row in of_group if row["variant"] == BASE]
+        base = [row for row in of_group if row["variant"] == BASE]
         length = f"{images:,} images seen" if images else "the recipe's length"
         step = f", {batch_size} a step" if batch_size else ""
         lines += [f"## {data}: {backbone}, {channels} wide, {length}{step}", "", f"Recipe: {recipe}.", ""]
@@ -350,8 +419,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         ]
         for name in sorted({row["variant"] for row in of_group}, key=lambda name: (name != BASE, name)):
             found = [row for row in of_group if row["variant"] == name]
-            ap = statistics.mean(row["ap"] for row in found)
-            against = f"{ap - statistics.mean(base):+.3f}" if base and name != BASE else ""
+            against = "" if name == BASE else against_base(found, base)
             # A run that others' work delayed says how good, not how long.
             timed = [row for row in found if row.get("timed", True)]
             cells = [
@@ -365,6 +433,21 @@ def page(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def against_base(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """Return by how much AP is above the base's, mean over the seeds that both have in one precision; of torchvision's,
+    which have no seed in common with ours, above the mean of all."""
+    if base and rows[0]["variant"] not in VARIANTS:
+        means = [statistics.mean(row["ap"] for row in each) for each in (rows, base)]
+        return f"{means[0] - means[1]:+.3f}"
+    known = {(row["seed"], row.get("precision", "fp32")): row["ap"] for row in base}
+    differences = [
+        row["ap"] - known[pair]
+        for row in rows
+        if (pair := (row["seed"], row.get("precision", "fp32"))) in known
+    ]
+    return f"{statistics.mean(differences):+.3f}" if differences else ""
 
 
 def group_of(row: dict[str, Any]) -> tuple[str, str, int, int | None, str, int | None]:

@@ -7,19 +7,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import retinanet
 from retinanet.checkpoint import load_model
 from retinanet.data import open_dataset
 from retinanet.errors import ConfigError
 from retinanet.training import deadline as of_deadline
-from retinanet.training import timing
+from retinanet.training import preparation, timing
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.deadline import Deadline
+from retinanet.training.estimate import Estimate
 from retinanet.training.plan import Plan
 from retinanet.training.planning import plan_run
-from retinanet.training.run import resume_training
+from retinanet.training.run import resume_training, run_training
 from retinanet.training.time_left import Pace, TimeLeft
 from test_training import TINY
 
@@ -176,3 +179,46 @@ def test_a_run_ends_in_its_time_whatever_its_trial_said(
         assert plan["schedule_steps"] < plan["steps"] <= 4 * plan["schedule_steps"]
     else:
         assert 20 < plan["steps"] < plan["schedule_steps"]
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of 512 px, each with 64 objects of 14."""
+    root = tmp_path_factory.mktemp("crowded")
+    corners = [(x, y) for x in range(20, 500, 60) for y in range(20, 500, 60)]
+    for split in ("train", "val"):
+        (root / split / "images").mkdir(parents=True)
+        (root / split / "labels").mkdir()
+        for number in range(2):
+            Image.fromarray(np.full((512, 512, 3), 90, np.uint8)).save(
+                root / split / "images" / f"{number}.png"
+            )
+            lines = [f"0 {(x + 7) / 512} {(y + 7) / 512} {14 / 512} {14 / 512}" for x, y in corners]
+            (root / split / "labels" / f"{number}.txt").write_text("\n".join(lines))
+    (root / "data.yaml").write_text("path: .\ntrain: train/images\nval: val/images\nnames: [a]\n")
+    return root
+
+
+@pytest.mark.parametrize(("speed", "sides"), [(1e4, [352, 256]), (1e5, [352]), (1e6, [352, 576])])
+def test_a_trial_says_how_large_images_may_be_in_the_time(
+    crowded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speed: float, sides: list[int]
+) -> None:
+    """Ten minutes were thought 60 megapixels, of which images of 352 px show 30,000 objects."""
+    tried: list[int] = []
+
+    def fit_to_time(plan: Plan, *_: object) -> tuple[Plan, Estimate]:
+        tried.append(plan.spec.preprocessing.image_size)
+        step = plan.batch_size * tried[-1] ** 2 / speed
+        return plan.lasting(2, "tried"), Estimate(step, 0.1, None, None, 1.0)
+
+    monkeypatch.setattr(preparation, "fit_to_time", fit_to_time)
+    options = TrainingOptions(
+        data=str(crowded), output=str(tmp_path / "run"), time="10m", backbone="test_resnet", channels=64,
+        pretrained="none", device="cpu", workers=0, log_to="none", validate_every_steps=2,
+    )  # fmt: skip
+    run_training(options)
+    stored = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert tried == sides
+    assert stored["spec"]["preprocessing"]["image_size"] == sides[-1]
+    assert stored.get("speed") == (speed if len(sides) > 1 else None)
+    resume_training(tmp_path / "run")  # as it was planned

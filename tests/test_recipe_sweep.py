@@ -3,9 +3,13 @@
 import hashlib
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -243,6 +247,102 @@ def test_runs_side_by_side_share_the_cores_and_say_nothing_of_time(
     rows = sweep.known_rows()
     assert [row["timed"] for row in rows] == [False, False]
     assert "| base: the recipe as it is | 2 | 0.500 ± 0.000 |  | 0.800 ± 0.000 |  |" in sweep.page(rows)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("batch-norm", {}),  # test_resnet can have no GroupNorm
+        ("batch-8", {"batch_size": 8}),
+        ("width-half", {}),  # 32 channels cannot be
+    ],
+)
+def test_what_changes_nothing_or_cannot_be_is_told_and_not_run(
+    sweep: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variant: str,
+    options: dict[str, int],
+) -> None:
+    data = generate_shapes(tmp_path / "shapes", train=2, val=1, spec=ShapesSpec(image_size=96))
+    monkeypatch.setattr(sweep, "run_training", lambda *_, **__: pytest.fail("it was run"))
+    job = sweep.Job("x", variant, 0, None, "test_resnet", 64, **options)
+    assert sweep.run(job, {"x": str(data)}, tmp_path / "runs") == sweep.AS_IT_IS
+
+    def outcome_of(*_: object) -> tuple[int, None]:
+        return sweep.AS_IT_IS, None
+
+    monkeypatch.setattr(sweep, "outcome_of", outcome_of)
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "--data", "x=/x", "--variants", variant])
+    sweep.main()  # no failure
+    assert "is the recipe as it is, or impossible: see " in capsys.readouterr().out
+
+
+def test_zoom_is_as_the_variant_says_whatever_the_passes(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = generate_shapes(tmp_path / "shapes", train=8, val=1, spec=ShapesSpec(image_size=96))
+    found = []
+
+    def train(options: TrainingOptions, change: Callable[[Recipe], Recipe]) -> None:
+        found.append(plan_run(options, open_dataset(data, "train"), change).augmentation.zoom)
+
+    monkeypatch.setattr(sweep, "run_training", train)
+    for images in (16, 800):  # 2 passes, and 100
+        for name in ("no-zoom", sweep.BASE, "zoom", "zoom-wide"):
+            sweep.run(sweep.Job("x", name, 0, images), {"x": str(data)}, tmp_path / "runs")
+    none, usual, wide = (1.0, 1.0), (0.8, 1.4), (0.5, 2.0)
+    assert found == [none, none, usual, wide, none, usual, wide]  # where it is on, "zoom" changes nothing
+
+
+def test_an_interrupted_run_goes_on_and_says_nothing_of_time(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = generate_shapes(tmp_path / "shapes", train=4, val=1, spec=ShapesSpec(image_size=96))
+    job = sweep.Job("x", "box-weight-1", 0, 16, "test_resnet", 64, 2)
+    folder = job.folder(tmp_path)
+    run_training = sweep.run_training
+
+    def stopped(options: TrainingOptions, change: Callable[[Recipe], Recipe]) -> None:
+        run_training(replace(options, validate_every_steps=4), change=change)
+
+    monkeypatch.setattr(sweep, "run_training", stopped)
+    sweep.run(job, {"x": str(data)}, tmp_path)
+    assert sweep.has_state(folder)  # as if its process had been stopped after its last step
+    monkeypatch.setattr(sweep, "run_training", lambda *_, **__: pytest.fail("it began anew"))
+
+    def here(command: list[str], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=sweep.run(job, {"x": str(data)}, tmp_path))
+
+    monkeypatch.setattr(sweep.subprocess, "run", here)
+    code, found = sweep.outcome_of(job, [f"x={data}"], tmp_path, 1)
+    assert code == 0
+    assert found["timed"] is False
+    assert not sweep.has_state(folder)
+
+
+def test_a_sweep_in_the_background_says_where_its_log_is(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "bench" / "recipes.py"
+    arguments = ["--list", "--variants", "base", "--data", "x=/x", "--runs", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments, "--background"], capture_output=True, text=True, timeout=120
+    )
+    log = tmp_path / "sweep.log"
+    assert re.fullmatch(rf"process \d+; what it says is in {re.escape(str(log))}\n", done.stdout)
+    until = time.monotonic() + 60
+    while not log.read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert log.read_text().startswith("1/1 resnet18-256-x-base-0")
+
+
+def test_seeds_are_compared_with_the_same_seeds_in_the_same_precision(sweep: ModuleType) -> None:
+    base = [row("base", 0.50), row("base", 0.70) | {"seed": 1, "precision": "bf16"}]
+    one = row("adamw", 0.52)
+    page = sweep.page([*base, one, row("focal", 0.6) | {"precision": "bf16"}, row("torchvision-5m", 0.5)])
+    assert "| adamw: what it changes | 1 | 0.520 | +0.020 |" in page
+    assert "| focal: what it changes | 1 | 0.600 |  |" in page
+    assert "| torchvision-5m: what it changes | 1 | 0.500 | -0.100 |" in page
 
 
 def test_minutes_name_bf16_where_the_cpu_computed_in_it(sweep: ModuleType) -> None:

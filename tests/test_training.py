@@ -1050,19 +1050,22 @@ def squares(side: float, native: int = 256) -> Images:
     ("side", "native", "device", "anchors", "size", "why"),
     [
         # 16 px in the network's frame are comfortable, but no image is below 128.
-        (40, 256, "cpu", None, 128, "half of class a is below 40 px in images of 256; 256 at most on cpu"),
+        (40, 256, "cpu", None, 128, "half of class a is below 16% of the shortest side; 256 at most on cpu"),
         # Comfortable at 192, where the anchors are too large.
         (
             21, 256, "cuda", "32,64,128,256,512", 320,
-            "half of class a is below 21 px in images of 256; "
+            "half of class a is below 8.2% of the shortest side; "
             "from 192, where anchors reach 0% of objects, to 320, where 100%; at most twice their size",
         ),
         # As far as the device allows, and no more than twice the native size.
-        (5, 256, "cpu", None, 256, "half of class a is below 5 px in images of 256; 256 at most on cpu"),
-        (5, 100, "cuda", None, 192, "half of class a is below 5 px in images of 100; at most twice their size"),
-        (20, 40, "cpu", None, 80, "half of class a is below 20 px in images of 40; at most twice their size"),
+        (5, 256, "cpu", None, 256, "half of class a is below 2% of the shortest side; 256 at most on cpu"),
+        (5, 100, "cuda", None, 192, "half of class a is below 5% of the shortest side; at most twice their size"),
+        (20, 40, "cpu", None, 80, "half of class a is below 50% of the shortest side; at most twice their size"),
         # Sixteen objects an image: at 288 px, 150 megapixels would show fewer than 30,000 of them.
-        (12, 256, "cpu", "8,16,32,64,128", 256, "half of class a is below 12 px in images of 256; 256 at most on cpu"),
+        (
+            12, 256, "cpu", "8,16,32,64,128", 256,
+            "half of class a is below 4.7% of the shortest side; 256 at most on cpu",
+        ),
     ],
 )  # fmt: skip
 def test_images_are_as_large_as_objects_and_anchors_need(
@@ -1115,11 +1118,13 @@ def test_images_full_of_objects_are_larger_and_fewer_a_step() -> None:
     ("asked", "larger", "why"),
     [
         ({}, True, "where 150 megapixels show 30,000 objects"),
-        ({"time": "2m"}, False, "256 at most on cpu"),
-        ({"time": "1h"}, True, "where 360 megapixels show 30,000 objects"),
-        ({"steps": 50}, False, "256 at most on cpu"),
-        ({"steps": 1000}, True, "where 1,000 images show 30,000 objects"),
-        ({"epochs": 100.0}, False, "256 at most on cpu"),
+        ({"time": "2m"}, False, "256 at most on cpu in 2m"),
+        ({"time": "1h"}, True, "where 360 megapixels in 1h show 30,000 objects"),
+        ({"steps": 50}, False, "256 at most on cpu for 50 images"),
+        ({"steps": 500}, True, "where 500 images show 30,000 objects"),
+        # More images are no larger than the recipe's own.
+        ({"steps": 1000}, True, "where 150 megapixels show 30,000 objects"),
+        ({"epochs": 100.0}, False, "256 at most on cpu for 100 images"),
     ],
 )
 def test_images_are_as_large_as_the_run_that_is_asked_for_is_long(
@@ -1147,11 +1152,36 @@ def test_a_class_of_one_box_sets_no_size() -> None:
     few.boxes[15, 2:] = few.boxes[15, :2] + 4
     reasons: list[tuple[str, str, str]] = []
     choose_preprocessing(recipe, options, few, choices, CPU, reasons)  # type: ignore[arg-type]
-    assert "half of class a is below 40 px" in reasons[0][2]
+    assert "half of class a is below 16% of the shortest side" in reasons[0][2]
     few.boxes, few.labels, few.ignore = few.boxes[15:], few.labels[15:], few.ignore[15:]
     few.offsets = np.array([0, 1])
     choose_preprocessing(recipe, options, few, choices, CPU, reasons)  # type: ignore[arg-type]
-    assert "half of class mistake is below 4 px" in reasons[1][2]
+    assert "half of class mistake is below 1.6% of the shortest side" in reasons[1][2]
+
+
+def test_objects_are_measured_by_the_images_that_they_are_in() -> None:
+    """All are a fifth of their image's side; most images are large, most objects in small ones."""
+    sides = [4000] * 600 + [400] * 400
+    holds = [1] * 600 + [8] * 400
+    of_image = np.repeat(np.array(sides, np.float32), holds)[:, None]
+    mixed = Images(
+        widths=np.array(sides),
+        heights=np.array(sides),
+        boxes=np.hstack([of_image * 0.1, of_image * 0.1, of_image * 0.3, of_image * 0.3]),
+        labels=np.zeros(len(of_image), np.int64),
+        ignore=np.zeros(len(of_image), np.int8),
+        offsets=np.concatenate(([0], np.cumsum(holds))),
+        classes=Classes(("a",)),
+        size=lambda index: (sides[index], sides[index]),
+    )
+    options, recipe = TrainingOptions(data="x"), recipes.small(Classes(("a",)), "resnet18", "cpu")
+    choices = anchor_choices(options, recipe, of_model=False)
+    reasons: list[tuple[str, str, str]] = []
+    size = choose_preprocessing(recipe, options, mixed, choices, CPU, reasons).image_size  # type: ignore[arg-type]
+    assert (size, reasons[0][2]) == (
+        128,
+        "half of class a is below 20% of the shortest side; 256 at most on cpu",
+    )
 
 
 class Photographs(SimpleNamespace):

@@ -45,6 +45,8 @@ class Plan:
 
     `start` is the model of `--weights`, `weights_file` that of the backbone alone; `train_images` are an epoch's.
 
+    `speed`, in pixels a second, is what a trial found of which --time made the images as large as they are.
+
     The schedule is made for `schedule_steps`. A timed run may take fewer or more `steps`: at each of `turns` (steps
     done, place in the schedule) it was found how many fit, and what was left of the schedule was spread over them.
     """
@@ -67,6 +69,7 @@ class Plan:
     warmup_steps: int = 0
     validate_every: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    speed: float | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -174,6 +177,7 @@ class Plan:
         return {
             "steps": self.steps,
             **({"schedule_steps": self.schedule_steps, "turns": self.turns} if self.turns else {}),
+            **({} if self.speed is None else {"speed": self.speed}),
             "batch_size": self.batch_size,
             "lr": self.lr,
             "warmup_steps": self.warmup_steps,

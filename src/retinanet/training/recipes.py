@@ -140,8 +140,8 @@ def modern(classes: Classes, backbone: str, weights: str | None) -> Recipe:
 
 
 def small(classes: Classes, backbone: str, device: str) -> Recipe:
-    """From scratch on few images: GroupNorm throughout where the backbone allows it, nothing frozen, Muon, cosine,
-    averaged weights, ATSS, the varifocal loss.
+    """From scratch on few images: GroupNorm in the heads, and in the backbone where it allows it, nothing frozen, Muon,
+    cosine, averaged weights, ATSS, the varifocal loss.
 
     Published: nothing of this kind. Measured here (docs/recipes.md, docs/decisions/0006, 0008 to 0010), ResNet-18 on
     two cores, three seeds: val of BCCD (205 photographs) 56.7 AP in 17 minutes, of 502 micrographs of nuclei 48.4 AP in

@@ -40,7 +40,7 @@ KNOWN_FROM = 5
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
 # A CPU's images may be larger still if as many pixels as the recipe sees then show as many objects.
 OBJECTS_SEEN, LARGEST_OF_ALL = 30_000, 640
-# How many pixels --time is taken for there, before anything was tried: what ResNet-18 trains on two cores in fp32.
+# How many pixels a second --time is taken for there before a trial says it: ResNet-18's on two cores in fp32.
 PIXELS_A_SECOND = 100_000
 # Objects that a step shows, by which a CPU's batch becomes smaller than the recipe's.
 OBJECTS_A_STEP = 80
@@ -55,10 +55,17 @@ def choose_preprocessing(
     choices: Sequence[AnchorSpec],
     device: torch.device,
     reasons: list[tuple[str, str, str]],
+    *,
+    speed: float = PIXELS_A_SECOND,
 ) -> Preprocessing:
-    """Take the sides asked for or the recipe's, else those that the objects need; append the reason."""
+    """Take the sides asked for or the recipe's, else those that the objects need; append the reason.
+
+    Args:
+        speed: pixels a second that `--time` is taken for.
+    """
     if recipe.image_size is None:
-        size, why = _image_size(recipe, options, train, choices, device)
+        limit = _limit_of_device(recipe, options, train, device, speed)
+        size, why = _image_size(recipe, train, choices, limit)
     else:
         size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
     if options.weights is not None:
@@ -84,56 +91,57 @@ def longest_of(size: int) -> int:
 
 
 def _image_size(
-    recipe: Recipe,
-    options: TrainingOptions,
-    train: Dataset,
-    choices: Sequence[AnchorSpec],
-    device: torch.device,
+    recipe: Recipe, train: Dataset, choices: Sequence[AnchorSpec], of_device: tuple[int, str]
 ) -> tuple[int, str]:
     """Choose the shortest side so that the usual object of every class gets a comfortable size and most objects
     have an anchor, within the device's means. Every class counts alike, as in AP: a rare class of small objects
-    sets the size.
+    sets the size. Objects are measured by the images that they are in, which may be of many sizes.
     """
     native = int(np.median(np.minimum(train.widths, train.heights)))
     smallest = _smallest_class(train)
-    limits = [_limit_of_device(recipe, options, train, device), (2 * native, "at most twice their size")]
+    limits = [of_device, (2 * native, "at most twice their size")]
     if recipe.max_size is not None:
         limits.append((recipe.max_size, f"--max-size {recipe.max_size}"))
     most, limit = min(limits)
     if smallest is None:
         return min(native, most), "no objects to go by"
-    name, side = smallest
-    wanted = native * COMFORTABLE_SIDE / side
+    name, share = smallest
+    wanted = COMFORTABLE_SIDE / share
     comfortable = max(min(128, most), min(32 * round(wanted / 32), 32 * (most // 32)))
     size, at_first, covered = _covering_size(recipe, train, choices, comfortable, most)
-    why = f"half of class {name} is below {side:.0f} px in images of {native}"
+    why = f"half of class {name} is below {100 * share:.2g}% of the shortest side"
     if size > comfortable:
         why += f"; from {comfortable}, where anchors reach {at_first:.0%} of objects, to {size}, where {covered:.0%}"
     return size, f"{why}; {limit}"
 
 
 def _limit_of_device(
-    recipe: Recipe, options: TrainingOptions, train: Dataset, device: torch.device
+    recipe: Recipe, options: TrainingOptions, train: Dataset, device: torch.device, speed: float
 ) -> tuple[int, str]:
-    """Return the largest side that a device has time for, and why."""
+    """Return the largest side that a device has time for, and why: a CPU's grows as long as what the recipe, or the
+    time, shows at that side are objects enough; more images than that, where they are asked for, make it no larger.
+    """
     most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
-    why = f"{most} at most on {device.type}"
     if device.type == "cuda" or not recipe.pixels_seen:
-        return most, why
+        return most, f"{most} at most on {device.type}"
     images, seconds = _images_asked_for(recipe, options, train), options.seconds()
-    pixels = recipe.pixels_seen if seconds is None else seconds * PIXELS_A_SECOND
+    within = "" if images is None else f" for {images:,.0f} images"
+    why = f"{most} at most on {device.type}{within if seconds is None else f' in {options.time}'}"
+    pixels = recipe.pixels_seen if seconds is None else seconds * speed
     for size in range(most + 32, LARGEST_OF_ALL + 1, 32):
-        seen = images or pixels / padded_pixels(train, _frame(recipe, size), recipe.batch_size)
+        affordable = pixels / padded_pixels(train, _frame(recipe, size), recipe.batch_size)
+        seen = affordable if images is None else min(images, affordable)
         if seen * _objects_an_image(train) < OBJECTS_SEEN:
             break
         most = size
-        means = f"{images:,.0f} images" if images else f"{pixels / 1e6:,.0f} megapixels"
-        why = f"{most} at most on {device.type}, where {means} show {OBJECTS_SEEN:,} objects"
+        means = f"{seen:,.0f} images" if seen == images else f"{pixels / 1e6:,.0f} megapixels"
+        in_time = "" if seconds is None else f" in {options.time}"
+        why = f"{most} at most on {device.type}, where {means}{in_time} show {OBJECTS_SEEN:,} objects"
     return most, why
 
 
 def _images_asked_for(recipe: Recipe, options: TrainingOptions, train: Dataset) -> float | None:
-    """Return how many images the run sees, where the user says it and the images' size changes nothing."""
+    """Return how many images the run sees, where the user says it."""
     if options.steps is not None:
         return options.steps * recipe.batch_size
     return None if options.epochs is None else options.epochs * epoch_length(train, recipe.repeat_rare)
@@ -188,12 +196,14 @@ def _covering_size(
 
 
 def _smallest_class(train: Dataset) -> tuple[str, float] | None:
-    """Return the class whose median object has the smallest side, the square root of its area, and that side. Classes
-    of a few objects count only where no other is known: one box drawn by mistake would set the size for all.
+    """Return the class whose median object has the smallest side, the square root of its area, as a share of its
+    image's shortest side, and that share. Classes of a few objects count only where no other is known: one box drawn
+    by mistake would set the size for all.
     """
     kept = train.ignore == Ignore.NO
     boxes, labels = train.boxes[kept], train.labels[kept]
-    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    of_image = np.repeat(np.minimum(train.widths, train.heights), np.diff(train.offsets))[kept]
+    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])) / of_image
     of_class = {name: sides[labels == label] for label, name in enumerate(train.classes.names)}
     least = min(KNOWN_FROM, max(map(len, of_class.values()), default=0))
     medians = {name: float(np.median(own)) for name, own in of_class.items() if len(own) >= max(1, least)}
@@ -232,11 +242,12 @@ def with_anchors(usual: AnchorSpec, asked: AskedAnchors) -> AnchorSpec:
 
 class Taken(NamedTuple):
     """The anchors that training takes at an input size, the share of objects that each choice reaches, and the share
-    that these reach, where they were fitted to the data."""
+    that these reach, where they were fitted to the data, or that such reached where they were not worth it."""
 
     spec: AnchorSpec
     shares: list[float]
     fitted: float | None = None
+    rejected: float | None = None
 
 
 def anchors_at(choices: Sequence[AnchorSpec], train: Dataset, preprocessing: Preprocessing) -> Taken:
@@ -251,6 +262,7 @@ def anchors_at(choices: Sequence[AnchorSpec], train: Dataset, preprocessing: Pre
         share = coverage(fitted, train, preprocessing)
         if share >= shares[best] + WORTH_FITTING:
             return Taken(fitted, shares, share)
+        return Taken(choices[best], shares, rejected=share)
     return Taken(choices[best], shares)
 
 
@@ -268,7 +280,7 @@ def choose_anchors(
     Args:
         stands: whose anchors a single choice is, where they were not asked for.
     """
-    spec, shares, fitted = anchors_at(choices, train, preprocessing)
+    spec, shares, fitted, rejected = anchors_at(choices, train, preprocessing)
     asked = options.asked_anchors()
     shown = [", ".join(f"{size:.4g}" for size in spec.sizes)]
     shown += [
@@ -282,6 +294,8 @@ def choose_anchors(
         )
         if fitted is not None:
             compared += f", {fitted:.0%} from these, fitted to the data"
+        if rejected is not None:
+            compared += f", {rejected:.0%} from anchors fitted to the data"
         reasons.append(("anchors", "; ".join(shown), f"objects that reach IoU 0.5: {compared}"))
     else:
         why = "asked for" if options.anchors else stands
@@ -296,7 +310,9 @@ def choose_anchors(
                 "anchors miss",
                 missed,
                 f"no anchor reaches IoU 0.5 with them; below {POORLY_COVERED:.0%} of a class, "
-                + _help_for_missed(options, preprocessing.image_size, fitted is not None),
+                + _help_for_missed(
+                    options, preprocessing.image_size, fitted is not None or rejected is not None
+                ),
             )
         )
     return spec
