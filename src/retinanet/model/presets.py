@@ -16,5 +16,5 @@ def modern(classes: Classes, *, backbone: str = "resnet50", weights: str | None 
 
 
 def from_scratch(classes: Classes, *, backbone: str = "resnet18") -> ModelSpec:
-    """For a backbone without weights: GroupNorm throughout, which does not depend on the batch size."""
+    """For a backbone without weights: GroupNorm in backbone and heads, which does not depend on the batch size."""
     return ModelSpec(classes, backbone=BackboneSpec(backbone, norm="group"), head=HeadSpec(norm="group"))
