@@ -569,14 +569,17 @@ def test_brackets_in_messages_are_shown(capsys: pytest.CaptureFixture[str]) -> N
     assert "[/photos]/a.jpg needs [x1, y1, x2, y2]" in capsys.readouterr().err
 
 
+def fitted_to(seconds: float, plan: Plan, train: Dataset, val: Dataset) -> Plan:
+    deadline = Deadline(time.monotonic() + seconds, seconds)
+    return timing.fit_to_time(plan, timing.try_out(plan, build_network(plan), train, val, deadline), deadline)
+
+
 def test_as_many_steps_as_fit_into_the_time(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = open_dataset(data, "train")
     plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 2.0)
     val = train.subset([0])
-    fitted, _ = timing.fit_to_time(
-        plan, build_network(plan), train, val, Deadline(time.monotonic() + 100, 100)
-    )
+    fitted = fitted_to(100, plan, train, val)
     # 100 s x 0.92 / 2 s = 46, less what the trial and five validations of one image take
     assert 30 <= fitted.steps <= 46
     assert fitted.validate_every == -(-fitted.steps // 5)
@@ -606,9 +609,7 @@ def test_validations_that_take_long_become_few(data: Path, monkeypatch: pytest.M
     plan = plan_run(TrainingOptions(data=str(data), time="100s", **TINY), train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 0.1)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 3.0)  # 5 % of 10 s is less
-    fitted, _ = timing.fit_to_time(
-        plan, build_network(plan), train, train, Deadline(time.monotonic() + 10, 10)
-    )
+    fitted = fitted_to(10, plan, train, train)
     assert fitted.validate_every == fitted.steps
 
 
@@ -624,7 +625,7 @@ def test_a_time_without_room_for_a_step_and_a_validation_is_refused(
     with pytest.raises(
         ConfigError, match=r"--time 20s is too short: a step takes 2\.0 s here and a validation 18"
     ):
-        timing.fit_to_time(plan, build_network(plan), train, train, Deadline(time.monotonic() + 20, 20))
+        fitted_to(20, plan, train, train)
 
 
 def test_a_run_that_never_began_leaves_its_name_free(
@@ -646,9 +647,7 @@ def test_the_last_validation_is_counted_when_the_cadence_is_asked_for(
     plan = plan_run(options, train)
     monkeypatch.setattr(timing, "_step_seconds", lambda *_: 1.0)
     monkeypatch.setattr(timing, "_validation_seconds", lambda *_: 50.0)
-    fitted, _ = timing.fit_to_time(
-        plan, build_network(plan), train, train, Deadline(time.monotonic() + 100, 100)
-    )
+    fitted = fitted_to(100, plan, train, train)
     assert 38 <= fitted.steps <= 40  # (100 x 0.92 - 50) / (1 + 50 / 1000)
 
 
@@ -1050,21 +1049,23 @@ def squares(side: float, native: int = 256) -> Images:
     ("side", "native", "device", "anchors", "size", "why"),
     [
         # 16 px in the network's frame are comfortable, but no image is below 128.
-        (40, 256, "cpu", None, 128, "half of class a is below 16% of the shortest side; 256 at most on cpu"),
+        (40, 256, "cpu", None, 128, "half of class a is below 16% of its image's shortest side; 256 at most on cpu"),
         # Comfortable at 192, where the anchors are too large.
         (
             21, 256, "cuda", "32,64,128,256,512", 320,
-            "half of class a is below 8.2% of the shortest side; "
+            "half of class a is below 8.2% of its image's shortest side; "
             "from 192, where anchors reach 0% of objects, to 320, where 100%; at most twice their size",
         ),
         # As far as the device allows, and no more than twice the native size.
-        (5, 256, "cpu", None, 256, "half of class a is below 2% of the shortest side; 256 at most on cpu"),
-        (5, 100, "cuda", None, 192, "half of class a is below 5% of the shortest side; at most twice their size"),
-        (20, 40, "cpu", None, 80, "half of class a is below 50% of the shortest side; at most twice their size"),
+        (5, 256, "cpu", None, 256, "half of class a is below 2% of its image's shortest side; 256 at most on cpu"),
+        (5, 100, "cuda", None, 192,
+            "half of class a is below 5% of its image's shortest side; at most twice their size"),
+        (20, 40, "cpu", None, 80,
+            "half of class a is below 50% of its image's shortest side; at most twice their size"),
         # Sixteen objects an image: at 288 px, 150 megapixels would show fewer than 30,000 of them.
         (
             12, 256, "cpu", "8,16,32,64,128", 256,
-            "half of class a is below 4.7% of the shortest side; 256 at most on cpu",
+            "half of class a is below 4.7% of its image's shortest side; 256 at most on cpu",
         ),
     ],
 )  # fmt: skip
@@ -1152,11 +1153,11 @@ def test_a_class_of_one_box_sets_no_size() -> None:
     few.boxes[15, 2:] = few.boxes[15, :2] + 4
     reasons: list[tuple[str, str, str]] = []
     choose_preprocessing(recipe, options, few, choices, CPU, reasons)  # type: ignore[arg-type]
-    assert "half of class a is below 16% of the shortest side" in reasons[0][2]
+    assert "half of class a is below 16% of its image's shortest side" in reasons[0][2]
     few.boxes, few.labels, few.ignore = few.boxes[15:], few.labels[15:], few.ignore[15:]
     few.offsets = np.array([0, 1])
     choose_preprocessing(recipe, options, few, choices, CPU, reasons)  # type: ignore[arg-type]
-    assert "half of class mistake is below 1.6% of the shortest side" in reasons[1][2]
+    assert "half of class mistake is below 1.6% of its image's shortest side" in reasons[1][2]
 
 
 def test_objects_are_measured_by_the_images_that_they_are_in() -> None:
@@ -1180,7 +1181,7 @@ def test_objects_are_measured_by_the_images_that_they_are_in() -> None:
     size = choose_preprocessing(recipe, options, mixed, choices, CPU, reasons).image_size  # type: ignore[arg-type]
     assert (size, reasons[0][2]) == (
         128,
-        "half of class a is below 20% of the shortest side; 256 at most on cpu",
+        "half of class a is below 20% of its image's shortest side; 256 at most on cpu",
     )
 
 

@@ -71,9 +71,13 @@ def fig3(spec: ModelSpec | None = None, side: int = SIDE) -> Page:
             f"RetinaNet with {spec.backbone.name} for an image of {side} x {side} pixels and {classes} classes. The "
             "backbone gives C3 to C5, the pyramid P3 to P7, and two small convolutional heads, shared by all levels "
             "but not with each other, give at every location the scores of the classes and the four deltas of each "
-            "anchor. Shapes, counts, depth and anchors are read off the model that trains, on a device without "
-            "memory; how its parts are joined is drawn by hand.",
-            Picture(figure, "Backbone, feature pyramid and heads."),
+            "anchor. Shapes, counts, depth and anchors are read off the model that trains; how its parts are joined "
+            "is drawn by hand.",
+            Picture(
+                figure,
+                "Backbone, feature pyramid and heads. What goes down from P5 to P3 are the sums, before the 3 x 3 "
+                "convolution that each of these levels ends with.",
+            ),
             Table(
                 ("map", "stride", "channels", "height x width"),
                 [(name, f"{stride}", f"{c}", f"{h} x {w}") for name, stride, (c, h, w) in maps],

@@ -63,14 +63,14 @@ class Difference:
         return f"{100 * self.mean:+.1f}", known
 
     def verdict(self, published: float | None) -> str:
-        """Return what the seeds say of a published difference, in points of AP; None: which is not published."""
+        """Return what the seeds say of the direction of a published difference; None: which is not published."""
         if self.low is None:
             return "of one seed"
         if self.above is None:
             return "not told apart"
         if not published:
             return "above" if self.above else "below"
-        return "reproduced" if self.above == (published > 0) else "reversed"
+        return "as published" if self.above == (published > 0) else "the other way"
 
 
 def difference(first: Sequence[float], second: Sequence[float], *, comparisons: int = 1) -> Difference:

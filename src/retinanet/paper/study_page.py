@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 
 from retinanet.losses import sigmoid_cross_entropy, sigmoid_focal_star_loss
+from retinanet.model import fitting_norm
 from retinanet.paper.comparison import compare_order, difference, interval
 from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
 from retinanet.paper.results import Measured, Request, what_is_known
 from retinanet.paper.running import Store
 from retinanet.paper.settings import Scale
 from retinanet.paper.tables import Row, Study
+from retinanet.records import Classes
 from retinanet.training.plan import FEW_PASSES
+from retinanet.training.recipes import small
 
 HEADINGS = {
     "ap": "AP",
@@ -30,9 +34,10 @@ HEADINGS = {
 PUBLISHED_ONLY = ("ms",)
 # In what all rows alike differ from the paper's training, by recipe.
 DIFFERS = {
-    "small": " Unlike the paper, in all rows alike: from scratch, GroupNorm where the backbone allows it{anchors}, an "
-    "object's best anchors are its own even below IoU 0.5, boxes are learned by GIoU weighted 2, losses are divided by "
-    "the positives of the step, {rates}, a warm-up of 100 steps, averaged weights{zoomed}.",
+    "small": " Unlike the paper, in all rows alike: from scratch, {norm} in the backbone and GroupNorm in the heads"
+    "{channels}, an object's best anchors are its own even below IoU 0.5, boxes are learned by GIoU weighted "
+    "{recipe.box_weight:g}, losses are divided by the positives of the step, {rates}, a warm-up of {warm_up} steps, "
+    "averaged weights{zoomed}.",
     "paper": "",
 }
 # How Figure 7 draws a setting that is above cross entropy, below it, or not told apart from it.
@@ -55,7 +60,7 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
         ],
     )
     finished = [row for row in study.rows if row.name in known and known[row.name].results]
-    parts: list[str | Table | Picture] = [study.about, _how(request), table, *_divergences(known)]
+    parts: list[str | Table | Picture] = [study.about, _how(request), table, *_divergences(study, known)]
     ordered = [row for row in finished if row.published.ap is not None]
     numbers: dict[str, Any] = {"scale": request.scale.name, "data": request.about_data}
     if study.ordered and len(ordered) > 2:
@@ -68,8 +73,10 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
     compared = [pair for pair in study.against if all(name in known and known[name].results for name in pair)]
     if compared:
         table, numbers["against"] = _differences(study, compared, known)
+        many = f", wide enough that all {len(study.against)} hold at once" if len(study.against) > 1 else ""
         parts += [
-            "The differences that the paper speaks of, with their 95 % intervals (Welch's t):",
+            f"Differences of rows with their 95 % intervals (Welch's t{many}). The last column is of their direction "
+            "alone, not of their size:",
             table,
             *_steps(study, known),
         ]
@@ -102,13 +109,17 @@ def _how(request: Request) -> str:
         " The rate of a row is the best on val with a seed of its own, looked for alike with every loss: at x "
         f"{first}, then beside the best until it has no better neighbour. The figures are of other seeds."
     )
+    recipe = small(Classes(("any",)), scale.base, "cpu")
     rates = "a cosine for the rate of the paper's SGD"
     if not scale.sgd:
-        rates = "Muon with a cosine, decay 0.02 and gradients clipped at norm 10"
+        rates = f"Muon with a cosine, decay {recipe.weight_decay:g} and gradients clipped at norm {recipe.clip_norm:g}"
     passes = scale.steps * options["batch_size"] / max(request.images, 1)
     differs = DIFFERS[options["recipe"]].format(
+        recipe=recipe,
+        norm="GroupNorm" if fitting_norm(scale.base, "group") == "group" else "BatchNorm",
         rates=rates,
-        anchors=f", {options['channels']} channels" if "channels" in options else "",
+        warm_up=min(recipe.warmup_steps, scale.steps // 20),
+        channels=f", {options['channels']} channels" if "channels" in options else "",
         zoomed=", images zoomed" if passes >= FEW_PASSES else "",
     )
     return (
@@ -170,23 +181,20 @@ def _differences(
     study: Study, pairs: Sequence[tuple[str, str]], known: dict[str, Measured]
 ) -> tuple[Table, list[dict[str, Any]]]:
     """Return the differences of pairs of rows as a table, and as values."""
-    published = {row.name: row.published.ap for row in study.rows}
+    published = {row.name: row.published for row in study.rows}
     rows, values = [], []
     for first, second in pairs:
-        found = difference(*([result["ap"] for result in known[name].results] for name in (first, second)))
-        there = [published[name] for name in (first, second)]
-        wanted = None if None in there else there[0] - there[1]  # type: ignore[operator]
+        seeds = [[result["ap"] for result in known[name].results] for name in (first, second)]
+        found = difference(*seeds, comparisons=len(study.against))
+        there, other = published[first].ap, published[second]
+        wanted = None if there is None or other.ap is None else there - other.ap
+        # What has diverged, say, is below.
+        direction = math.inf if wanted is None and other.said != "-" else wanted
+        shown = other.said if wanted is None else f"{wanted:+.1f}"
         names = [study.here.get(name, name) for name in (first, second)]
-        rows.append(
-            [
-                " over ".join(names),
-                "-" if wanted is None else f"{wanted:+.1f}",
-                *found.cells(),
-                found.verdict(wanted),
-            ]
-        )
+        rows.append([" over ".join(names), shown, *found.cells(), found.verdict(direction)])
         values.append({"first": first, "second": second, "published": wanted, **asdict(found)})
-    return Table(("difference", "AP, paper", "AP", "95 % interval", "verdict"), rows), values
+    return Table(("difference", "AP, paper", "AP", "95 % interval", "direction"), rows), values
 
 
 def _steps(study: Study, known: dict[str, Measured]) -> list[str]:
@@ -200,13 +208,16 @@ def _steps(study: Study, known: dict[str, Measured]) -> list[str]:
     return lines
 
 
-def _divergences(known: dict[str, Measured]) -> list[str]:
-    """Return a paragraph for each row with runs that diverged."""
+def _divergences(study: Study, known: dict[str, Measured]) -> list[str]:
+    """Return a paragraph for each row with runs that diverged, or that did in the paper."""
     lines = []
+    expected = [row.name for row in study.rows if row.published.said == "diverged"]
     for name, found in known.items():
         messages = [result["diverged"] for result in found.results if "diverged" in result]
         if messages:
             lines.append(f"{name}: {len(messages)} of {len(found.results)} runs diverged ({messages[0]}).")
+        elif name in expected and found.results:
+            lines.append(f"{name}: diverged in the paper, and in none of these {len(found.results)} runs.")
     return lines
 
 

@@ -44,7 +44,7 @@ class Study:
         figures: the columns, besides AP.
         ordered: whether the order of the published rows means something that measured rows can reproduce.
         stars: gamma and beta of the rows of FL*, whose losses are drawn over x_t.
-        against: the differences that the paper speaks of: a row, and the one that it is above or beside.
+        against: rows whose difference is told: one, and another that in the paper it is above or beside.
         here: what rows are called among what is measured, where that is another thing than what was published.
     """
 

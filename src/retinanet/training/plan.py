@@ -45,7 +45,7 @@ class Plan:
 
     `start` is the model of `--weights`, `weights_file` that of the backbone alone; `train_images` are an epoch's.
 
-    `speed`, in pixels a second, is what a trial found of which --time made the images as large as they are.
+    `speed` is how many pixels a second `--time` was taken for when the size of images was chosen.
 
     The schedule is made for `schedule_steps`. A timed run may take fewer or more `steps`: at each of `turns` (steps
     done, place in the schedule) it was found how many fit, and what was left of the schedule was spread over them.

@@ -36,7 +36,7 @@ def plan_run(
     change: Callable[[Recipe], Recipe] | None = None,
     processes: Processes = ALONE,
     begun: dict[str, Any] | None = None,
-    speed: float | None = None,
+    speed: float = PIXELS_A_SECOND,
 ) -> Plan:
     """Decide every setting: the user's option first, then the recipe, then a rule of the data and device.
 
@@ -45,7 +45,7 @@ def plan_run(
         processes: that will train together. What is decided does not depend on them, but for devices and workers.
         begun: `plan.json` of a run that has a training state: what it says of the weights that the run started from is
             enough, as the state has them.
-        speed: pixels a second that a trial measured, for `--time`.
+        speed: pixels a second that `--time` is taken for.
     """
     reasons: list[tuple[str, str, str]] = []
     device = device_of_process(choose_device(options.device), processes)
@@ -88,9 +88,7 @@ def plan_run(
     recipe = choose_batch(recipe, options, train, device, reasons)
     if processes.several and options.batch_size != "auto":
         reasons.append(("processes", shares_in_words(recipe.batch_size, processes), "torchrun"))
-    preprocessing = choose_preprocessing(
-        recipe, options, train, choices, device, reasons, speed=speed or PIXELS_A_SECOND
-    )
+    preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons, speed=speed)
     stands = "the model's" if start else f"recipe {recipe.name}"
     anchors = choose_anchors(options, train, choices, preprocessing, reasons, stands)
     max_detections = choose_max_detections(options, train, reasons)
@@ -133,7 +131,7 @@ def plan_run(
         train_images=epoch_length(train, recipe.repeat_rare),
         workers=workers,
         reasons=tuple(reasons),
-        speed=speed,
+        speed=None if speed == PIXELS_A_SECOND else speed,
     )
     return plan.lasting(*choose_steps(recipe, options, train, plan.preprocessing))
 

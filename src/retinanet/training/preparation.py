@@ -27,8 +27,9 @@ from retinanet.training.parts import batch_norm_in_words, table_of_parts, traine
 from retinanet.training.plan import OF_A_MACHINE, Plan
 from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe
+from retinanet.training.sizing import PIXELS_A_SECOND, sized_by_pixels
 from retinanet.training.starting import build_network
-from retinanet.training.timing import estimate_run, fit_to_time, pixels_a_second
+from retinanet.training.timing import estimate_run, fit_to_time, pixels_a_second, try_out
 from retinanet.training.writers import chosen_writers
 
 # Faults printed one by one; the rest is counted.
@@ -85,7 +86,7 @@ def prepare(
         console.print(read_as(train_set, val_set), highlight=False, soft_wrap=True)
         for dataset in (train_set, val_set):
             _tell(dataset, console)
-        speed = None if stored is None else stored.get("speed")
+        speed = (stored or {}).get("speed") or PIXELS_A_SECOND
         plan = plan_run(options, train_set, change, processes, stored if trained else None, speed)
         data = {"train": train_set.digest(), "val": val_set.digest()}
         network = build_network(plan, load=not trained)
@@ -113,16 +114,18 @@ def prepare(
     elif deadline is None:
         plan = plan.validating(len(val_set))
     else:
-        plan, estimate = fit_to_time(plan, network, train_set, val_set, deadline, processes)
-        # How large images may be in the time was guessed before anything was tried.
-        again = plan_run(
-            options, train_set, change, processes, None, pixels_a_second(plan, estimate, train_set)
-        )
-        if again.spec != plan.spec:
-            network = build_network(again)
-            if options.batch_size == "auto":
-                again = fit_batch(again, network, train_set, processes)
-            plan, estimate = fit_to_time(again, network, train_set, val_set, deadline, processes)
+        estimate = try_out(plan, network, train_set, val_set, deadline, processes)
+        # How large images may be in the time was planned by a guess of how fast the machine is.
+        speed = pixels_a_second(plan, estimate, train_set)
+        if sized_by_pixels(plan.recipe, plan.device) and speed != PIXELS_A_SECOND:
+            again = plan_run(options, train_set, change, processes, speed=speed)
+            if again.spec != plan.spec:
+                network = build_network(again)
+                plan = again
+                if options.batch_size == "auto":
+                    plan = fit_batch(again, network, train_set, processes)
+                estimate = try_out(plan, network, train_set, val_set, deadline, processes)
+        plan = fit_to_time(plan, estimate, deadline, processes)
     if row := batch_norm_in_words(network, plan.batch_size, processes.count, options.accumulate):
         plan = replace(plan, reasons=(*plan.reasons, row))
     plan.show(console)

@@ -109,7 +109,8 @@ def _image_size(
     wanted = COMFORTABLE_SIDE / share
     comfortable = max(min(128, most), min(32 * round(wanted / 32), 32 * (most // 32)))
     size, at_first, covered = _covering_size(recipe, train, choices, comfortable, most)
-    why = f"half of class {name} is below {100 * share:.2g}% of the shortest side"
+    percent = f"{100 * share:.2g}" if share < 0.1 else f"{100 * share:.0f}"
+    why = f"half of class {name} is below {percent}% of its image's shortest side"
     if size > comfortable:
         why += f"; from {comfortable}, where anchors reach {at_first:.0%} of objects, to {size}, where {covered:.0%}"
     return size, f"{why}; {limit}"
@@ -122,10 +123,11 @@ def _limit_of_device(
     time, shows at that side are objects enough; more images than that, where they are asked for, make it no larger.
     """
     most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
-    if device.type == "cuda" or not recipe.pixels_seen:
+    if not sized_by_pixels(recipe, device):
         return most, f"{most} at most on {device.type}"
     images, seconds = _images_asked_for(recipe, options, train), options.seconds()
-    within = "" if images is None else f" for {images:,.0f} images"
+    few = images is not None and images * _objects_an_image(train) < OBJECTS_SEEN
+    within = f" for {images:,.0f} images" if few else ""
     why = f"{most} at most on {device.type}{within if seconds is None else f' in {options.time}'}"
     pixels = recipe.pixels_seen if seconds is None else seconds * speed
     for size in range(most + 32, LARGEST_OF_ALL + 1, 32):
@@ -138,6 +140,11 @@ def _limit_of_device(
         in_time = "" if seconds is None else f" in {options.time}"
         why = f"{most} at most on {device.type}, where {means}{in_time} show {OBJECTS_SEEN:,} objects"
     return most, why
+
+
+def sized_by_pixels(recipe: Recipe, device: torch.device) -> bool:
+    """Return whether how many pixels there is time for has a say in the size of images."""
+    return device.type != "cuda" and recipe.pixels_seen > 0 and recipe.image_size is None
 
 
 def _images_asked_for(recipe: Recipe, options: TrainingOptions, train: Dataset) -> float | None:

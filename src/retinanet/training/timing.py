@@ -26,7 +26,7 @@ from retinanet.training.memory import (
     return_freed,
 )
 from retinanet.training.plan import VALIDATIONS, Plan
-from retinanet.training.sizing import padded_pixels
+from retinanet.training.sizing import PIXELS_A_SECOND, padded_pixels
 from retinanet.training.step import TrainingStep
 
 LEAST_STEPS = 10
@@ -44,28 +44,36 @@ FIRST, TOGETHER, LOOKING, PATIENCE = 0.5, 2.0, 1.5, 30.0
 CAREFUL = 0.5
 
 
-def fit_to_time(
+def try_out(
     plan: Plan,
     network: RetinaNet,
     train: Dataset,
     val: Dataset,
     deadline: Deadline,
     processes: Processes = ALONE,
-) -> tuple[Plan, Estimate]:
-    """Return the plan with as many steps as end before the deadline, validations included; and what the trial measured.
+) -> Estimate:
+    """Return what a trial of a run with a deadline measures.
 
     A copy of the network takes a few steps and looks at a few images; the network itself is not touched. What the main
     process finds counts for all.
-
-    Raises:
-        ConfigError: not even one step and a validation end in that time.
     """
     began = time.monotonic()
     trial = copy.deepcopy(network)
     step = _step_seconds(plan, trial, train, min(LONGEST_TRIAL, TRIAL * (deadline.at - began)), processes)
     validation = _validation_seconds(plan, trial, val, math.inf) / processes.count
     memory, tried = peak_memory(plan.device), time.monotonic() - began
-    step, validation, seconds = processes.told((step, validation, deadline.at - time.monotonic()))
+    step, validation = processes.told((step, validation))
+    return Estimate(step, validation, memory, limit_of(plan.device, processes.here), tried)
+
+
+def fit_to_time(plan: Plan, tried: Estimate, deadline: Deadline, processes: Processes = ALONE) -> Plan:
+    """Return the plan with as many steps as end before the deadline, validations included.
+
+    Raises:
+        ConfigError: not even one step and a validation end in that time.
+    """
+    step, validation = tried.step, tried.validation
+    seconds = processes.told(deadline.at - time.monotonic())
     every = plan.options.validate_every_steps
     if every:
         validations, per_step = 1, step + validation / every
@@ -82,14 +90,15 @@ def fit_to_time(
     # Three digits are enough, and make runs on one machine comparable.
     steps = int(float(f"{steps:.3g}"))
     why = f"fit into the {seconds:.0f} s left: {step:.2f} s a step, {validation:.0f} s a validation"
-    estimate = Estimate(step, validation, memory, limit_of(plan.device, processes.here), tried)
-    return plan.lasting(steps, why, validations), estimate
+    return plan.lasting(steps, why, validations)
 
 
-def pixels_a_second(plan: Plan, estimate: Estimate, train: Dataset) -> float:
-    """Return how many pixels, padding counted, a step trains in a second, by what a trial measured."""
-    pixels = plan.batch_size * padded_pixels(train, plan.preprocessing, plan.batch_size)
-    return float(f"{pixels / estimate.step:.2g}")
+def pixels_a_second(plan: Plan, tried: Estimate, train: Dataset) -> float:
+    """Return how many pixels a second the trial trained, as the guess times a power of 2: a machine is not equally fast
+    every time, and runs of one command should be of one size.
+    """
+    pixels = plan.batch_size * padded_pixels(train, plan.spec.preprocessing, plan.batch_size)
+    return PIXELS_A_SECOND * 2.0 ** round(math.log2(pixels / tried.step / PIXELS_A_SECOND))
 
 
 def estimate_run(
