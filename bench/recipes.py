@@ -8,8 +8,9 @@ each with its share of the cores, and their rows say nothing of time. `--backgro
 prints where its log is. A finished run is a line of `bench/recipes.jsonl` and is never repeated; one that was
 interrupted goes on from its last state when the command is given again, and says nothing of time. What a variant leaves
 as it is with these data and this network is told and not run. After every run `docs/recipes.md` is written from all
-lines. `--images` shortens every run, and a smaller network does, so that more variants fit into a
-night: only runs of equal length, network and batch are compared. `--list` says what there is and what is done.
+lines. `--images` shortens every run, and a smaller network does, so that more variants fit into a night: only runs of
+equal length, network and batch are compared. But for those of sides, variants train at the side that the recipe plans.
+`--list` says what there is and what is done.
 
     python bench/recipes.py --data shapes=runs/demo-shapes-4000-0 --backbone test_resnet --channels 64 --batch-size 8 \
         --images 8320 --parallel 2
@@ -20,6 +21,7 @@ is the demo, whose length goes with the clock, as long as it was on a usual day.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -60,8 +62,9 @@ from retinanet.training.state import newest_state
 ROOT = Path(__file__).parents[1]
 KEPT, PAGE = ROOT / "bench" / "recipes.jsonl", ROOT / "docs" / "recipes.md"
 BASE = "base"
-# The exit code of a variant that changes nothing with these data and this network, or cannot be.
-AS_IT_IS = 3
+# Exit codes of a variant that changes nothing with these data and this network, and of one that cannot be.
+AS_IT_IS, IMPOSSIBLE = 3, 4
+NOT_RUN = {AS_IT_IS: "changes nothing here", IMPOSSIBLE: "cannot be here"}
 # What the recipe was when a row was measured: to be changed with the recipe, so that like is compared with like.
 RECIPE = "80 objects and 4 images a step at most, 150 megapixels of 30,000 objects, ATSS of 2 deviations, varifocal"
 
@@ -188,13 +191,23 @@ class Job:
     batch_size: int | None = None
 
     def folder(self, runs: Path) -> Path:
-        settings = [self.backbone, self.channels, self.data, self.variant, self.images, self.batch_size]
-        return runs / "-".join(str(one) for one in [*settings, self.seed] if one is not None)
+        settings = [
+            self.backbone,
+            self.channels,
+            self.data,
+            self.variant,
+            self.images,
+            self.batch_size,
+            self.seed,
+        ]
+        # What an older recipe left unfinished must not go on as a run of this one.
+        recipe = hashlib.sha256(RECIPE.encode()).hexdigest()[:6]
+        return runs / "-".join(str(one) for one in [*settings, recipe] if one is not None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
@@ -242,11 +255,15 @@ def main() -> None:
         if job in done or given.list:
             return True
         code, row = outcome_of(job, given.data, given.runs, given.parallel)
-        if code == AS_IT_IS:
-            print(f"{line} is the recipe as it is, or impossible: see {log_of(job, given.runs)}", flush=True)
+        if code in NOT_RUN:
+            print(f"{line} {NOT_RUN[code]}: see {log_of(job, given.runs)}", flush=True)
             return True
         if row is None:
-            print(f"{line} failed: see {log_of(job, given.runs)}", flush=True)
+            folder = job.folder(given.runs)
+            begins = (
+                f"; it goes on where it was; to begin it anew, remove {folder}" if has_state(folder) else ""
+            )
+            print(f"{line} failed: see {log_of(job, given.runs)}{begins}", flush=True)
             return False
         with lock:
             keep(row)
@@ -361,28 +378,31 @@ def run(job: Job, folders: dict[str, str], runs: Path) -> int:
             return 0
         shutil.rmtree(folder, ignore_errors=True)
         train = open_dataset(usual.data, "train")
+        base = plan_run(usual, train)
         try:
             options = replace(usual, channels=round(job.channels * variant.width), **variant.options)
-            options = of_length(options, plan_run(options, train, variant), job.images, variant.side)
+            options = of_length(options, plan_run(options, train, variant), base, job.images, variant.side)
         except ConfigError as error:
             print(error)
-            return AS_IT_IS
+            return IMPOSSIBLE
         if job.variant != BASE and (variant.objective, variant.start) == (Objective, None):
-            base = of_length(usual, plan_run(usual, train), job.images)
-            if not differ(plan_run(options, train, variant), plan_run(base, train)):
+            as_usual = of_length(usual, base, base, job.images)
+            if not differ(plan_run(options, train, variant), plan_run(as_usual, train)):
                 print("the recipe is as it was")
                 return AS_IT_IS
         run_training(options, change=variant)
     return 0
 
 
-def of_length(options: TrainingOptions, plan: Plan, images: int | None, factor: float = 1) -> TrainingOptions:
-    """Return the options of a run that sees so many images, those that the whole run would have; of sides that are
-    `factor` times as large, with as many pixels in all."""
-    planned = plan.spec.preprocessing.image_size
-    side = max(64, round(planned * factor / 32) * 32) if factor != 1 else planned
+def of_length(
+    options: TrainingOptions, plan: Plan, base: Plan, images: int | None, factor: float = 1
+) -> TrainingOptions:
+    """Return the options of a run that sees so many images, as large as those of the base's plan, or `factor` times as
+    large with as many pixels in all."""
+    usual, planned = (one.spec.preprocessing.image_size for one in (base, plan))
+    side = max(64, round(usual * factor / 32) * 32) if factor != 1 else usual
     if images is not None:
-        steps = math.ceil(images * (planned / side) ** 2 / plan.batch_size)
+        steps = math.ceil(images * (usual / side) ** 2 / plan.batch_size)
         return replace(options, image_size=side, steps=steps)
     return options if side == planned else replace(options, image_size=side)
 
@@ -402,7 +422,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "`small` as it was then, which the line below a heading tells apart, or is torchvision's RetinaNet beside it.",
         "Headings name the data set, the backbone and the width of pyramid and heads. AP is COCO's on the split val,",
         "mean and half the range over seeds, against the base's of the same seeds in the same precision, if there are",
-        "any. Minutes are of whole processes that had the machine to themselves (of torchvision's, those after its",
+        "any (of how many where not of all; torchvision's, which has no seed in common with ours, against all of the",
+        "base's). Minutes are of whole processes that had the machine to themselves (of torchvision's, those after its",
         "images were read); a CPU that computes in bf16 is named.",
         "",
     ]
@@ -436,9 +457,9 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def against_base(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
-    """Return by how much AP is above the base's, mean over the seeds that both have in one precision; of torchvision's,
-    which have no seed in common with ours, above the mean of all."""
-    if base and rows[0]["variant"] not in VARIANTS:
+    """Return by how much AP is above the base's, mean over the seeds that both have in one precision, and how many
+    those are if not all; of torchvision's, which has no seed in common with ours, above the mean of all."""
+    if base and rows[0]["variant"].startswith("torchvision"):
         means = [statistics.mean(row["ap"] for row in each) for each in (rows, base)]
         return f"{means[0] - means[1]:+.3f}"
     known = {(row["seed"], row.get("precision", "fp32")): row["ap"] for row in base}
@@ -447,7 +468,10 @@ def against_base(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
         for row in rows
         if (pair := (row["seed"], row.get("precision", "fp32"))) in known
     ]
-    return f"{statistics.mean(differences):+.3f}" if differences else ""
+    if not differences:
+        return ""
+    of = "" if len(differences) == len(rows) else f" ({len(differences)} of {len(rows)})"
+    return f"{statistics.mean(differences):+.3f}{of}"
 
 
 def group_of(row: dict[str, Any]) -> tuple[str, str, int, int | None, str, int | None]:

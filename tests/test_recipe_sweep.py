@@ -3,22 +3,25 @@
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from retinanet.atss import DEVIATIONS, match_atss
 from retinanet.data import open_dataset
 from retinanet.data.shapes import ShapesSpec, generate_shapes
+from retinanet.errors import Stopped
 from retinanet.objective import Matching, Objective
 from retinanet.paper.measuring import without_defaults
 from retinanet.records import Classes
@@ -27,6 +30,7 @@ from retinanet.training.configuration import TrainingOptions
 from retinanet.training.planning import plan_run
 from retinanet.training.recipes import Recipe, small
 from retinanet.training.starting import build_network
+from retinanet.training.step import TrainingStep
 
 
 @pytest.fixture
@@ -188,6 +192,34 @@ def test_a_shortened_run_sees_that_many_images(
     assert whole.spec.preprocessing == shortened.spec.preprocessing
 
 
+def test_other_anchors_train_at_the_side_of_the_base(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would reach more objects in larger images, which are another change."""
+    spec = ShapesSpec(image_size=192, min_side=0.1, max_side=0.11)
+    data = generate_shapes(tmp_path / "shapes", train=8, val=1, spec=spec)
+    found = []
+
+    def train(options: TrainingOptions, change: Callable[[Recipe], Recipe]) -> None:
+        found.append(plan_run(options, open_dataset(data, "train"), change).spec)
+
+    monkeypatch.setattr(sweep, "run_training", train)
+    for name in (sweep.BASE, "anchors-32"):
+        sweep.run(sweep.Job("x", name, 0, None), {"x": str(data)}, tmp_path / "runs")
+    base, changed = found
+    assert base.anchors != changed.anchors
+    assert base.preprocessing == changed.preprocessing
+
+
+def test_what_an_older_recipe_left_unfinished_does_not_go_on(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = sweep.Job("x", "base", 0, None)
+    now = job.folder(tmp_path)
+    monkeypatch.setattr(sweep, "RECIPE", "another")
+    assert job.folder(tmp_path) != now
+
+
 def test_another_network_has_a_table_of_its_own(sweep: ModuleType) -> None:
     small_one = {"backbone": "resnet10t", "channels": 64}
     page = sweep.page([row("base", 0.5), row("base", 0.2) | small_one, row("adamw", 0.3) | small_one])
@@ -250,11 +282,11 @@ def test_runs_side_by_side_share_the_cores_and_say_nothing_of_time(
 
 
 @pytest.mark.parametrize(
-    ("variant", "options"),
+    ("variant", "options", "code", "said"),
     [
-        ("batch-norm", {}),  # test_resnet can have no GroupNorm
-        ("batch-8", {"batch_size": 8}),
-        ("width-half", {}),  # 32 channels cannot be
+        ("batch-norm", {}, 3, "changes nothing here"),  # test_resnet can have no GroupNorm
+        ("batch-8", {"batch_size": 8}, 3, "changes nothing here"),
+        ("width-half", {}, 4, "cannot be here"),  # 32 channels
     ],
 )
 def test_what_changes_nothing_or_cannot_be_is_told_and_not_run(
@@ -264,19 +296,21 @@ def test_what_changes_nothing_or_cannot_be_is_told_and_not_run(
     capsys: pytest.CaptureFixture[str],
     variant: str,
     options: dict[str, int],
+    code: int,
+    said: str,
 ) -> None:
     data = generate_shapes(tmp_path / "shapes", train=2, val=1, spec=ShapesSpec(image_size=96))
     monkeypatch.setattr(sweep, "run_training", lambda *_, **__: pytest.fail("it was run"))
     job = sweep.Job("x", variant, 0, None, "test_resnet", 64, **options)
-    assert sweep.run(job, {"x": str(data)}, tmp_path / "runs") == sweep.AS_IT_IS
+    assert sweep.run(job, {"x": str(data)}, tmp_path / "runs") == code
 
     def outcome_of(*_: object) -> tuple[int, None]:
-        return sweep.AS_IT_IS, None
+        return code, None
 
     monkeypatch.setattr(sweep, "outcome_of", outcome_of)
     monkeypatch.setattr(sys, "argv", ["recipes.py", "--data", "x=/x", "--variants", variant])
     sweep.main()  # no failure
-    assert "is the recipe as it is, or impossible: see " in capsys.readouterr().out
+    assert f" {said}: see " in capsys.readouterr().out
 
 
 def test_zoom_is_as_the_variant_says_whatever_the_passes(
@@ -302,14 +336,18 @@ def test_an_interrupted_run_goes_on_and_says_nothing_of_time(
     data = generate_shapes(tmp_path / "shapes", train=4, val=1, spec=ShapesSpec(image_size=96))
     job = sweep.Job("x", "box-weight-1", 0, 16, "test_resnet", 64, 2)
     folder = job.folder(tmp_path)
-    run_training = sweep.run_training
+    step, made = TrainingStep.__call__, []
 
-    def stopped(options: TrainingOptions, change: Callable[[Recipe], Recipe]) -> None:
-        run_training(replace(options, validate_every_steps=4), change=change)
+    def counted(self: TrainingStep, *rest: Any) -> Any:
+        made.append(self)
+        if len(made) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *rest)
 
-    monkeypatch.setattr(sweep, "run_training", stopped)
-    sweep.run(job, {"x": str(data)}, tmp_path)
-    assert sweep.has_state(folder)  # as if its process had been stopped after its last step
+    monkeypatch.setattr(TrainingStep, "__call__", counted)
+    with pytest.raises(Stopped, match="stopped by a signal at step 3"):
+        sweep.run(job, {"x": str(data)}, tmp_path)
+    assert sweep.has_state(folder)
     monkeypatch.setattr(sweep, "run_training", lambda *_, **__: pytest.fail("it began anew"))
 
     def here(command: list[str], **_: object) -> SimpleNamespace:
@@ -318,6 +356,7 @@ def test_an_interrupted_run_goes_on_and_says_nothing_of_time(
     monkeypatch.setattr(sweep.subprocess, "run", here)
     code, found = sweep.outcome_of(job, [f"x={data}"], tmp_path, 1)
     assert code == 0
+    assert len(made) == 8
     assert found["timed"] is False
     assert not sweep.has_state(folder)
 
@@ -333,14 +372,18 @@ def test_a_sweep_in_the_background_says_where_its_log_is(tmp_path: Path) -> None
     until = time.monotonic() + 60
     while not log.read_text() and time.monotonic() < until:
         time.sleep(0.1)
-    assert log.read_text().startswith("1/1 resnet18-256-x-base-0")
+    assert log.read_text().startswith("1/1 resnet18-256-x-base-0-")
 
 
 def test_seeds_are_compared_with_the_same_seeds_in_the_same_precision(sweep: ModuleType) -> None:
     base = [row("base", 0.50), row("base", 0.70) | {"seed": 1, "precision": "bf16"}]
     one = row("adamw", 0.52)
-    page = sweep.page([*base, one, row("focal", 0.6) | {"precision": "bf16"}, row("torchvision-5m", 0.5)])
+    two = [row("no-clip", ap) | {"seed": seed} for seed, ap in enumerate((0.53, 0.9))]
+    page = sweep.page(
+        [*base, one, *two, row("focal", 0.6) | {"precision": "bf16"}, row("torchvision-5m", 0.5)]
+    )
     assert "| adamw: what it changes | 1 | 0.520 | +0.020 |" in page
+    assert "| no-clip: what it changes | 2 | 0.715 ± 0.185 | +0.030 (1 of 2) |" in page
     assert "| focal: what it changes | 1 | 0.600 |  |" in page
     assert "| torchvision-5m: what it changes | 1 | 0.500 | -0.100 |" in page
 
