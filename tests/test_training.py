@@ -311,9 +311,9 @@ def test_no_option_is_ignored(data: Path, name: str, value: object, arrived: obj
 @pytest.mark.parametrize(
     ("optimizer", "lr", "why"),
     [
-        ("sgd", 0.04, "0.16 for 16 images, times 4/16"),
-        ("adamw", 0.08, "0.16 for 16 images, times the root of 4/16"),
-        ("muon", 0.08, "0.16 for 16 images, times the root of 4/16; Muon's own rate is 4 times that"),
+        ("sgd", 0.04, "0.16 at 16 images a step, times 4/16"),
+        ("adamw", 0.08, "0.16 at 16 images a step, times the root of 4/16"),
+        ("muon", 0.08, "0.16 at 16 images a step, times the root of 4/16; Muon's own rate is 4 times that"),
     ],
 )
 def test_lr_is_for_sixteen_images_and_epochs_become_steps(
@@ -1095,24 +1095,43 @@ def test_images_full_of_objects_are_larger_and_fewer_a_step() -> None:
     recipe = recipes.small(Classes(("a",)), "resnet18", "cpu")
     options = TrainingOptions(data="x")
     reasons: list[tuple[str, str, str]] = []
-    fewer = choose_batch(recipe, options, full, CPU, reasons)  # type: ignore[arg-type]
+    fewer = choose_batch(recipe, options, full, CPU, reasons, own=4)  # type: ignore[arg-type]
     assert fewer.batch_size == 1  # 80 objects a step
-    assert reasons == [("batch size", "1", "an image holds 64 objects")]
+    assert reasons == [("batch size", "1", "an image holds 64 objects; at the rate of 4")]
     assert choose_rate(fewer)[0] == pytest.approx(choose_rate(recipe)[0])  # of a step
     by_sgd = dataclasses.replace(recipe, optimizer="sgd")
-    fewer_by_sgd = choose_batch(by_sgd, options, full, CPU, [])  # type: ignore[arg-type]
+    fewer_by_sgd = choose_batch(by_sgd, options, full, CPU, [], own=4)  # type: ignore[arg-type]
     assert choose_rate(fewer_by_sgd)[0] == pytest.approx(choose_rate(by_sgd)[0])
     choices = anchor_choices(options, recipe, of_model=False)
     size = choose_preprocessing(fewer, options, full, choices, CPU, reasons).image_size  # type: ignore[arg-type]
     assert 256 < size <= 544
     assert 150e6 / size**2 * 64 > 29_000
     assert "150 megapixels show 30,000 objects" in reasons[-1][2]
-    # Asked for, or elsewhere, the recipe's batch stands; so do usual images.
-    asked = TrainingOptions(data="x", batch_size=4)
-    assert choose_batch(recipe, asked, full, CPU, []) is recipe  # type: ignore[arg-type]
-    on_cuda = recipes.small(Classes(("a",)), "resnet18", "cuda")
-    assert choose_batch(on_cuda, options, full, torch.device("cuda"), []) is on_cuda  # type: ignore[arg-type]
-    assert choose_batch(recipe, options, squares(40), CPU, []) is recipe  # type: ignore[arg-type]
+    # Elsewhere the recipe's batch stands, and with usual images.
+    on_cuda, cuda = recipes.small(Classes(("a",)), "resnet18", "cuda"), torch.device("cuda")
+    assert choose_batch(on_cuda, options, full, cuda, [], own=16) is on_cuda  # type: ignore[arg-type]
+    assert choose_batch(recipe, options, squares(40), CPU, [], own=4) is recipe  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_a_batch_that_the_plan_would_take_changes_nothing_when_it_is_asked_for(
+    tmp_path: Path, optimizer: Literal["sgd", "muon"]
+) -> None:
+    data = generate_shapes(
+        tmp_path / "shapes", train=2, val=1,
+        spec=ShapesSpec(image_size=640, min_side=0.02, max_side=0.03, max_objects=200),
+    )  # fmt: skip
+    train = open_dataset(data, "train")
+
+    def planned(**asked: Any) -> Plan:
+        return plan_run(TrainingOptions(data=str(data), device="cpu", optimizer=optimizer, **asked), train)
+
+    usual = planned()
+    assert usual.batch_size < 4
+    same, twice = planned(batch_size=usual.batch_size), planned(batch_size=2 * usual.batch_size)
+    assert (same.lr, same.steps, same.spec) == (usual.lr, usual.steps, usual.spec)
+    assert twice.lr / usual.lr == pytest.approx(2 if optimizer == "sgd" else 2**0.5)
+    assert planned(lr=0.16).lr == planned(lr=0.16, batch_size=usual.batch_size).lr
 
 
 @pytest.mark.parametrize(

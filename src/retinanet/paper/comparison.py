@@ -58,9 +58,9 @@ class Difference:
         known = (
             ""
             if self.low is None or self.high is None
-            else f"{100 * self.low:+.1f} to {100 * self.high:+.1f}"
+            else f"{100 * self.low:+z.1f} to {100 * self.high:+z.1f}"
         )
-        return f"{100 * self.mean:+.1f}", known
+        return f"{100 * self.mean:+z.1f}", known
 
     def verdict(self, published: float | None) -> str:
         """Return what the seeds say of the direction of a published difference; None: which is not published."""

@@ -179,7 +179,7 @@ def frame_of(options: TrainingOptions, train: Dataset, device: str) -> Frame:
     recipe = _with_sides(small(train.classes, "resnet18", target.type), options)
     choices = anchor_choices(options, recipe, of_model=False)
     reasons: list[tuple[str, str, str]] = []
-    recipe = choose_batch(recipe, options, train, target, reasons)
+    recipe = choose_batch(recipe, options, train, target, reasons, own=recipe.batch_size)
     preprocessing = choose_preprocessing(recipe, options, train, choices, target, reasons)
     why = reasons[-1][2]
     anchors = choose_anchors(options, train, choices, preprocessing, reasons, f"recipe {recipe.name}")

@@ -117,8 +117,8 @@ def choose_rate(recipe: Recipe) -> tuple[float, str]:
     """
     ratio = recipe.batch_size / 16
     if recipe.optimizer == "sgd":
-        return recipe.lr * ratio, f"{recipe.lr:g} for 16 images, times {recipe.batch_size}/16"
-    why = f"{recipe.lr:.3g} for 16 images, times the root of {recipe.batch_size}/16"
+        return recipe.lr * ratio, f"{recipe.lr:.3g} at 16 images a step, times {recipe.batch_size}/16"
+    why = f"{recipe.lr:.3g} at 16 images a step, times the root of {recipe.batch_size}/16"
     if recipe.optimizer == "muon":
         why += f"; Muon's own rate is {MUON_FACTOR:g} times that"
     return recipe.lr * math.sqrt(ratio), why

@@ -69,6 +69,7 @@ def plan_run(
         goes_on = "" if before == recipe.name else f"; {recipe.name} goes on with it"
         auto = f"auto: the model was trained by {before}{goes_on}"
     reasons.append(("recipe", recipe.name, auto if options.recipe == "auto" else "asked for"))
+    own_batch = recipe.batch_size
     recipe = _with_options(recipe, options, reasons)
     if recipe.freeze != "none" and not weights and start is None:
         raise ConfigError(
@@ -85,7 +86,7 @@ def plan_run(
         why = f"classes in fewer than {recipe.repeat_rare:.3g} of the images are seen more often"
         reasons.append(("epoch", f"{length:,} images of {len(train):,}", why))
     choices = anchor_choices(options, recipe, of_model=start is not None)
-    recipe = choose_batch(recipe, options, train, device, reasons)
+    recipe = choose_batch(recipe, options, train, device, reasons, own=own_batch)
     if processes.several and options.batch_size != "auto":
         reasons.append(("processes", shares_in_words(recipe.batch_size, processes), "torchrun"))
     preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons, speed=speed)

@@ -160,24 +160,25 @@ def choose_batch(
     train: Dataset,
     device: torch.device,
     reasons: list[tuple[str, str, str]],
+    *,
+    own: int,
 ) -> Recipe:
-    """Return a CPU's recipe with fewer images a step where they are full of objects, at the same rate a step; append
-    the reason.
+    """Return a CPU's recipe with fewer images a step where they are full of objects, at the rate of its `own` number;
+    append the reason. From that rate goes what a batch that was asked for has.
     """
     objects = _objects_an_image(train)
     fitting = 2 ** round(math.log2(max(1.0, OBJECTS_A_STEP / max(objects, 1.0))))
-    if (
-        device.type != "cpu"
-        or options.asked_batch()
-        or not recipe.pixels_seen
-        or fitting >= recipe.batch_size
-    ):
+    if device.type != "cpu" or not recipe.pixels_seen or fitting >= own:
         return recipe
-    reasons.append(("batch size", str(fitting), f"an image holds {objects:.0f} objects"))
-    ratio = recipe.batch_size / fitting
+    batch_size = options.asked_batch()
+    if batch_size is None:
+        batch_size = fitting
+        why = f"an image holds {objects:.0f} objects{'' if options.lr else f'; at the rate of {own}'}"
+        reasons.append(("batch size", str(fitting), why))
+    ratio = own / fitting
     # `choose_rate` will divide by as much.
     rate = recipe.lr if options.lr else recipe.lr * (ratio if recipe.optimizer == "sgd" else math.sqrt(ratio))
-    return replace(recipe, batch_size=fitting, lr=rate)
+    return replace(recipe, batch_size=batch_size, lr=rate)
 
 
 def _objects_an_image(train: Dataset) -> float:
