@@ -420,8 +420,9 @@ def test_pixels_are_those_of_padded_batches() -> None:
 @pytest.mark.parametrize(
     ("recipe", "steps", "why"),
     [
-        ({"images_seen": 0, "pixels_seen": 1, "epochs": 4}, 6, "4 passes"),  # 24 images
-        ({"images_seen": 25, "pixels_seen": 1, "epochs": 4}, 7, "4.7 passes"),  # none of them is left out
+        ({"images_seen": 0, "pixels_seen": 1, "epochs": 4}, 6, "; 4 passes"),  # 24 images
+        # None of them is left out.
+        ({"images_seen": 25, "pixels_seen": 1, "epochs": 4}, 7, ": at least 25 images; 4.7 passes"),
     ],
 )
 def test_a_run_sees_at_least_the_recipes_passes_and_images(
@@ -433,8 +434,36 @@ def test_a_run_sees_at_least_the_recipes_passes_and_images(
     options = TrainingOptions(data=str(data), backbone="resnet18", device="cpu", image_size=128)
     plan = plan_run(options, open_dataset(data, "train"), change)
     said = {setting: (value, reason) for setting, value, reason in plan.reasons}
-    assert said["steps"] == (f"{steps}", f"recipe small; {why} over 6 images")
+    assert said["steps"] == (f"{steps}", f"recipe small{why} over 6 images")
     assert "zoom" in said["augmentation"][0]  # they are not few
+
+
+@pytest.mark.parametrize(
+    ("options", "validations", "said"),
+    [
+        ({}, 5, None),
+        ({"patience": 1}, 5, "after 1 validation of 5 without a better AP"),
+        ({"patience": 5}, 20, "after 5 validations of 20 without a better AP"),
+        ({"patience": 5, "validate_every_steps": 50}, 4, "never"),
+        ({"patience": 3, "validate_every_steps": 50}, 4, "after 3 validations of 4 without a better AP"),
+    ],
+)
+def test_with_patience_there_are_validations_enough_to_lose_it(
+    data: Path, options: dict[str, Any], validations: int, said: str | None
+) -> None:
+    asked = TrainingOptions(data=str(data), steps=200, **{**TINY, **options})
+    plan = plan_run(asked, open_dataset(data, "train"))
+    assert sum(map(plan.judges, range(1, 201))) == validations
+    assert {setting: value for setting, value, _ in plan.reasons}.get("early stop") == said
+    stored = json.loads(json.dumps(plan.to_json()))
+    begun = plan_run(asked, open_dataset(data, "train")).as_begun(stored)
+    assert begun.reasons == plan.reasons
+    # Where they would take too long they are few, and the row says what that means.
+    if options == {"patience": 5}:
+        few = plan.validating(1000 * plan.batch_size)  # 0.3 x 200 / 1000
+        assert few.validate_every == 200
+        assert ("early stop", "never") in [(setting, value) for setting, value, _ in few.reasons]
+        assert plan.as_begun(json.loads(json.dumps(few.to_json()))).reasons == few.reasons
 
 
 def test_on_cuda_steps_from_scratch_take_more_images() -> None:
@@ -1106,7 +1135,12 @@ def test_images_full_of_objects_are_larger_and_fewer_a_step() -> None:
     size = choose_preprocessing(fewer, options, full, choices, CPU, reasons).image_size  # type: ignore[arg-type]
     assert 256 < size <= 544
     assert 150e6 / size**2 * 64 > 29_000
+    assert 150e6 / size**2 >= 750  # which a run sees at least
     assert "150 megapixels show 30,000 objects" in reasons[-1][2]
+    # Where it sees more images than the pixels pay for, at the usual limit.
+    often = dataclasses.replace(fewer, images_seen=2000)
+    size = choose_preprocessing(often, options, full, choices, CPU, reasons).image_size  # type: ignore[arg-type]
+    assert (size, reasons[-1][2].endswith("256 at most on cpu")) == (256, True)
     # Elsewhere the recipe's batch stands, and with usual images.
     on_cuda, cuda = recipes.small(Classes(("a",)), "resnet18", "cuda"), torch.device("cuda")
     assert choose_batch(on_cuda, options, full, cuda, [], own=16) is on_cuda  # type: ignore[arg-type]
@@ -1177,6 +1211,41 @@ def test_a_class_of_one_box_sets_no_size() -> None:
     few.offsets = np.array([0, 1])
     choose_preprocessing(recipe, options, few, choices, CPU, reasons)  # type: ignore[arg-type]
     assert "half of class mistake is below 1.6% of its image's shortest side" in reasons[1][2]
+
+
+@pytest.mark.parametrize("longest", [160, 256, 287])
+def test_a_longest_side_that_is_asked_for_bounds_the_shortest(longest: int) -> None:
+    recipe = dataclasses.replace(recipes.small(Classes(("a",)), "resnet18", "cpu"), max_size=longest)
+    options = TrainingOptions(data="x")
+    choices = anchor_choices(options, recipe, of_model=False)
+    chosen = choose_preprocessing(recipe, options, squares(14, 512), choices, CPU, [])  # type: ignore[arg-type]
+    assert (chosen.max_size, chosen.image_size <= longest) == (longest, True)
+
+
+@pytest.mark.parametrize(
+    ("width", "side", "size", "longest", "pixels"),
+    [
+        (640, 60, 128, 213, 128 * 171),  # usual pictures, as they were
+        (853, 20, 256, 455, 256 * 455),  # 16:9
+        (1590, 20, 192, 636, 192 * 636),  # where as many pixels as of 256 x 427 are the limit
+        (4800, 48, 96, 960, 96 * 960),
+    ],
+)
+def test_long_images_keep_their_shortest_side(
+    width: int, side: int, size: int, longest: int, pixels: int
+) -> None:
+    images = squares(side, 480)
+    images.widths, images.size = np.array([width]), lambda _: (width, 480)
+    recipe, options = recipes.small(Classes(("a",)), "resnet18", "cpu"), TrainingOptions(data="x")
+    reasons: list[tuple[str, str, str]] = []
+    choices = anchor_choices(options, recipe, of_model=False)
+    chosen = choose_preprocessing(recipe, options, images, choices, CPU, reasons)  # type: ignore[arg-type]
+    assert (chosen.image_size, chosen.max_size) == (size, pytest.approx(longest, abs=1))
+    assert math.prod(chosen.resized_size(width, 480)) == pytest.approx(pixels, rel=0.01)
+    assert ("90% of the images are at most" in reasons[0][2]) is (width > 800)
+    asked = dataclasses.replace(recipe, image_size=256)
+    chosen = choose_preprocessing(asked, options, images, choices, CPU, [])  # type: ignore[arg-type]
+    assert min(chosen.resized_size(width, 480)) == 256
 
 
 def test_objects_are_measured_by_the_images_that_they_are_in() -> None:

@@ -57,10 +57,10 @@ class Anchors:
         from retinanet.images import Preprocessing
         from retinanet.training.sizing import longest_of
 
-        frame = Preprocessing(
-            image_size=self.image_size, max_size=self.max_size or longest_of(self.image_size)
-        )
         dataset = open_dataset(self.data, self.split, image_root=self.image_root, box_format=self.box_format)
+        frame = Preprocessing(
+            image_size=self.image_size, max_size=self.max_size or longest_of(self.image_size, dataset)
+        )
         if self.output:
             require_outside(Path(self.output), dataset.root)
         objects = objects_in_network(dataset, frame)

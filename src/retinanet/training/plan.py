@@ -27,6 +27,8 @@ from retinanet.training.recipes import Recipe
 
 # Validations in a run, unless --validate-every-steps says otherwise or --time leaves no time for as many.
 VALIDATIONS = 5
+# With --patience more: that many in a row can only be without a better AP where there are more of them than that.
+TIMES_PATIENCE = 4
 # The share of a run that they may take, and how long a validated image takes beside a trained one: it has no way back.
 VALIDATIONS_TAKE, LOOKED_AT = 0.1, 1 / 3
 # With fewer passes over the images each is new often enough, and zooming only makes it harder.
@@ -76,12 +78,18 @@ class Plan:
         """How training batches are prepared."""
         return training_preprocessing(self.spec, self.options)
 
-    def lasting(self, steps: int, why: str, validations: int = VALIDATIONS) -> Plan:
+    @property
+    def usual_validations(self) -> int:
+        """How many validations there are, unless an option says otherwise or they would take too long."""
+        return max(VALIDATIONS, TIMES_PATIENCE * (self.options.patience or 0))
+
+    def lasting(self, steps: int, why: str, validations: int | None = None) -> Plan:
         """Return the plan with that many steps, and with everything that follows from their number.
 
         Args:
-            validations: how many there are, unless --validate-every-steps says otherwise.
+            validations: how many there are, unless --validate-every-steps says otherwise; None: as many as usual.
         """
+        validations = validations or self.usual_validations
         recipe = self.recipe
         passes = steps * self.batch_size / self.train_images
         asked = self.options.augmentation()
@@ -104,18 +112,36 @@ class Plan:
             schedule_steps=steps,
             turns=(),
             warmup_steps=min(recipe.warmup_steps, steps // 20),
-            validate_every=self.options.validate_every_steps or math.ceil(steps / validations),
             augmentation=augmentation,
             reasons=tuple((setting, *row) for setting, row in {**known, **changed}.items()),
-        )
+        )._validated_every(self.options.validate_every_steps or math.ceil(steps / validations))
 
     def validating(self, images: int) -> Plan:
         """Return the plan with fewer validations where those of so many images would take more than their share."""
         if self.options.validate_every_steps is not None or not images:
             return self
         affordable = VALIDATIONS_TAKE / LOOKED_AT * self.steps * self.batch_size / images
-        validations = max(1, min(VALIDATIONS, int(affordable)))
-        return dataclasses.replace(self, validate_every=math.ceil(self.steps / validations))
+        validations = max(1, min(self.usual_validations, int(affordable)))
+        return self._validated_every(math.ceil(self.steps / validations))
+
+    def _validated_every(self, steps: int) -> Plan:
+        """Return the plan with a validation every so many steps, and with what --patience then means."""
+        patience = self.options.patience
+        if patience is None:
+            return dataclasses.replace(self, validate_every=steps)
+        validations = math.ceil(self.steps / steps)
+        many = "1 validation" if patience == 1 else f"{patience} validations"
+        row = (
+            f"after {many} of {validations} without a better AP",
+            "asked for; the schedule stays that of all steps",
+        )
+        if validations <= patience:
+            why = f"of {validations} no {patience} can be without a better AP; --validate-every-steps makes them more"
+            row = ("never", why)
+        reasons = {setting: (value, why) for setting, value, why in self.reasons} | {"early stop": row}
+        return dataclasses.replace(
+            self, validate_every=steps, reasons=tuple((setting, *row) for setting, row in reasons.items())
+        )
 
     def turned(self, step: int, steps: int) -> Plan:
         """Return the plan with `steps` in all, what is left of its schedule after `step` spread over those to come."""
@@ -153,14 +179,11 @@ class Plan:
         """
         try:
             plan = self.lasting(stored.get("schedule_steps", stored["steps"]), "as the run began")
-            plan = dataclasses.replace(
-                plan,
-                validate_every=stored["validate_every"],
-                reasons=_reasons_as_begun(plan.reasons, stored["reasons"]),
-            )
+            plan = dataclasses.replace(plan, reasons=_reasons_as_begun(plan.reasons, stored["reasons"]))
+            plan = plan._validated_every(stored["validate_every"])
             turns = tuple((int(step), float(place)) for step, place in stored.get("turns", ()))
             plan = plan._with_turns(turns, stored["steps"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ConfigError(f"plan.json of the run is damaged: {error!r}") from None
         now = json.loads(json.dumps(plan.to_json()))
         for name in now.keys() - set(but):

@@ -106,10 +106,6 @@ def plan_run(
     reasons.append(
         ("device", f"{device}, {precision}", "as asked" if options.device != "auto" else "what there is")
     )
-    if options.patience is not None:
-        many = "1 validation" if options.patience == 1 else f"{options.patience} validations"
-        stops = f"after {many} without a better AP"
-        reasons.append(("early stop", stops, "asked for; the schedule stays that of all steps"))
     if options.compile:
         sizes = f"compiled, for padded sides in steps of {COMPILED_DIVISOR}"
         reasons.append(("network", sizes, "asked for"))

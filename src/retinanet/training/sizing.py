@@ -23,20 +23,24 @@ from retinanet.training.anchor_file import AskedAnchors
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.recipes import Recipe
 
-# Objects whose anchors are looked up to choose the anchors' sizes.
-COVERAGE_SAMPLE = 400
+# Objects whose anchors are looked up at most.
+OBJECTS_SAMPLED = 20_000
 # An object's side in the network input that anchors and stride 8 still resolve: two cells of P3.
 COMFORTABLE_SIDE = 16
 # Share of objects that some anchor reaches with IoU 0.5, for which images are enlarged beyond the comfortable.
 WELL_COVERED = 0.9
-# Share of a class's objects below which a run says what to do, from how many objects it is known, and classes named.
-POORLY_COVERED, MISSED_SAMPLE, CLASSES_NAMED = 0.7, 20_000, 5
+# Share of a class's objects below which a run says what to do, and classes named.
+POORLY_COVERED, CLASSES_NAMED = 0.7, 5
 # What fitted anchors must add to that share to be taken.
 WORTH_FITTING = 0.1
 # What a larger image must add to that share, and how many sides are tried.
 WORTH_LARGER, SIDES_TRIED = 0.02, 6
 # Objects from which a class's size is known.
 KNOWN_FROM = 5
+# Images are planned for a longest side of this times the shortest, the paper's 800 / 1333, which keeps a 3:5 picture at
+# its shortest side; where more than a tenth of the images are longer, for theirs.
+USUAL_LENGTH, KEPT_WHOLE = 1333 / 800, 0.9
+# Of images of the usual length; of longer ones as many pixels.
 LARGEST_SIDE = {"cpu": 256, "cuda": 640}
 # A CPU's images may be larger still if as many pixels as the recipe sees then show as many objects.
 OBJECTS_SEEN, LARGEST_OF_ALL = 30_000, 640
@@ -70,24 +74,36 @@ def choose_preprocessing(
         size, why = recipe.image_size, "asked for" if options.image_size else f"recipe {recipe.name}"
     if options.weights is not None:
         why += f"; the model had {recipe.model.preprocessing.image_size}"
-    frame = _frame(recipe, size)
+    frame = _frame(recipe, train, size)
+    if recipe.max_size is None and (length := _length(train)) > USUAL_LENGTH:
+        why += f"; {KEPT_WHOLE:.0%} of the images are at most {length:.2g} times as long as that"
     reasons.append(("image size", f"shortest side {frame.image_size}, longest {frame.max_size}", why))
     return frame
 
 
-def _frame(recipe: Recipe, size: int) -> Preprocessing:
-    longest = recipe.max_size or longest_of(size)
+def _frame(recipe: Recipe, train: Dataset, size: int) -> Preprocessing:
+    longest = recipe.max_size or longest_of(size, train)
     if longest < size:
         raise ConfigError(f"--max-size needs at least the shortest side, {size}; got {longest}")
     return replace(recipe.model.preprocessing, image_size=size, max_size=longest)
 
 
-def longest_of(size: int) -> int:
-    """Return what the longest side may measure where nobody says, for a shortest side.
-
-    The paper's 800 / 1333 keeps a 3:5 picture at its shortest side; the same share holds at every size.
+def longest_of(size: int, train: Dataset) -> int:
+    """Return what the longest side may measure where nobody says, for a shortest side: in a frame that is shorter than
+    most images, all of them would be smaller than the shortest side says.
     """
-    return round(size * 1333 / 800)
+    return round(size * _length(train))
+
+
+def _length(train: Dataset) -> float:
+    """Return how many times its shortest side an image may be long and keep it."""
+    longest, shortest = np.maximum(train.widths, train.heights), np.minimum(train.widths, train.heights)
+    return max(USUAL_LENGTH, float(np.quantile(longest / shortest, KEPT_WHOLE)))
+
+
+def _of_as_many_pixels(side: int, train: Dataset) -> int:
+    """Return a side, in whole 32 px, at which images have as many pixels as those of the usual length at that side."""
+    return max(32, 32 * round(side * math.sqrt(USUAL_LENGTH / _length(train)) / 32))
 
 
 def _image_size(
@@ -120,20 +136,27 @@ def _limit_of_device(
     recipe: Recipe, options: TrainingOptions, train: Dataset, device: torch.device, speed: float
 ) -> tuple[int, str]:
     """Return the largest side that a device has time for, and why: a CPU's grows as long as what the recipe, or the
-    time, shows at that side are objects enough; more images than that, where they are asked for, make it no larger.
+    time, shows at that side are objects enough, of images enough; more images than that, where they are asked for, make
+    it no larger.
     """
+    asked = recipe.max_size
     most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
+    largest = min(LARGEST_OF_ALL, asked or LARGEST_OF_ALL)
+    if asked is None:
+        most, largest = _of_as_many_pixels(most, train), _of_as_many_pixels(largest, train)
     if not sized_by_pixels(recipe, device):
         return most, f"{most} at most on {device.type}"
     images, seconds = _images_asked_for(recipe, options, train), options.seconds()
+    # What a run sees whatever its images cost; --time ends before.
+    least = 0.0 if seconds is not None or images is not None else _least_images(recipe, train)
     few = images is not None and images * _objects_an_image(train) < OBJECTS_SEEN
     within = f" for {images:,.0f} images" if few else ""
     why = f"{most} at most on {device.type}{within if seconds is None else f' in {options.time}'}"
     pixels = recipe.pixels_seen if seconds is None else seconds * speed
-    for size in range(most + 32, LARGEST_OF_ALL + 1, 32):
-        affordable = pixels / padded_pixels(train, _frame(recipe, size), recipe.batch_size)
+    for size in range(most + 32, largest + 1, 32):
+        affordable = pixels / padded_pixels(train, _frame(recipe, train, size), recipe.batch_size)
         seen = affordable if images is None else min(images, affordable)
-        if seen * _objects_an_image(train) < OBJECTS_SEEN:
+        if affordable < least or seen * _objects_an_image(train) < OBJECTS_SEEN:
             break
         most = size
         means = f"{seen:,.0f} images" if seen == images else f"{pixels / 1e6:,.0f} megapixels"
@@ -152,6 +175,10 @@ def _images_asked_for(recipe: Recipe, options: TrainingOptions, train: Dataset) 
     if options.steps is not None:
         return options.steps * recipe.batch_size
     return None if options.epochs is None else options.epochs * epoch_length(train, recipe.repeat_rare)
+
+
+def _least_images(recipe: Recipe, train: Dataset) -> float:
+    return max(recipe.images_seen, recipe.epochs * epoch_length(train, recipe.repeat_rare))
 
 
 def choose_batch(
@@ -194,7 +221,7 @@ def _covering_size(
     step = 32 * max(1, -(-(most - least) // (32 * SIDES_TRIED)))
     shares: dict[int, float] = {}
     for size in range(least, most + 1, step):
-        frame = _frame(recipe, size)
+        frame = _frame(recipe, train, size)
         shares[size] = max(coverage(spec, train, frame) for spec in choices)
         if shares[size] >= WELL_COVERED:
             break
@@ -265,7 +292,7 @@ def anchors_at(choices: Sequence[AnchorSpec], train: Dataset, preprocessing: Pre
     # Smaller anchors must earn their place: with equal coverage the usual ones stand.
     best = max(range(len(choices)), key=lambda i: shares[i] - 0.01 * i)
     if len(choices) > 1 and shares[best] < POORLY_COVERED:
-        objects = objects_in_network(train, preprocessing, most=MISSED_SAMPLE)
+        objects = objects_in_network(train, preprocessing, most=OBJECTS_SAMPLED)
         fitted = fit_anchors(choices[best], objects, train.labels[objects.rows])
         share = coverage(fitted, train, preprocessing)
         if share >= shares[best] + WORTH_FITTING:
@@ -328,7 +355,7 @@ def choose_anchors(
 
 def _missed(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> str:
     """Return "28% of Platelets, ..." for the classes of which too few objects have an anchor."""
-    objects = objects_in_network(train, preprocessing, most=MISSED_SAMPLE)
+    objects = objects_in_network(train, preprocessing, most=OBJECTS_SAMPLED)
     classes = coverage_by_class(train, objects.rows, best_overlaps(spec, objects))
     poor = {name: 1 - of.at_50 for name, of in classes.items() if of.at_50 is not None}
     poor = {name: share for name, share in poor.items() if share > 1 - POORLY_COVERED}
@@ -352,7 +379,7 @@ def _help_for_missed(options: TrainingOptions, size: int, fitted: bool) -> str:
 
 def coverage(spec: AnchorSpec, train: Dataset, preprocessing: Preprocessing) -> float:
     """Return the share of a sample of objects whose best anchor reaches IoU 0.5, in the network's frame."""
-    overlaps = best_overlaps(spec, objects_in_network(train, preprocessing, most=COVERAGE_SAMPLE))
+    overlaps = best_overlaps(spec, objects_in_network(train, preprocessing, most=OBJECTS_SAMPLED))
     return float((overlaps >= 0.5).mean()) if len(overlaps) else 1.0
 
 
@@ -378,12 +405,14 @@ def choose_steps(
         images = options.epochs * epoch_length(train, recipe.repeat_rare)
         return _steps(images, recipe), f"{options.epochs:g} epochs asked for"
     why = f"recipe {recipe.name}"
-    images = max(recipe.images_seen, recipe.epochs * epoch_length(train, recipe.repeat_rare))
+    images = _least_images(recipe, train)
     if recipe.pixels_seen:
         pixels = padded_pixels(train, preprocessing, recipe.batch_size)
         if recipe.pixels_seen / pixels > images:
             images = recipe.pixels_seen / pixels
             why += f": {recipe.pixels_seen / 1e6:,.0f} megapixels, of {pixels / 1e6:.3f} an image with its padding"
+        elif images == recipe.images_seen:
+            why += f": at least {images:,} images"
     return _steps(images, recipe), why
 
 

@@ -25,7 +25,7 @@ from retinanet.training.memory import (
     restart_peak_memory,
     return_freed,
 )
-from retinanet.training.plan import VALIDATIONS, Plan
+from retinanet.training.plan import Plan
 from retinanet.training.sizing import PIXELS_A_SECOND, padded_pixels
 from retinanet.training.step import TrainingStep
 
@@ -78,7 +78,7 @@ def fit_to_time(plan: Plan, tried: Estimate, deadline: Deadline, processes: Proc
     if every:
         validations, per_step = 1, step + validation / every
     else:
-        validations = max(1, min(VALIDATIONS, int(VALIDATED * seconds / max(validation, 1e-9))))
+        validations = max(1, min(plan.usual_validations, int(VALIDATED * seconds / max(validation, 1e-9))))
         per_step = step
     steps = math.floor((seconds - reserve(seconds) - validations * validation) / per_step)
     if steps < 1:
