@@ -15,7 +15,7 @@ from retinanet.data import Dataset, open_dataset
 from retinanet.data.shapes import generate_shapes, holds_shapes
 from retinanet.errors import ConfigError, DataError, did_you_mean
 from retinanet.paper.page import write_page
-from retinanet.paper.results import Request, search_jobs, seed_jobs, what_is_known
+from retinanet.paper.results import Request, search_jobs, seed_jobs, seeds_of, what_is_known
 from retinanet.paper.running import Job, Store, run_all
 from retinanet.paper.settings import Setting, by_the_papers_thresholds, focal, options_of
 from retinanet.paper.study_page import page_of
@@ -197,13 +197,15 @@ def measure(names: Sequence[str], request: Request, say: Callable[[str], None]) 
             failures += run(jobs)
             tried.update(jobs)  # one that failed is not tried again
         failures += run(timed(seed_jobs(group, request, store), request, store))
-    lacking = [
-        one for one in settings if one.peer and what_is_known(one.ours, request, store).seconds is None
-    ]
-    return failures + [
-        f"{one.key}: how long ours took is not known, as its row has no result of a run that was never interrupted"
-        for one in lacking
-    ]
+    for one in settings:
+        ours = what_is_known(one.ours, request, store)
+        if one.peer and ours.seconds is None:
+            why = "how long ours took is not known, as its row has no result of a run that was never interrupted"
+            if ours.rate is not None and ours.results:
+                file = store.file(request.job(one.ours, ours.rate, seeds_of(request)[0]))
+                why += f": remove {file}, and it is trained again"
+            failures.append(f"{one.key}: {why}")
+    return failures
 
 
 def timed(jobs: Sequence[Job], request: Request, store: Store) -> list[Job]:

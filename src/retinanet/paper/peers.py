@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -117,6 +117,8 @@ class Peer:
     """A detector of torchvision's in our frame.
 
     Args:
+        square: SSD's images are all of one square size. They are padded to squares, here and there alike, as its own
+            resizing would change their shape, and of a batch's otherwise than of a single one's.
         first_label: what it calls our class 0; those with a background class call that one 0.
         outputs: layers that Muon leaves to AdamW, as in ours: those that give the outputs; and fully connected ones,
             whose matrices are so large that orthogonalising them would cost more than the rest of the step.
@@ -125,6 +127,7 @@ class Peer:
     model: Any  # torchvision's classes are not typed
     preprocessing: Preprocessing
     classes: Classes
+    square: bool
     first_label: int
     outputs: Sequence[nn.Module]
 
@@ -139,7 +142,7 @@ class Peer:
             labels = classes[real] + self.first_label
             targets.append({"boxes": boxes[real].to(device), "labels": labels.to(device)})
         with autocast(device, precision):
-            losses: dict[str, Tensor] = self.model.train()(list(images), targets)
+            losses: dict[str, Tensor] = self.model.train()(list(self._canvas(images)), targets)
         return torch.stack([value.float() for value in losses.values()]).sum()
 
     @torch.inference_mode()
@@ -147,7 +150,7 @@ class Peer:
         """Return what it finds in a decoded image."""
         pixels, geometry = self.preprocessing.prepare(image)
         device = next(self.model.parameters()).device
-        (found,) = self.model.eval()([torch.from_numpy(pixels).to(device)])
+        (found,) = self.model.eval()([self._canvas(torch.from_numpy(pixels).to(device))])
         boxes = geometry.to_original(found["boxes"].cpu().numpy())
         solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         return Detections(
@@ -159,12 +162,23 @@ class Peer:
             height=image.shape[0],
         )
 
+    def _canvas(self, images: Tensor) -> Tensor:
+        """Return images `[..., H, W]` as the model takes them: SSD's with a margin right and below, up to a square."""
+        if not self.square:
+            return images
+        height, width = images.shape[-2:]
+        divisor = self.preprocessing.divisor
+        side = -(-max(height, width) // divisor) * divisor
+        return nn.functional.pad(images, (0, side - width, 0, side - height))
+
 
 def build_peer(name: PeerName, spec: ModelSpec, weights: Path | None = None) -> Peer:
-    """Build a peer of a RetinaNet: its backbone and weights, its width, its norms, anchors from its smallest.
+    """Build a peer of a RetinaNet: its backbone and weights, its width, anchors from its smallest (FCOS: the ranges of
+    its levels in the same proportion to the paper's).
 
-    Where torchvision's own defaults would harm a peer trained from scratch they are replaced: norms stand where ours
-    have them (the box head of Faster R-CNN is that of torchvision's second version), and FCOS keeps scores from 0.05.
+    Where torchvision's own defaults would harm a peer trained from scratch they are replaced: where our heads have
+    GroupNorm, so have its pyramid (ours has none), SSD's maps and the box head of Faster R-CNN, as in torchvision's
+    second version; FCOS's heads always have it. FCOS keeps scores from 0.05.
     """
     strides = (4, 8, 16, 32) if name == "faster-rcnn" else (8, 16, 32)
     body = build_backbone(spec.backbone, strides)
@@ -177,7 +191,7 @@ def build_peer(name: PeerName, spec: ModelSpec, weights: Path | None = None) -> 
     divisor = 1 if fixed else spec.preprocessing.divisor
     model.transform = AsGiven(side, side, [0.0] * 3, [1.0] * 3, size_divisible=divisor, fixed_size=fixed)
     outputs += [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    return Peer(model, spec.preprocessing, spec.classes, 0 if name == "fcos" else 1, outputs)
+    return Peer(model, spec.preprocessing, spec.classes, bool(fixed), 0 if name == "fcos" else 1, outputs)
 
 
 def _faster_rcnn(body: Backbone, spec: ModelSpec, norm: Norm | None) -> tuple[Any, list[nn.Module]]:
@@ -200,9 +214,12 @@ def _faster_rcnn(body: Backbone, spec: ModelSpec, norm: Norm | None) -> tuple[An
 def _fcos(body: Backbone, spec: ModelSpec, norm: Norm | None) -> tuple[Any, list[nn.Module]]:
     top = LastLevelP6P7(body.channels[-1], spec.pyramid.channels)
     top.use_P5 = spec.pyramid.p6_from == "p5"
+    # A level answers for objects of 4 to 8 times its size here, and torchvision's are a quarter of the paper's anchors.
+    points = AnchorGenerator(tuple((size / 4,) for size in spec.anchors.sizes), ((1.0,),) * 5)
     model = FCOS(
         Pyramid(body, spec.pyramid.channels, top, norm),
         len(spec.classes),
+        anchor_generator=points,
         score_thresh=0.05,
         detections_per_img=spec.post_processing.max_detections,
     )
@@ -349,8 +366,7 @@ class _Step:
         """The peer with averaged weights, where they are averaged."""
         if self.average is None:
             return self.peer
-        own = self.peer
-        return Peer(self.average.model, own.preprocessing, own.classes, own.first_label, ())
+        return replace(self.peer, model=self.average.model, outputs=())
 
 
 def _batches(plan: Plan, train: Dataset, steps: int) -> Iterator[Batch]:

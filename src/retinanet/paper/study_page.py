@@ -198,13 +198,16 @@ def _differences(
 
 
 def _steps(study: Study, known: dict[str, Measured]) -> list[str]:
-    """Return how far peers came in our time."""
-    lines = []
+    """Return how far peers came in our time, and what time that was."""
+    lines, ours = [], {row.setting: known[row.name].seconds for row in study.rows if row.setting is not None}
     for row in study.rows:
         if row.setting is not None and row.setting.peer is not None:
-            steps = [f"{result['steps']:,}" for result in known[row.name].results if "steps" in result]
-            if steps:
-                lines.append(f"{study.here[row.name]} took {', '.join(steps)} steps in our time.")
+            done = [result for result in known[row.name].results if "steps" in result]
+            own, took = ours.get(row.setting.ours), known[row.name].seconds
+            if done:
+                steps = ", ".join(f"{result['steps']:,}" for result in done)
+                means = "" if None in (own, took) else f" (on average {took:,.0f} s, ours {own:,.0f} s)"
+                lines.append(f"{study.here[row.name]} took {steps} steps in our time{means}.")
     return lines
 
 

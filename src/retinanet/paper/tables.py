@@ -270,9 +270,10 @@ def with_peers(study: Study) -> Study:
 OF_PEERS = (
     "Beside it torchvision's Faster R-CNN with FPN (two stages), SSD and FCOS, trained here for as long as ours on the "
     "same images, with the same backbone, augmentation, optimiser, averaged weights and rates to choose from; heads, "
-    "anchors, sampling, losses and post-processing are torchvision's, without our fast paths for them, so that in the "
-    "same time a step of ours may be one of several. SSD sees all images as squares. The other rows are "
-    "published values."
+    "sampling, losses and post-processing are torchvision's, without our fast paths for them, so that in the "
+    "same time a step of ours may be one of several. Their anchors, of FCOS the ranges of its levels, begin where ours "
+    "do; their pyramids have a norm, as torchvision's newer models, where ours has none. SSD sees all images padded to "
+    "squares of one size. The other rows are published values."
 )
 
 
