@@ -30,10 +30,10 @@ from retinanet.folders import write_json
 from retinanet.model import BackboneSpec, ModelSpec, PyramidSpec, build_retinanet
 from retinanet.objective import ByIou
 from retinanet.paper import imbalance, measuring, running, speed
-from retinanet.paper.comparison import compare_order, difference, interval
+from retinanet.paper.comparison import compare_order, difference, interval, spread_of
 from retinanet.paper.measuring import check_rows, measure, prepare
-from retinanet.paper.page import Picture, Table
-from retinanet.paper.results import Request, what_is_known
+from retinanet.paper.page import Picture, Table, write_page
+from retinanet.paper.results import Measured, Request, common_spread, what_is_known
 from retinanet.paper.running import Job, Store, job_of, run_all, run_one
 from retinanet.paper.settings import (
     SCALES,
@@ -256,13 +256,90 @@ def test_the_order_of_rows() -> None:
     tied = compare_order([1, 1, 2], [[0.2], [0.1], [0.3]])
     assert tied.same
     assert tied.tau == pytest.approx(0.816, abs=1e-3)
-    alone = compare_order([1, 2, 3], [[0.1, 0.1], [0.2], [0.3]])
+    alone = compare_order([1, 2, 3], [[0.1], [0.2], [0.3]])
     assert alone.low is None
     assert "are in the paper's order" in alone.in_words()
-    assert "a row has one seed" in alone.in_words()
+    assert "no row has two seeds" in alone.in_words()
     alike = compare_order([1, 2, 3], [[0.1, 0.2], [0.1, 0.2], [0.1, 0.2]])
     assert alike.tau is None
     assert "all alike" in alike.in_words()
+
+
+def test_seeds_of_all_rows_say_how_far_they_spread() -> None:
+    rows = [[0.30, 0.32, 0.34], [0.10, 0.11, 0.15, 0.16], [0.2], []]
+    # Squares around the means 0.32 and 0.13: 2 x 0.02^2, and 2 x (0.03^2 + 0.02^2).
+    found = spread_of(rows)
+    assert found is not None
+    assert found.freedom == 2 + 3
+    assert found.deviation == pytest.approx(((2 * 0.02**2 + 2 * (0.03**2 + 0.02**2)) / 5) ** 0.5)
+    assert spread_of([[0.1], [0.2]]) is None
+    # t of 5 degrees of freedom = 2.5706
+    assert interval(rows[0], found).half == pytest.approx(2.5706 * found.deviation / 3**0.5, rel=1e-4)
+    assert interval(rows[2], found).half == pytest.approx(2.5706 * found.deviation, rel=1e-4)
+    apart = difference(rows[0], rows[1], spread=found)
+    half = 2.5706 * found.deviation * (1 / 3 + 1 / 4) ** 0.5
+    assert apart.mean == pytest.approx(0.19)
+    assert (apart.low, apart.high) == pytest.approx((0.19 - half, 0.19 + half), rel=1e-4)
+    # Two comparisons at once: t of 0.9875 = 3.1634
+    wide = difference(rows[0], rows[1], spread=found, comparisons=2)
+    assert 0.19 - (wide.low or 0) == pytest.approx(half * 3.1634 / 2.5706, rel=1e-4)
+    alone = difference([0.3], [0.1], spread=found)
+    assert 0.2 - (alone.low or 0) == pytest.approx(2.5706 * found.deviation * 2**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("times", "low"), [(0.8, -1), (1.2, 1)])
+def test_the_order_of_two_rows_is_known_where_their_difference_is(times: float, low: int) -> None:
+    """Two rows are in the other order as often as Student's t says: at its quantile 0.975, in 2.5 % of all draws."""
+    first = [0.10, 0.12, 0.14]
+    # s = 0.02, t of 4 degrees of freedom = 2.7764
+    second = [seed + times * 2.7764 * 0.02 * (2 / 3) ** 0.5 for seed in first]
+    found = compare_order([1, 2], [first, second])
+    assert (found.low, found.high) == (low, 1)
+
+
+def test_rows_that_diverged_do_not_say_how_far_seeds_spread() -> None:
+    sound = Measured({1.0: 0.3}, 1.0, [{"ap": 0.3}, {"ap": 0.4}])
+    gone = Measured({1.0: 0.3}, 1.0, [{"ap": 0.3}, {"ap": 0.0, "diverged": "the loss is nan"}])
+    assert common_spread([sound, gone]) == common_spread([sound]) == spread_of([[0.3, 0.4]])
+    # What all seeds found alike is certain, whatever others do.
+    order = compare_order([0, 1], [[0.0, 0.0], [0.2, 0.3]], spread_of([[0.2, 0.3]]))
+    assert order.low is not None
+
+
+def test_a_command_trains_what_was_asked_for(tmp_path: Path) -> None:
+    request = Request(SCALES["tiny"], None, Path("here"), 3, (), 1)
+    drawn = replace(request, data=Path("here/data/shapes-tiny"))
+    assert request.command("table1e") == drawn.command("table1e") == "retinanet paper table1e --output here"
+    own = replace(
+        request,
+        data=Path("my data"),
+        scale=replace(SCALES["small"], steps=7, sgd=True),
+    )
+    assert own.command("table1b", "gamma 2") == (
+        "retinanet paper table1b --rows 'gamma 2' --scale small --data 'my data' --steps 7 --sgd --output here"
+    )
+
+
+def test_committed_pages_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "docs" / "paper"
+    pages = [file for file in sorted(folder.rglob("*.json")) if file.stem in STUDIES]
+    assert pages
+    for file in pages:
+        known = json.loads(file.read_text())
+        (results,) = [one.name for one in (file.parent / "results").iterdir() if one.is_dir()]
+        scale = SCALES[known["scale"]]
+        scale = replace(scale, sgd=file.parent.name == "sgd")
+        data = file.parent / "data" / f"shapes-{scale.name}"
+        request = Request(
+            scale, data, file.parent, seeds=max(len(row["results"]) for row in known["rows"]), rows=(), parallel=1,
+            about_data=known["data"], images=4000, conditions=results.rpartition("-")[2],
+            peers=any((row["setting"] or {}).get("peer") for row in known["rows"]),
+        )  # fmt: skip
+        write_page(page_of(request.study(file.stem), request, Store(file.parent)), tmp_path)
+        for kind in (".md", ".json"):
+            assert (tmp_path / file.name).with_suffix(kind).read_text() == file.with_suffix(
+                kind
+            ).read_text(), file
 
 
 def test_tau_is_scipys() -> None:
@@ -420,7 +497,7 @@ def test_a_page_while_rows_are_missing_and_when_all_are_there(
     measure(["table3"], asked, lambda _: None)
     text = (tmp_path / "table3.md").read_text()
     assert "| CE | 31.1 | 49.4 | 33.0 | 24.0 ± 5.0 | 24.0 ± 5.0 | 24.0 ± 5.0 | x 0.125 | 3 |" in text
-    assert "| FL, gamma 2 | 34.0 | 52.5 | 36.5 | not yet |  |  |  |  |" in text
+    assert "| FL, gamma 2 | 34.0 | 52.5 | 36.5 | not measured |  |  |  |  |" in text
     assert "Kendall" not in text
     assert "on blood: 8 training images, 25% without objects; " in text
     assert "600 steps of 8, recipe small, 160 px" in text
@@ -453,7 +530,7 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_told(
     assert "CE, pi 0.5 (no prior): 2 of 2 runs diverged (the loss is nan at step 10)." in text
     cells = "diverged | diverged | diverged | diverged |"  # down to the grid's end
     assert f"| CE, pi 0.5 (no prior) | {cells}" in text
-    assert "| FL, pi 0.01 | 34.0 | 52.5 | 36.5 | not yet |" in text  # one of its rates is missing
+    assert "| FL, pi 0.01 | 34.0 | 52.5 | 36.5 | not measured |" in text  # one of its rates is missing
     assert not any(job.setting == focal(2) and job.seed for job in ran)
     # Given again, the command tries what failed.
     ran.clear()
@@ -507,7 +584,8 @@ def test_results_under_other_conditions_do_not_mix(
     copy = shutil.copytree(data, tmp_path / "elsewhere" / data.name)
     assert prepare(replace(usual, data=copy), lambda _: None, draw=True).conditions == conditions[0]
     about = prepare(usual, lambda _: None, draw=True).about_data
-    assert re.fullmatch(r"shapes: 8 training images, \d+% without objects", about)
+    said = r"shapes: 8 training images, \d+% without objects, anchors with IoU 0.5 for \d+% of the objects"
+    assert re.fullmatch(said, about)
 
 
 def test_a_real_run(data: Path, tmp_path: Path) -> None:
@@ -847,7 +925,7 @@ def test_a_page_without_measured_rows(data: Path, tmp_path: Path) -> None:
     page = page_of(STUDIES["table2"](TINY), request(data, tmp_path), Store(tmp_path))
     (table,) = [part for part in page.parts if isinstance(part, Table)]
     assert len(table.rows) == 9
-    assert [row[7] for row in table.rows] == ["-"] * 7 + ["not yet", "-"]
+    assert [row[7] for row in table.rows] == ["-"] * 7 + ["not measured", "-"]
     assert STUDIES["table2"](TINY).rows[0].published == Published(34.9, 55.7, 37.4, 15.6, 38.7, 50.9)
 
 

@@ -11,19 +11,23 @@ from typing import Any
 
 import numpy as np
 
+from retinanet.anchors import AnchorSpec
 from retinanet.data import Dataset, open_dataset
 from retinanet.data.shapes import generate_shapes, holds_shapes
+from retinanet.devices import choose_device, resolve_precision
 from retinanet.errors import ConfigError, DataError, did_you_mean
+from retinanet.images import Preprocessing
 from retinanet.paper.page import write_page
 from retinanet.paper.results import Request, search_jobs, seed_jobs, seeds_of, what_is_known
 from retinanet.paper.running import Job, Store, run_all
-from retinanet.paper.settings import Setting, by_the_papers_thresholds, focal, options_of
+from retinanet.paper.settings import Scale, Setting, by_the_papers_thresholds, focal, longest_of, options_of
 from retinanet.paper.study_page import page_of
 from retinanet.paper.tables import Row, Study
 from retinanet.training.optimizer import drops_of
 from retinanet.training.planning import plan_run
 from retinanet.training.progress import plain_console
 from retinanet.training.recipes import paper, small
+from retinanet.training.sizing import coverage
 
 
 def prepare(request: Request, say: Callable[[str], None], *, draw: bool) -> Request:
@@ -41,7 +45,7 @@ def prepare(request: Request, say: Callable[[str], None], *, draw: bool) -> Requ
             if not draw:
                 raise ConfigError(
                     f"nothing is trained at scale {request.scale.name} in {request.output} yet; train a table first: "
-                    f"retinanet paper table1b --output {request.output}"
+                    f"{request.command('table1b')}"
                 )
             say(f"drawing {train + val:,} synthetic images: {data}")
             generate_shapes(data, train=train, val=val, spec=spec)
@@ -55,10 +59,20 @@ def prepare(request: Request, say: Callable[[str], None], *, draw: bool) -> Requ
     return replace(
         request,
         data=data,
-        about_data=f"{data.name}: {len(splits[0]):,} training images, {empty:.0%} without objects",
+        about_data=(
+            f"{data.name}: {len(splits[0]):,} training images, {empty:.0%} without objects, anchors with IoU 0.5 for "
+            f"{_covered(request.scale, splits[0]):.0%} of the objects"
+        ),
         images=len(splits[0]),
         conditions=_digest(request, splits),
     )
+
+
+def _covered(scale: Scale, train: Dataset) -> float:
+    """Return the share of the objects that the anchors of most rows can be positive for by the paper's threshold."""
+    sizes = tuple(float(size) for size in scale.options["anchors"].split(","))
+    frame = Preprocessing(image_size=scale.side, max_size=longest_of(scale.side))
+    return coverage(AnchorSpec(sizes=sizes), train, frame)
 
 
 def _digest(request: Request, splits: Sequence[Dataset]) -> str:
@@ -75,6 +89,8 @@ def _digest(request: Request, splits: Sequence[Dataset]) -> str:
     )
     usual = replace(by_the_papers_thresholds(recipe), loss="focal")  # every setting says its own
     decided = [numbers, without_defaults(usual), request.pretrained]
+    if "precision" not in numbers["options"]:  # then the machine says it
+        decided.append(resolve_precision(choose_device("auto"), "auto"))
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode())
     for split in splits:
         for values in (split.widths, split.heights, split.offsets, split.boxes, split.labels, split.ignore):
@@ -167,7 +183,7 @@ def trained_model(request: Request) -> Path:
     if rate is None:
         raise ConfigError(
             "fig4 needs --model RUN --data DATA, or the row `gamma 2` of table1b, which is not trained yet in "
-            f"{request.output}: retinanet paper table1b --rows 'gamma 2' --output {request.output}"
+            f"{request.output}: {request.command('table1b', 'gamma 2')}"
         )
     return store.model(request.job(setting, rate, 0))
 

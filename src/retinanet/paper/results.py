@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retinanet.paper.comparison import Interval, interval
+from retinanet.paper.comparison import Interval, Spread, interval, spread_of
 from retinanet.paper.running import Job, Store
-from retinanet.paper.settings import Scale, Setting, best_rate
+from retinanet.paper.settings import SCALES, Scale, Setting, best_rate
 from retinanet.paper.tables import STUDIES, Study, with_own_loss, with_peers
 
 
@@ -56,6 +57,22 @@ class Request:
             sgd=self.scale.sgd,
         )
 
+    def command(self, item: str, rows: str | None = None) -> str:
+        """Return the command that trains an item as it was asked for here."""
+        given, usual = self.data, SCALES[self.scale.name]
+        parts = ["retinanet", "paper", item, *(["--rows", rows] if rows else [])]
+        if self.scale.name != "tiny":
+            parts += ["--scale", self.scale.name]
+        if given is not None and given != self.output / "data" / f"shapes-{self.scale.name}":
+            parts += ["--data", str(given)]
+        if self.scale.steps != usual.steps:
+            parts += ["--steps", str(self.scale.steps)]
+        if self.scale.sgd:
+            parts.append("--sgd")
+        if self.pretrained != "auto":
+            parts += ["--pretrained", self.pretrained]
+        return shlex.join([*parts, "--output", str(self.output)])
+
     def study(self, name: str) -> Study:
         """Return a table with the rows that were asked for besides the paper's."""
         study = STUDIES[name](self.scale)
@@ -85,9 +102,19 @@ class Measured:
         ]
         return sum(known) / len(known) if known else None
 
-    def of(self, figure: str) -> Interval | None:
-        values = [result[figure] for result in self.results if result.get(figure) is not None]
-        return interval(values) if values else None
+    def seeds(self, figure: str) -> list[float]:
+        """Return a figure of every seed that has it."""
+        return [result[figure] for result in self.results if result.get(figure) is not None]
+
+    def of(self, figure: str, spread: Spread | None = None) -> Interval | None:
+        values = self.seeds(figure)
+        return interval(values, spread) if values else None
+
+
+def common_spread(rows: Iterable[Measured], figure: str = "ap") -> Spread | None:
+    """Return how far the seeds of a table's rows spread; what diverged, and then finds nothing, is left out."""
+    sound = [row for row in rows if not any("diverged" in result for result in row.results)]
+    return spread_of([row.seeds(figure) for row in sound])
 
 
 def search_jobs(settings: Iterable[Setting], request: Request, store: Store) -> list[Job]:

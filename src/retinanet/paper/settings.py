@@ -157,7 +157,7 @@ GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 SCALES: dict[ScaleName, Scale] = {
     "tiny": Scale(
         name="tiny",
-        what="a CPU, minutes a run: timm's smallest ResNet on synthetic shapes, from scratch",
+        what="a CPU, minutes a run: timm's smallest ResNet, from scratch",
         base="test_resnet",
         deep="resnet10t",
         side=160,
@@ -195,7 +195,12 @@ SCALES: dict[ScaleName, Scale] = {
         steps=90_000,
         rates=(1.0,),
         first_rates=(1.0,),
-        options={"recipe": "paper", "batch_size": 16, "anchors": "32,64,128,256,512"},
+        options={
+            "recipe": "paper",
+            "batch_size": 16,
+            "anchors": "32,64,128,256,512",
+            "precision": "fp32",  # as the paper's was
+        },
     ),
 }
 
@@ -218,13 +223,18 @@ def options_of(
         pretrained=pretrained,
         backbone=backbone,
         image_size=side,
-        max_size=round(side * 5 / 3),  # as Detectron's: 1,000 beside 600, 1,333 beside 800
+        max_size=longest_of(side),
         loss=setting.loss,
         prior=setting.prior,
         steps=round(scale.steps * (1.5 if setting.jitter else 1)),
         seed=seed,
         **told,
     )
+
+
+def longest_of(side: int) -> int:
+    """Return the longest side of images with a shortest one, as Detectron's: 1,000 beside 600, 1,333 beside 800."""
+    return round(side * 5 / 3)
 
 
 def by_the_papers_thresholds(recipe: Recipe) -> Recipe:

@@ -15,10 +15,10 @@ from retinanet.devices import choose_device
 from retinanet.errors import ConfigError
 from retinanet.images import UInt8Array, decode
 from retinanet.inference import load
-from retinanet.paper.comparison import Interval
+from retinanet.paper.comparison import Interval, Spread
 from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
 from retinanet.paper.peers import load_peer
-from retinanet.paper.results import Measured, Request, what_is_known
+from retinanet.paper.results import Measured, Request, common_spread, what_is_known
 from retinanet.paper.running import Store
 from retinanet.paper.settings import options_of
 from retinanet.paper.tables import PEERS, STAND_INS, table1e, table2, with_peers
@@ -54,8 +54,9 @@ def fig2(request: Request) -> Page:
     if not known and not peers:
         raise ConfigError(
             f"fig2 needs rows of table1e with their models, of which none is in {request.output}: "
-            f"retinanet paper table1e --output {request.output}"
+            f"{request.command('table1e')}"
         )
+    spread = common_spread(found for found, _ in known.values())
     figure = new_figure(10, 4.2)
     left, right = figure.subplots(1, 2)
     rows: list[tuple[str, str, str, str, str]] = []
@@ -72,7 +73,7 @@ def fig2(request: Request) -> Page:
         of_depth = [
             row for row in study.rows if row.name in known and row.setting and row.setting.deep == deep
         ]
-        means = [_mean(known[row.name][0]) for row in of_depth]
+        means = [_mean(known[row.name][0], spread) for row in of_depth]
         speeds = [known[row.name][1] for row in of_depth]
         name = request.scale.deep if deep else request.scale.base
         if of_depth:
@@ -84,7 +85,7 @@ def fig2(request: Request) -> Page:
         here = ("-", "-")
         if row.name in known:
             found, ms = known[row.name]
-            here = (_mean(found).percent(), f"{ms:.1f}")
+            here = (_mean(found, spread).percent(), f"{ms:.1f}")
         rows.append((row.name, *published, *here))
     rows += [(name, f"{ap:.1f}", f"{ms}", "-", "-") for name, (ap, ms) in OTHERS.items()]
     for (name, (found, ms)), mark in zip(peers.items(), "sD^", strict=False):
@@ -149,8 +150,8 @@ def milliseconds(detect: Callable[[UInt8Array], object], data: str) -> float:
     return 1000 * float(np.median(times[min(WARM, len(times) - 1) :]))
 
 
-def _mean(found: Measured) -> Interval:
-    mean = found.of("ap")
+def _mean(found: Measured, spread: Spread | None = None) -> Interval:
+    mean = found.of("ap", spread)
     assert mean is not None  # it has results
     return mean
 

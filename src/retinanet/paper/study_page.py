@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 
 from retinanet.losses import sigmoid_cross_entropy, sigmoid_focal_star_loss
 from retinanet.model import fitting_norm
-from retinanet.paper.comparison import compare_order, difference, interval
+from retinanet.paper.comparison import Spread, compare_order, difference, interval
 from retinanet.paper.page import COLOURS, Page, Picture, Table, new_figure
-from retinanet.paper.results import Measured, Request, what_is_known
+from retinanet.paper.results import Measured, Request, common_spread, what_is_known
 from retinanet.paper.running import Store
 from retinanet.paper.settings import Scale
 from retinanet.paper.tables import Row, Study
@@ -51,39 +51,57 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
     }
     figures = ("ap", *study.figures)
     measured = [figure for figure in figures if figure not in PUBLISHED_ONLY]
+    # Other detectors than ours may spread otherwise.
+    peers = any(row.setting is not None and row.setting.peer is not None for row in study.rows)
+    spreads = {figure: None if peers else common_spread(known.values(), figure) for figure in measured}
+    spread = spreads["ap"]
     head = ["row", *(f"{HEADINGS[figure]}, paper" for figure in figures), *(HEADINGS[f] for f in measured)]
     table = Table(
         [*head, "rate", "seeds"],
         [
-            [row.name, *_published(row, figures), *_measured(known.get(row.name), measured)]
+            [row.name, *_published(row, figures), *_measured(known.get(row.name), spreads)]
             for row in study.rows
         ],
     )
     finished = [row for row in study.rows if row.name in known and known[row.name].results]
-    parts: list[str | Table | Picture] = [study.about, _how(request), table, *_divergences(study, known)]
+    parts: list[str | Table | Picture] = [
+        study.about,
+        f"{_how(request)}{_intervals(request, spread, alike=not peers)}",
+        table,
+        *_divergences(study, known),
+    ]
     ordered = [row for row in finished if row.published.ap is not None]
     numbers: dict[str, Any] = {"scale": request.scale.name, "data": request.about_data}
     if study.ordered and len(ordered) > 2:
         order = compare_order(
             [row.published.ap or 0.0 for row in ordered],
-            [[result["ap"] for result in known[row.name].results] for row in ordered],
+            [known[row.name].seeds("ap") for row in ordered],
+            spread,
         )
         parts.append(order.in_words())
         numbers["order"] = asdict(order)
     compared = [pair for pair in study.against if all(name in known and known[name].results for name in pair)]
     if compared:
-        table, numbers["against"] = _differences(study, compared, known)
+        table, numbers["against"] = _differences(study, compared, known, spread)
         many = f", wide enough that all {len(study.against)} hold at once" if len(study.against) > 1 else ""
+        kind = "Student's t" if spread else "Welch's t"
+        least = ""
+        if spread is not None:
+            half = spread.half(2 / request.seeds, comparisons=len(study.against))
+            seeds = "1 seed" if request.seeds == 1 else f"{request.seeds} seeds"
+            least = (
+                f" Of {seeds} each, two rows have to be {100 * half:.1f} AP apart to be told from each other."
+            )
         parts += [
-            f"Differences of rows with their 95 % intervals (Welch's t{many}). The last column is of their direction "
-            "alone, not of their size:",
+            f"Differences of rows with their 95 % intervals ({kind}{many}).{least} The last column is of their "
+            "direction alone, not of their size:",
             table,
             *_steps(study, known),
         ]
     if study.stars and len(finished) > 1 and known["CE"].results:
-        parts.append(_stars(study, known))
+        parts.append(_stars(study, known, spread))
     elif len(finished) > 1:
-        parts.append(_picture(study, finished, known))
+        parts.append(_picture(study, finished, known, spread))
     tried = [row for row in study.rows if row.name in known and known[row.name].rates]
     if len(request.scale.rates) > 1 and tried:
         parts += _rates(tried, known, request.scale)
@@ -107,7 +125,8 @@ def _how(request: Request) -> str:
     first = " and ".join(f"{rate:g}" for rate in scale.first_rates)
     chosen = (
         " The rate of a row is the best on val with a seed of its own, looked for alike with every loss: at x "
-        f"{first}, then beside the best until it has no better neighbour. The figures are of other seeds."
+        f"{first}, then beside the best until it has no better neighbour. The figures are of other seeds; what another "
+        "choice would have given is not in their intervals."
     )
     recipe = small(Classes(("any",)), scale.base, "cpu")
     rates = "a cosine for the rate of the paper's SGD"
@@ -126,8 +145,20 @@ def _how(request: Request) -> str:
         f"Measured at scale {scale.name} ({scale.what}) on {request.about_data}; {scale.steps:,} steps of "
         f"{options['batch_size']}, recipe {options['recipe']}, {scale.side} px, anchors from "
         f"{options['anchors'].split(',')[0]} px, where the row does not say otherwise.{differs} "
-        "AP is in percent, on val: the mean of seeds ± half of its 95 % interval (Student's t)."
-        f"{chosen if len(scale.rates) > 1 else ''} What was published is of COCO."
+        f"AP is in percent, on val.{chosen if len(scale.rates) > 1 else ''} What was published is of COCO."
+    )
+
+
+def _intervals(request: Request, spread: Spread | None, *, alike: bool) -> str:
+    """Return what stands behind the mean of a row."""
+    if not alike:
+        return " Means are of seeds, ± half of a 95 % interval by the seeds of the row (Student's t)."
+    if spread is None:
+        return " A single seed does not say how far others are from it."
+    return (
+        " Means are of seeds, ± half of a 95 % interval (Student's t), for which the seeds of all rows are taken to "
+        f"spread alike: their AP is {100 * spread.deviation:.1f} from the mean of their row (standard deviation, "
+        f"{spread.freedom} degrees of freedom)."
     )
 
 
@@ -140,14 +171,15 @@ def _published(row: Row, figures: Sequence[str]) -> list[str]:
     return [row.published.said if row.published.ap is None else cells[0], *cells[1:]]
 
 
-def _measured(found: Measured | None, figures: Sequence[str]) -> list[str]:
+def _measured(found: Measured | None, spreads: Mapping[str, Spread | None]) -> list[str]:
+    """Return the cells of a row: each figure with its interval, the rate, the number of seeds."""
     if found is None:
-        return ["-"] * (len(figures) + 2)
+        return ["-"] * (len(spreads) + 2)
     if not found.results:
-        return ["not yet" if figure == "ap" else "" for figure in figures] + ["", ""]
+        return ["not measured" if figure == "ap" else "" for figure in spreads] + ["", ""]
     cells = []
-    for figure in figures:
-        known = found.of(figure)
+    for figure, spread in spreads.items():
+        known = found.of(figure, spread)
         cells.append("-" if known is None else known.percent())
     return [*cells, f"x {found.rate:g}", f"{len(found.results)}"]
 
@@ -178,14 +210,14 @@ def _rate(found: Measured, rate: float, scale: Scale) -> str:
 
 
 def _differences(
-    study: Study, pairs: Sequence[tuple[str, str]], known: dict[str, Measured]
+    study: Study, pairs: Sequence[tuple[str, str]], known: dict[str, Measured], spread: Spread | None
 ) -> tuple[Table, list[dict[str, Any]]]:
     """Return the differences of pairs of rows as a table, and as values."""
     published = {row.name: row.published for row in study.rows}
     rows, values = [], []
     for first, second in pairs:
-        seeds = [[result["ap"] for result in known[name].results] for name in (first, second)]
-        found = difference(*seeds, comparisons=len(study.against))
+        seeds = [known[name].seeds("ap") for name in (first, second)]
+        found = difference(*seeds, comparisons=len(study.against), spread=spread)
         there, other = published[first].ap, published[second]
         wanted = None if there is None or other.ap is None else there - other.ap
         # What has diverged, say, is below.
@@ -224,7 +256,7 @@ def _divergences(study: Study, known: dict[str, Measured]) -> list[str]:
     return lines
 
 
-def _picture(study: Study, rows: Sequence[Row], known: dict[str, Measured]) -> Picture:
+def _picture(study: Study, rows: Sequence[Row], known: dict[str, Measured], spread: Spread | None) -> Picture:
     """Published and measured AP of the rows, side by side."""
     figure = new_figure(8.4, 0.34 * len(rows) + 1.2)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -236,7 +268,7 @@ def _picture(study: Study, rows: Sequence[Row], known: dict[str, Measured]) -> P
             left.text(0.5, place, said if row.published.ap is None else "0.0", va="center", fontsize=8)
     left.set(title="published, COCO", xlabel="AP, %", yticks=places, yticklabels=[row.name for row in rows])
     left.invert_yaxis()
-    intervals = [interval([result["ap"] for result in known[row.name].results]) for row in rows]
+    intervals = [interval(known[row.name].seeds("ap"), spread) for row in rows]
     right.barh(
         places,
         [100 * one.mean for one in intervals],
@@ -246,7 +278,7 @@ def _picture(study: Study, rows: Sequence[Row], known: dict[str, Measured]) -> P
         capsize=3,
     )
     for place, row in zip(places, rows, strict=True):
-        seeds = [100 * result["ap"] for result in known[row.name].results]
+        seeds = [100 * ap for ap in known[row.name].seeds("ap")]
         right.plot(seeds, [place] * len(seeds), "o", color=COLOURS[1], markersize=4)
     right.set(title="measured", xlabel="AP, %", xlim=(0, None))
     for axes in (left, right):
@@ -255,20 +287,20 @@ def _picture(study: Study, rows: Sequence[Row], known: dict[str, Measured]) -> P
     return Picture(figure, "AP of the rows. Dots: seeds. Lines: 95 % intervals of the mean.")
 
 
-def _stars(study: Study, known: dict[str, Measured]) -> Picture:
+def _stars(study: Study, known: dict[str, Measured], spread: Spread | None) -> Picture:
     """The losses of the rows over x_t, blue where they beat cross entropy."""
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     x = torch.linspace(-4, 5, 300, dtype=torch.float64)
     ones = torch.ones_like(x)
-    least = known["CE"].of("ap")
+    least = known["CE"].of("ap", spread)
     assert least is not None  # it has results
     axes.plot(x.numpy(), sigmoid_cross_entropy(x, ones).numpy(), color="#000000", linewidth=2.2, label="CE")
     for name, star in study.stars.items():
-        found = known[name].of("ap") if name in known else None
+        found = known[name].of("ap", spread) if name in known else None
         if found is not None:
-            seeds = [[result["ap"] for result in one.results] for one in (known[name], known["CE"])]
-            colour, dash = JUDGED[difference(*seeds, comparisons=len(study.stars)).above]
+            seeds = [one.seeds("ap") for one in (known[name], known["CE"])]
+            colour, dash = JUDGED[difference(*seeds, comparisons=len(study.stars), spread=spread).above]
             axes.plot(
                 x.numpy(),
                 sigmoid_focal_star_loss(x, ones, None, *star).numpy(),

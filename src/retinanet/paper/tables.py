@@ -73,8 +73,8 @@ def table1a(scale: Scale) -> Study:
     return Study(
         "table1a",
         "Table 1a: alpha for cross entropy",
-        "Alpha-balanced cross entropy (Eq. 3), gamma 0. With the prior of 0.01 training is stable without any balance, "
-        "and a weight of 0.75 for objects helps a little.",
+        "Alpha-balanced cross entropy (Eq. 3), gamma 0. The paper finds that with the prior of 0.01 training is stable "
+        "without any balance, and that a weight of 0.75 for objects helps a little.",
         [Row(f"alpha {alpha:g}", cross_entropy(alpha), Published(*ap)) for alpha, ap in published.items()],
         against=[(f"alpha {0.75:g}", f"alpha {other:g}") for other in (0.1, 0.25, 0.5, 0.999)],
     )
@@ -195,8 +195,8 @@ def table1e(scale: Scale) -> Study:
     return Study(
         "table1e",
         "Table 1e: depth and image size",
-        "Published: AP on test-dev. Measured beside it: the scale's two backbones at sides in the same proportions. "
-        "What an image takes is in fig2.",
+        "Published: AP on test-dev. Measured beside it: the scale's two backbones at sides in about the same "
+        "proportions, multiples of 32. What an image takes is in fig2.",
         rows,
         figures=("ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ms"),
         # More pixels, and a deeper network at the same ones.
@@ -315,8 +315,8 @@ def prior(scale: Scale) -> Study:
     return Study(
         "prior",
         "Initialisation with a prior",
-        "Every class score starts at 0.01 (the bias of the last convolution is -log((1 - pi) / pi)), so that the "
-        "background does not swamp the first steps. Without it, at 0.5, the paper's training with cross entropy "
+        "In the paper every class score starts at 0.01 (the bias of the last convolution is -log((1 - pi) / pi)), so "
+        "that the background does not swamp the first steps: without it, at 0.5, its training with cross entropy "
         "diverged at once; with it, and without any balance, it gave 30.2 AP.",
         [
             Row("CE, pi 0.01", cross_entropy(0.5), Published(30.2, 46.7, 32.8)),
