@@ -116,7 +116,9 @@ VARIANTS = {
     "batch-2": Variant("2 images a step", options={"batch_size": 2}),
     "batch-8": Variant("8 images a step", options={"batch_size": 8}),
     "batch-8-linear": Variant(
-        "8 images a step, at twice the rate of 4", {"lr": 0.004 * 2**0.5}, options={"batch_size": 8}
+        "8 images a step, at twice the rate where 4 are planned",
+        {"lr": 0.004 * 2**0.5},
+        options={"batch_size": 8},
     ),
     "no-average": Variant("without averaged weights", {"average_decay": None}),
     "schedule-step": Variant("rate dropped twice in place of a cosine", {"schedule": "step"}),

@@ -336,7 +336,7 @@ def test_what_fits_each_process_is_taken_by_all(
     assert asked == [2]  # of the 3 images of a step
     assert fitted.batch_size == together
     rows = {setting: (value, why) for setting, value, why in fitted.reasons}
-    at_most = "; 3, the recipe's, at most on a CPU" if device == "cpu" else ""
+    at_most = "; 3, the plan's, at most on a CPU" if device == "cpu" else ""
     assert rows["batch size"][1] == ("ours" if ours <= theirs else "theirs") + at_most
     each = "1 or 2" if together == 3 else f"{together // 2}"
     assert rows["processes"] == (f"2, with {each} images of a step each", "torchrun")

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import retinanet
+from made_up import Photographs
 from retinanet.anchors import CPU
 from retinanet.atss import match_atss
 from retinanet.batches import RawPredictions
@@ -905,6 +906,24 @@ def test_muon_leaves_pixels_outputs_and_grouped_convolutions_alone(backbone: str
     assert left_out == {first, "class_head.last", "box_head.last"} | grouped
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_boxes_that_are_all_to_be_ignored_are_no_objects(tmp_path: Path, split: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "val"):
+        Image.new("RGB", (64, 64)).save(data / f"{name}.png")
+        ignore = np.ones(1, np.int8) if name == split else np.zeros(1, np.int8)
+        truth = GroundTruth(np.array([[4, 4, 36, 36]], np.float32), np.zeros(1), ignore=ignore)
+        write_coco(
+            data / f"instances_{name}.json", classes=Classes(("a",)), files=[f"{name}.png"], sizes=[(64, 64)],
+            ground_truths=[truth],
+        )  # fmt: skip
+    with pytest.raises(
+        DataError, match=f"the {split} split of .* has none in 1 images, besides 1 to be ignored"
+    ):
+        run_training(TrainingOptions(data=str(data), output=str(tmp_path / "run"), **TINY))
+
+
 def test_coverage_by_hand(tmp_path: Path) -> None:
     """A 32 px square at an anchor's place is covered by the paper's anchors, a 6 px one is not."""
     (tmp_path / "x.png").write_bytes(b"")
@@ -1273,27 +1292,6 @@ def test_objects_are_measured_by_the_images_that_they_are_in() -> None:
     )
 
 
-class Photographs(SimpleNamespace):
-    """Photographs of 640 x 480 with seven objects each, of one class."""
-
-    def __init__(self, count: int) -> None:
-        random = np.random.default_rng(0)
-        corners = random.uniform((0, 0), (500, 350), (7 * count, 2)).astype(np.float32)
-        super().__init__(
-            widths=np.full(count, 640),
-            heights=np.full(count, 480),
-            boxes=np.hstack([corners, corners + random.uniform(60, 120, (7 * count, 2)).astype(np.float32)]),
-            labels=np.zeros(7 * count, np.int64),
-            ignore=np.zeros(7 * count, np.int8),
-            offsets=np.arange(0, 7 * count + 1, 7),
-            classes=Classes(("cell",)),
-            size=lambda _: (640, 480),
-        )
-
-    def __len__(self) -> int:
-        return len(self.widths)
-
-
 @pytest.mark.parametrize(
     ("images", "steps", "passes", "zoom"),
     [
@@ -1311,7 +1309,50 @@ def test_small_and_large_sets_have_sensible_plans(images: int, steps: int, passe
     assert said["steps"][1].endswith(f"; {passes} over {images:,} images")
     assert (plan.augmentation.zoom != (1.0, 1.0)) is zoom
     assert plan.warmup_steps == min(100, steps // 20)
-    assert plan.steps == max(math.ceil(150e6 / (128 * 192) / 4), images // 4)
+
+
+@pytest.mark.parametrize(
+    ("made_up", "side", "batch", "megapixels"),
+    [
+        (Photographs(500), 128, 4, 150),
+        # 750 images of 416 px cost that.
+        (Photographs(20, objects=100, width=800, height=800, sides=(5, 8)), 416, 1, 150),
+        # Each image once, at no more than the usual limit of 256 px.
+        (Photographs(2_000, objects=60, width=1280, height=960, sides=(14, 20)), 256, 1, 2_000 * 256 * 352 / 1e6),
+        (Photographs(300, width=1242, height=375, sides=(20, 30)), 192, 4, 150),  # long images
+        (Photographs(300, width=4000, height=400, sides=(40, 60)), 96, 4, 150),
+    ],
+    ids=["usual", "large", "full", "long", "very long"],
+)  # fmt: skip
+def test_a_run_from_scratch_on_a_cpu_costs_what_the_recipe_says(
+    made_up: Photographs, side: int, batch: int, megapixels: float
+) -> None:
+    """150 megapixels, or each image once where that is more."""
+    plan = plan_run(TrainingOptions(data="x", backbone="resnet18", device="cpu"), made_up)  # type: ignore[arg-type]
+    frame = plan.spec.preprocessing
+    assert (frame.image_size, plan.batch_size) == (side, batch)
+    assert min(frame.resized_size(*made_up.size(0))) == side
+    cost = plan.steps * batch * padded_pixels(made_up, frame, batch) / 1e6  # type: ignore[arg-type]
+    assert cost == pytest.approx(megapixels, rel=0.01)
+
+
+def test_on_a_cpu_a_run_from_weights_is_as_long_as_one_from_scratch() -> None:
+    classes = Classes(("a",))
+    here, there = (recipes.modern(classes, "resnet18", None, device) for device in ("cpu", "cuda"))
+    small = recipes.small(classes, "resnet18", "cpu")
+    for name in ("batch_size", "epochs", "images_seen", "pixels_seen"):
+        assert getattr(here, name) == getattr(small, name)
+    assert (there.batch_size, there.epochs, there.images_seen, there.pixels_seen) == (16, 12, 8_000, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "candidates"), [(None, 1300, 1300), (2000, 2000, 2000), (50, 50, 1000)]
+)
+def test_a_level_has_candidates_for_all_detections(asked: int | None, most: int, candidates: int) -> None:
+    full = Photographs(3, objects=1200, width=1280, height=960, sides=(14, 20))
+    options = TrainingOptions(data="x", backbone="resnet18", device="cpu", max_detections=asked)
+    found = plan_run(options, full).spec.post_processing  # type: ignore[arg-type]
+    assert (found.max_detections, found.top_k) == (most, candidates)
 
 
 @pytest.mark.parametrize(("fullest", "most"), [(0, 100), (99, 100), (100, 200), (369, 400)])

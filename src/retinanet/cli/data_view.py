@@ -113,22 +113,19 @@ class View(AugmentationOptions, _ViewOptions):
         from dataclasses import replace
 
         from retinanet.data import available_splits
+        from retinanet.devices import choose_device
         from retinanet.training import recipes
         from retinanet.training.planning import plan_run
 
         of_train = {field.name for field in fields(TrainingOptions)} & {field.name for field in fields(self)}
         asked = {name: getattr(self, name) for name in of_train - {"recipe", "output"}}
-        with_weights = {
-            "paper": recipes.paper,
-            "paper-jitter": recipes.paper_jitter,
-            "modern": recipes.modern,
-        }
-        named = with_weights.get(self.recipe)
+        named = self.recipe in ("paper", "paper-jitter", "modern")
         options = TrainingOptions(**asked, recipe="small" if named else self.recipe)
 
         def as_named(recipe: recipes.Recipe) -> recipes.Recipe:
-            assert named is not None
-            return replace(named(shown.classes, options.backbone_name(), None), freeze="none")
+            device = choose_device(options.device).type
+            wanted = recipes.from_weights(self.recipe, shown.classes, options.backbone_name(), None, device)
+            return replace(wanted, freeze="none")
 
         train = shown
         if self.split != "train" and "train" in available_splits(self.data, image_root=self.image_root):

@@ -197,7 +197,7 @@ def fit_batch(plan: Plan, network: RetinaNet, train: Dataset, processes: Process
     together = images * processes.count
     if plan.device.type == "cpu":
         together = min(together, plan.batch_size)
-        why = f"{why}; {plan.batch_size}, the recipe's, at most on a CPU"
+        why = f"{why}; {plan.batch_size}, the plan's, at most on a CPU"
     return with_batch(plan, train, together, why, processes)
 
 

@@ -16,7 +16,7 @@ from retinanet.model import ModelSpec, build_retinanet
 from retinanet.records import Classes
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.optimizer import MUON_FACTOR
-from retinanet.training.recipes import Recipe, modern, paper, paper_jitter, small
+from retinanet.training.recipes import Recipe, from_weights, small
 
 
 def find_pretrained(options: TrainingOptions) -> tuple[Path | None, str]:
@@ -88,8 +88,7 @@ def choose_recipe(
     if name == "small":
         recipe = small(classes, backbone, device_type)
     else:
-        with_weights = {"paper": paper, "paper-jitter": paper_jitter, "modern": modern}[name]
-        recipe = with_weights(classes, backbone, weights.name if weights else None)
+        recipe = from_weights(name, classes, backbone, weights.name if weights else None, device_type)
     if start is None:
         return recipe
     _refuse_another_network(options, start)

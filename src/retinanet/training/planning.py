@@ -92,13 +92,15 @@ def plan_run(
     preprocessing = choose_preprocessing(recipe, options, train, choices, device, reasons, speed=speed)
     stands = "the model's" if start else f"recipe {recipe.name}"
     anchors = choose_anchors(options, train, choices, preprocessing, reasons, stands)
-    max_detections = choose_max_detections(options, train, reasons)
+    max_detections, usual = choose_max_detections(options, train, reasons), recipe.model.post_processing
     spec = dataclasses.replace(
         recipe.model,
         backbone=dataclasses.replace(backbone, norm=norm),
         anchors=anchors,
         preprocessing=preprocessing,
-        post_processing=dataclasses.replace(recipe.model.post_processing, max_detections=max_detections),
+        post_processing=dataclasses.replace(
+            usual, max_detections=max_detections, top_k=max(usual.top_k, max_detections)
+        ),
     )
     lr, why = choose_rate(recipe)
     reasons.append(("lr", f"{lr:g}", why))

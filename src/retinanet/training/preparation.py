@@ -18,6 +18,7 @@ from retinanet.folders import write_json
 from retinanet.model import RetinaNet
 from retinanet.model.backbone import require_backbone
 from retinanet.processes import ALONE, Processes
+from retinanet.records import Ignore
 from retinanet.training.batch_size import fit_batch, with_stored_batch
 from retinanet.training.configuration import TrainingOptions
 from retinanet.training.deadline import Deadline
@@ -187,8 +188,9 @@ def open_splits(
             f"and {', '.join(val_set.classes.names)}"
         )
     for dataset in (train_set, val_set):
-        if not len(dataset.boxes):
+        if not (dataset.ignore == Ignore.NO).any():
+            left = f", besides {len(dataset.boxes):,} to be ignored" if len(dataset.boxes) else ""
             raise DataError(
-                f"training needs boxes; the {dataset.split} split of {data} has none in {len(dataset)} images"
+                f"training needs boxes; the {dataset.split} split of {data} has none in {len(dataset)} images{left}"
             )
     return train_set, val_set
