@@ -160,6 +160,23 @@ def test_ssd_learns_an_object_in_the_shape_in_which_it_is_to_find_it(
         assert (found_wide, found_high) == (wide, high)
 
 
+@pytest.mark.parametrize(
+    ("width", "units", "regions", "proposals"), [(64, 256, 128, 500), (512, 1024, 512, 2000)]
+)
+def test_faster_rcnn_does_for_a_region_what_its_width_allows(
+    data: Path, width: int, units: int, regions: int, proposals: int
+) -> None:
+    spec = spec_of(data)
+    model = build_peer("faster-rcnn", replace(spec, pyramid=replace(spec.pyramid, channels=width))).model
+    assert model.roi_heads.box_head.fc7.out_features == units
+    assert model.roi_heads.box_predictor.cls_score.in_features == units
+    assert model.roi_heads.box_predictor.cls_score.out_features == len(spec.classes) + 1
+    assert model.roi_heads.fg_bg_sampler.batch_size_per_image == regions
+    assert model.rpn.pre_nms_top_n() == model.rpn.post_nms_top_n() == proposals
+    model.eval()
+    assert model.rpn.pre_nms_top_n() == model.rpn.post_nms_top_n() == proposals // 2
+
+
 def test_fcos_shares_objects_among_its_levels_as_the_anchors_do(data: Path) -> None:
     """In torchvision's, for anchors from 32 px, P3 is for objects up to 64 px."""
     spec = spec_of(data)
@@ -172,8 +189,8 @@ def test_muon_leaves_outputs_and_fully_connected_layers_of_a_peer_alone(data: Pa
     peer = build_peer("faster-rcnn", spec_of(data))
     names = {id(value): name for name, value in peer.model.named_parameters()}
     inside = {names[id(weight)] for weight in hidden_weights(peer.model, peer.outputs)}
-    assert any(name.startswith("roi_heads.box_head.0") for name in inside)
-    for part in ("cls_logits", "bbox_pred", "box_predictor", "box_head.5", "conv1"):
+    assert any(name.startswith("rpn.head.conv") for name in inside)
+    for part in ("cls_logits", "bbox_pred", "box_predictor", "box_head", "conv1"):
         assert not any(part in name for name in inside if "backbone.body" not in name), part
     assert not any(value.ndim == 2 for value in hidden_weights(peer.model, peer.outputs))
 

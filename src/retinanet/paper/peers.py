@@ -21,7 +21,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
@@ -176,9 +176,10 @@ def build_peer(name: PeerName, spec: ModelSpec, weights: Path | None = None) -> 
     """Build a peer of a RetinaNet: its backbone and weights, its width, anchors from its smallest (FCOS: the ranges of
     its levels in the same proportion to the paper's).
 
-    Where torchvision's own defaults would harm a peer trained from scratch they are replaced: where our heads have
-    GroupNorm, so have its pyramid (ours has none), SSD's maps and the box head of Faster R-CNN, as in torchvision's
-    second version; FCOS's heads always have it. FCOS keeps scores from 0.05.
+    Where torchvision's own defaults would harm a peer they are replaced. From scratch: where our heads have GroupNorm,
+    so have its pyramid (ours has none) and SSD's maps; FCOS's heads always have it. In a narrow network: what Faster
+    R-CNN does for each region would leave it a few steps in our time, so that proposals, sampled regions and the units
+    of its fully connected layers are fewer in proportion to its channels. FCOS keeps scores from 0.05.
     """
     strides = (4, 8, 16, 32) if name == "faster-rcnn" else (8, 16, 32)
     body = build_backbone(spec.backbone, strides)
@@ -196,15 +197,22 @@ def build_peer(name: PeerName, spec: ModelSpec, weights: Path | None = None) -> 
 
 def _faster_rcnn(body: Backbone, spec: ModelSpec, norm: Norm | None) -> tuple[Any, list[nn.Module]]:
     width = spec.pyramid.channels
-    head: nn.Module = TwoMLPHead(width * 49, 1024)
-    if norm is not None:
-        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer=norm)
+
+    def share(usual: int) -> int:
+        return round(usual * min(1, width / 256))
+
+    units, proposals, tested = share(1024), share(2000), share(1000)
     sizes, ratios = tuple((size,) for size in spec.anchors.sizes), (spec.anchors.ratios,) * 5
     model = FasterRCNN(
         Pyramid(body, width, LastLevelMaxPool(), norm),
-        len(spec.classes) + 1,
         rpn_anchor_generator=AnchorGenerator(sizes, ratios),
-        box_head=head,
+        rpn_pre_nms_top_n_train=proposals,
+        rpn_post_nms_top_n_train=proposals,
+        rpn_pre_nms_top_n_test=tested,
+        rpn_post_nms_top_n_test=tested,
+        box_head=TwoMLPHead(width * 49, units),
+        box_predictor=FastRCNNPredictor(units, len(spec.classes) + 1),
+        box_batch_size_per_image=share(512),
         box_detections_per_img=spec.post_processing.max_detections,
     )
     proposals, last = model.rpn.head, model.roi_heads.box_predictor

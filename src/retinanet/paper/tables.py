@@ -274,8 +274,9 @@ OF_PEERS = (
     "same images, with the same backbone, augmentation, optimiser, averaged weights and rates to choose from; heads, "
     "sampling, losses and post-processing are torchvision's, without our fast paths for them, so that in the "
     "same time a step of ours may be one of several. Their anchors, of FCOS the ranges of its levels, begin where ours "
-    "do; their pyramids have a norm, as torchvision's newer models, where ours has none. SSD sees all images padded to "
-    "squares of one size. The other rows are published values."
+    "do; their pyramids have a norm, as torchvision's newer models, where ours has none. In a pyramid "
+    "narrower than 256 channels Faster R-CNN has as much fewer proposals, sampled regions and units for each. SSD sees "
+    "all images padded to squares of one size. The other rows are published values."
 )
 
 
