@@ -139,11 +139,11 @@ def _limit_of_device(
     time, shows at that side are objects enough, of images enough; more images than that, where they are asked for, make
     it no larger.
     """
-    asked = recipe.max_size
-    most = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"]
-    largest = min(LARGEST_OF_ALL, asked or LARGEST_OF_ALL)
-    if asked is None:
+    most, largest = LARGEST_SIDE["cuda" if device.type == "cuda" else "cpu"], LARGEST_OF_ALL
+    if recipe.max_size is None:
         most, largest = _of_as_many_pixels(most, train), _of_as_many_pixels(largest, train)
+    else:
+        largest = min(largest, recipe.max_size)
     if not sized_by_pixels(recipe, device):
         return most, f"{most} at most on {device.type}"
     images, seconds = _images_asked_for(recipe, options, train), options.seconds()
