@@ -67,7 +67,8 @@ def fig2(request: Request) -> Page:
         )
     for name, (ap, there) in OTHERS.items():
         left.plot(there, ap, "s", color="#888888", markersize=5)
-        left.annotate(name, (there, ap), xytext=(4, -9), textcoords="offset points", fontsize=7)
+        beside = {"xytext": (-5, -2), "ha": "right"} if name == "SSD321" else {"xytext": (4, -9)}
+        left.annotate(name, (there, ap), textcoords="offset points", fontsize=7, **beside)
     left.set(title="published: COCO test-dev, M40", xlim=(0, 260))
     for deep, colour in ((False, COLOURS[0]), (True, COLOURS[1])):
         of_depth = [
@@ -98,7 +99,7 @@ def fig2(request: Request) -> Page:
         axes.set(xlabel="milliseconds an image", ylabel="AP, %")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="best")
     return Page(
         "fig2",
         "Figure 2: speed against accuracy",
