@@ -66,7 +66,7 @@ def page_of(study: Study, request: Request, store: Store) -> Page:
     finished = [row for row in study.rows if row.name in known and known[row.name].results]
     parts: list[str | Table | Picture] = [
         study.about,
-        f"{_how(request)}{_intervals(request, spread, alike=not peers)}",
+        f"{_how(request)}{_intervals(spread, alike=not peers)}",
         table,
         *_divergences(study, known),
     ]
@@ -149,7 +149,7 @@ def _how(request: Request) -> str:
     )
 
 
-def _intervals(request: Request, spread: Spread | None, *, alike: bool) -> str:
+def _intervals(spread: Spread | None, *, alike: bool) -> str:
     """Return what stands behind the mean of a row."""
     if not alike:
         return " Means are of seeds, ± half of a 95 % interval by the seeds of the row (Student's t)."
