@@ -123,6 +123,8 @@ VARIANTS = {
     "no-average": Variant("without averaged weights", {"average_decay": None}),
     "schedule-step": Variant("rate dropped twice in place of a cosine", {"schedule": "step"}),
     "no-clip": Variant("gradients as long as they are", {"clip_norm": None}),
+    "depth-0": Variant("heads of an output layer alone, as SSD's", head={"depth": 0}),
+    "depth-1": Variant("heads of 1 convolution", head={"depth": 1}),
     "depth-2": Variant("heads of 2 convolutions", head={"depth": 2}),
     "depth-6": Variant("heads of 6 convolutions", head={"depth": 6}),
     "width-half": Variant("pyramid and heads half as wide", width=0.5),  # of 128 channels or more

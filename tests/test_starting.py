@@ -126,6 +126,7 @@ def test_a_model_that_small_did_not_make_goes_on_with_modern(train: Dataset, tmp
         ({"backbone": "resnet34"}, "--backbone needs to be that of the model .* has resnet18; got resnet34"),
         ({"backbone": "resnet50"}, "has resnet18; got resnet50"),  # the default, where it is asked for
         ({"channels": 128}, "--channels needs to be that of the model .* has 64; got 128"),
+        ({"head_depth": 4}, "--head-depth needs to be that of the model .* has 1; got 4"),
         (
             {"pretrained": "none"},
             "--weights brings a backbone's weights, too, and needs --pretrained auto; got none",
@@ -139,8 +140,8 @@ def test_options_for_another_network_are_refused(
         plan(train, saved, **more)
 
 
-def test_the_model_s_own_backbone_and_channels_may_be_named(train: Dataset, saved: str) -> None:
-    assert plan(train, saved, backbone="resnet18", channels=64).spec.pyramid.channels == 64
+def test_the_model_s_own_network_may_be_named(train: Dataset, saved: str) -> None:
+    assert plan(train, saved, backbone="resnet18", channels=64, head_depth=1).spec.pyramid.channels == 64
 
 
 def test_a_missing_model_is_named(train: Dataset) -> None:

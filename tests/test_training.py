@@ -208,6 +208,7 @@ def test_a_val_split_that_is_of_no_use_is_refused(change: Any, message: str, tmp
         ({"image_size": 8}, "--image-size needs 32 or more"),
         ({"image_size": 320, "max_size": 256}, "got 320 and 256"),
         ({"channels": 80}, "--channels needs a multiple of 32; got 80"),
+        ({"head_depth": 0}, "--head-depth needs 1 or more; got 0"),
         ({"alpha": 1.5}, r"--alpha needs a number in \[0, 1\]; got 1.5"),
         ({"gamma": -1.0}, "--gamma needs 0 or more"),
         ({"gamma": float("nan")}, "--gamma needs 0 or more"),
@@ -275,6 +276,7 @@ MOVED = [
     ("max_size", 500, lambda plan: plan.spec.preprocessing.max_size),
     ("anchors", "10,20,40,80,160", lambda plan: ",".join(f"{size:g}" for size in plan.spec.anchors.sizes)),
     ("channels", 96, lambda plan: plan.spec.pyramid.channels),
+    ("head_depth", 1, lambda plan: plan.spec.head.depth),
     ("steps", 77, lambda plan: plan.steps),
     ("batch_size", 3, lambda plan: plan.batch_size),
     ("optimizer", "sgd", lambda plan: plan.recipe.optimizer),
@@ -803,7 +805,7 @@ def test_a_reason_that_repeats_is_a_ditto_mark(data: Path, capsys: pytest.Captur
     plan = plan_run(TrainingOptions(data=str(data), **TINY), open_dataset(data, "train"))
     plan.show(Console(width=200))
     rows = {line.split("  ")[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()}
-    assert (rows["optimizer"], rows["schedule"]) == ("small", '"')
+    assert (rows["head depth"], rows["schedule"]) == ("small", '"')
     assert [why for *_, why in plan.reasons].count("recipe small") > 5  # the record repeats it
 
 

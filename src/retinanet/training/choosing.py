@@ -100,6 +100,7 @@ def _refuse_another_network(options: TrainingOptions, start: Model) -> None:
     for option, asked, has in (
         ("--backbone", options.backbone, start.spec.backbone.name),
         ("--channels", options.channels, start.spec.pyramid.channels),
+        ("--head-depth", options.head_depth, start.spec.head.depth),
     ):
         if asked not in (None, has):
             raise ConfigError(

@@ -76,6 +76,8 @@ class _RunOptions:
     `retinanet data anchors`."""
     channels: Annotated[int | None, BY_RECIPE] = None
     """Width of pyramid and heads: 64, 96, 128 ..."""
+    head_depth: Annotated[int | None, BY_RECIPE] = None
+    """3x3 convolutions of each head before its last one; with --weights, the model's."""
     epochs: Annotated[float | None, OPTIONAL] = None
     """Passes over the training images; not together with --steps."""
     steps: Annotated[int | None, OPTIONAL] = None
@@ -173,6 +175,7 @@ class _RunOptions:
             ("image_size", 32),
             ("max_size", 32),
             ("channels", 64),
+            ("head_depth", 1),
             ("steps", 1),
             ("batch_size", 1),
             ("accumulate", 1),

@@ -166,17 +166,27 @@ def _with_options(recipe: Recipe, options: TrainingOptions, reasons: list[tuple[
         asked |= {"box_beta": 0.0}
     augmentation = dataclasses.replace(recipe.augmentation, **options.augmentation())
     changed = dataclasses.replace(choose_loss(recipe, options), augmentation=augmentation, **asked)
+    model = recipe.model
     if options.channels is not None:
-        pyramid = dataclasses.replace(recipe.model.pyramid, channels=options.channels)
-        changed = dataclasses.replace(changed, model=dataclasses.replace(recipe.model, pyramid=pyramid))
+        model = dataclasses.replace(
+            model, pyramid=dataclasses.replace(model.pyramid, channels=options.channels)
+        )
+    if options.head_depth is not None:
+        model = dataclasses.replace(model, head=dataclasses.replace(model.head, depth=options.head_depth))
+    changed = dataclasses.replace(changed, model=model)
     if options.box_beta is not None and changed.box_loss != "smooth-l1":
         raise ConfigError(
             f"--box-beta belongs to --box-loss smooth-l1; recipe {recipe.name} has --box-loss {changed.box_loss}"
         )
     why = f"recipe {recipe.name}"
-    channels = changed.model.pyramid.channels
     of_model = why if options.weights is None else "the model's"
-    reasons.append(("channels", f"{channels}", of_model if options.channels is None else "asked for"))
+    reasons += [
+        (name, f"{value}", of_model if asked_for is None else "asked for")
+        for name, value, asked_for in (
+            ("channels", model.pyramid.channels, options.channels),
+            ("head depth", model.head.depth, options.head_depth),
+        )
+    ]
     reasons += [
         (name.replace("_", " "), _in_words(getattr(changed, name)), "asked for" if name in asked else why)
         for name in ("optimizer", "schedule", "batch_size", "box_loss", "box_weight", "freeze")
