@@ -430,6 +430,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "base's). Minutes are of whole processes that had the machine to themselves (of torchvision's, those after its",
         "images were read); a CPU that computes in bf16 is named.",
         "",
+        *in_short([row for row in rows if row["recipe"] == RECIPE]),
     ]
     for group in dict.fromkeys(map(group_of, reversed(rows))):
         of_group = [row for row in rows if group_of(row) == group]
@@ -458,6 +459,36 @@ def page(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def in_short(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table of everything that was tried with one recipe, a column for each data set."""
+    by_group: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        by_group.setdefault(group_of(row), {}).setdefault(row["variant"], []).append(row)
+    if not by_group:
+        return []
+    heads = [f"{data}: {backbone}, {channels} wide" for _, backbone, channels, _, data, _ in by_group]
+    lines = [
+        "## Today's recipe, and what each change of it did",
+        "",
+        "AP of the base, and by how much a change was above it, or below; the tables that follow say with how many",
+        "seeds. Where the base has several, what is nearer to 0 than their spread is not told from it.",
+        "",
+        f"| change | {' | '.join(heads)} |",
+        f"| --- |{' ---: |' * len(heads)}",
+    ]
+    tried = [name for name in VARIANTS if any(name in found for found in by_group.values())]
+    for name in tried:
+        cells = []
+        for found in by_group.values():
+            here, base = found.get(name, []), found.get(BASE, [])
+            if name == BASE:
+                cells.append(spread([row["ap"] for row in base]) if base else "")
+            else:
+                cells.append(against_base(here, base) if here else "")
+        lines.append(f"| {name}: {VARIANTS[name].what} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def against_base(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:

@@ -136,6 +136,25 @@ def test_the_table_compares_with_the_base_of_equal_length(sweep: ModuleType) -> 
     assert "| 0.300 | +0.100 | 0.300 | 1.5 |" in page[shorter:]
 
 
+def test_the_page_begins_with_what_each_change_of_todays_recipe_did(sweep: ModuleType) -> None:
+    rows = [
+        row("base", 0.5, recipe=sweep.RECIPE) | {"data": "bccd"},
+        row("adamw", 0.45, recipe=sweep.RECIPE) | {"data": "bccd"},
+        row("base", 0.3, recipe=sweep.RECIPE) | {"data": "shapes"},
+        row("depth-1", 0.34, recipe=sweep.RECIPE) | {"data": "shapes"},
+        row("adamw", 0.1, recipe="an older one") | {"data": "shapes"},
+    ]
+    page = sweep.page(rows)
+    short = page[: page.index("\n## ", page.index("## Today's recipe") + 1)]
+    what = {name: f"{name}: {sweep.VARIANTS[name].what}" for name in ("base", "adamw", "depth-1")}
+    assert short.splitlines()[-3:] == [
+        f"| {what['base']} | 0.500 | 0.300 |",
+        f"| {what['adamw']} | -0.050 |  |",
+        f"| {what['depth-1']} |  | +0.040 |",
+    ]
+    assert "Today's recipe" not in sweep.page([one | {"recipe": "an older one"} for one in rows])
+
+
 def test_rows_of_an_older_recipe_keep_their_own_base(sweep: ModuleType) -> None:
     page = sweep.page(
         [row("base", 0.2, recipe="before"), row("adamw", 0.3, recipe="before"), row("base", 0.5)]
