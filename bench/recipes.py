@@ -129,6 +129,7 @@ VARIANTS = {
     "depth-6": Variant("heads of 6 convolutions", head={"depth": 6}),
     "width-half": Variant("pyramid and heads half as wide", width=0.5),  # of 128 channels or more
     "width-double": Variant("pyramid and heads twice as wide", width=2),
+    # Of a backbone that can have GroupNorm: test_resnet and resnet10t cannot.
     "batch-norm": Variant("BatchNorm in the backbone", backbone={"norm": "native"}),
     "no-head-norm": Variant("no norm in the heads, started as in the paper", head={"norm": "none"}),
     "start-0.01": Variant("heads with GroupNorm started at N(0, 0.01)", start=start_as_the_paper),
@@ -424,7 +425,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "Made by `python bench/recipes.py` from `bench/recipes.jsonl`. Every row changes one thing of the recipe",
         "`small` as it was then, which the line below a heading tells apart, or is torchvision's RetinaNet beside it.",
-        "Headings name the data set, the backbone and the width of pyramid and heads. AP is COCO's on the split val,",
+        "Headings name the data set, the backbone and the width of pyramid and heads; `shapes` is the demo's images,",
+        "`tiny` those of `retinanet paper --scale tiny`. AP is COCO's on the split val,",
         "mean and half the range over seeds, against the base's of the same seeds in the same precision, if there are",
         "any (of how many where not of all; torchvision's, which has no seed in common with ours, against all of the",
         "base's). Minutes are of whole processes that had the machine to themselves (of torchvision's, those after its",
