@@ -37,7 +37,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import torch
@@ -436,11 +436,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     ]
     for group in dict.fromkeys(map(group_of, reversed(rows))):
         of_group = [row for row in rows if group_of(row) == group]
-        recipe, backbone, channels, batch_size, data, images = group
         base = [row for row in of_group if row["variant"] == BASE]
-        length = f"{images:,} images seen" if images else "the recipe's length"
-        step = f", {batch_size} a step" if batch_size else ""
-        lines += [f"## {data}: {backbone}, {channels} wide, {length}{step}", "", f"Recipe: {recipe}.", ""]
+        lines += [f"## {heading(group)}", "", f"Recipe: {group[0]}.", ""]
         lines += [
             "| variant | seeds | AP | against base | AP50 | minutes |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -465,20 +462,21 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def in_short(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a table of everything that was tried with one recipe, a column for each data set."""
-    by_group: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    by_group: dict[Group, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         by_group.setdefault(group_of(row), {}).setdefault(row["variant"], []).append(row)
     if not by_group:
         return []
-    heads = [f"{data}: {backbone}, {channels} wide" for _, backbone, channels, _, data, _ in by_group]
+    bases = [[row["ap"] for row in found.get(BASE, [])] for found in by_group.values()]
+    apart = max((max(values) - min(values) for values in bases if values), default=0.0)
     lines = [
         "## Today's recipe, and what each change of it did",
         "",
         "AP of the base, and by how much a change was above it, or below; the tables that follow say with how many",
-        "seeds. Where the base has several, what is nearer to 0 than their spread is not told from it.",
+        f"seeds, of most one. The base's are up to {apart:.3f} apart: what is nearer to 0 than that is not told from it.",
         "",
-        f"| change | {' | '.join(heads)} |",
-        f"| --- |{' ---: |' * len(heads)}",
+        f"| change | {' | '.join(map(heading, by_group))} |",
+        f"| --- |{' ---: |' * len(by_group)}",
     ]
     tried = [name for name in VARIANTS if any(name in found for found in by_group.values())]
     for name in tried:
@@ -511,7 +509,18 @@ def against_base(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     return f"{statistics.mean(differences):+.3f}{of}"
 
 
-def group_of(row: dict[str, Any]) -> tuple[str, str, int, int | None, str, int | None]:
+Group: TypeAlias = tuple[str, str, int, int | None, str, int | None]
+
+
+def heading(group: Group) -> str:
+    """Return what tells a group from the others of its recipe."""
+    _, backbone, channels, batch_size, data, images = group
+    length = f"{images:,} images seen" if images else "the recipe's length"
+    step = f", {batch_size} a step" if batch_size else ""
+    return f"{data}: {backbone}, {channels} wide, {length}{step}"
+
+
+def group_of(row: dict[str, Any]) -> Group:
     """Return what rows have in common that are compared."""
     job = job_of(row)
     return row["recipe"], job.backbone, job.channels, job.batch_size, job.data, job.images

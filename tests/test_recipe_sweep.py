@@ -143,15 +143,18 @@ def test_the_page_begins_with_what_each_change_of_todays_recipe_did(sweep: Modul
         row("base", 0.3, recipe=sweep.RECIPE) | {"data": "shapes"},
         row("depth-1", 0.34, recipe=sweep.RECIPE) | {"data": "shapes"},
         row("adamw", 0.1, recipe="an older one") | {"data": "shapes"},
+        row("base", 0.53, recipe=sweep.RECIPE) | {"data": "bccd", "seed": 1},
     ]
     page = sweep.page(rows)
     short = page[: page.index("\n## ", page.index("## Today's recipe") + 1)]
     what = {name: f"{name}: {sweep.VARIANTS[name].what}" for name in ("base", "adamw", "depth-1")}
     assert short.splitlines()[-3:] == [
-        f"| {what['base']} | 0.500 | 0.300 |",
+        f"| {what['base']} | 0.515 ± 0.015 | 0.300 |",
         f"| {what['adamw']} | -0.050 |  |",
         f"| {what['depth-1']} |  | +0.040 |",
     ]
+    assert "up to 0.030 apart" in short
+    assert short.count("bccd: resnet18, 256 wide, the recipe's length |") == 1
     assert "Today's recipe" not in sweep.page([one | {"recipe": "an older one"} for one in rows])
 
 
