@@ -473,7 +473,7 @@ def in_short(rows: list[dict[str, Any]]) -> list[str]:
         "## Today's recipe, and what each change of it did",
         "",
         "AP of the base, and by how much a change was above it, or below; the tables that follow say with how many",
-        f"seeds, of most one. The base's are up to {apart:.3f} apart: what is nearer to 0 than that is not told from it.",
+        f"seeds, of most one. The base's are up to {apart:.3f} apart: what is nearer to 0 is not told from it.",
         "",
         f"| change | {' | '.join(map(heading, by_group))} |",
         f"| --- |{' ---: |' * len(by_group)}",
